@@ -1,0 +1,135 @@
+"""Scaled dot-product attention and multi-head attention (§3.2)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from jaxformer.dropout import Dropout
+
+
+def attention_weights(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    mask: Bool[Array, "#B #N #T #S"] | None = None,
+) -> Float[Array, "B N T S"]:
+    """softmax(Q Kᵀ / √d_k) of equation 1, in float32 whatever the inputs.
+
+    A query that may attend to nothing gets weights of zero, not NaN and not an average.
+    """
+    query = query * query.shape[-1] ** -0.5
+    scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32)
+    if mask is None:
+        return jax.nn.softmax(scores, axis=-1)
+    scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    scores = scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    unnormalized = jnp.where(mask, jnp.exp(scores), 0.0)
+    total = jnp.sum(unnormalized, axis=-1, keepdims=True)
+    return unnormalized / jnp.where(total > 0.0, total, 1.0)
+
+
+def dot_product_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N Hv"],
+    mask: Bool[Array, "#B #N #T #S"] | None = None,
+) -> Float[Array, "B T N Hv"]:
+    """Attention(Q, K, V) = softmax(Q Kᵀ / √d_k) V (§3.2.1, equation 1).
+
+    Args:
+      query, key, value: projected inputs, float32 or bfloat16.
+      mask: True where a query may attend to a key; None where all may.
+
+    Returns:
+      Weighted sums of the values in `value`'s dtype; zeros for a query with nothing to attend to.
+    """
+    weights = attention_weights(query, key, mask).astype(value.dtype)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
+
+
+class MultiHeadAttention(nn.Module):
+    """MultiHead(Q, K, V) = Concat(head_1, …, head_N) W^O (§3.2.2).
+
+    Parameters: query and key kernels [D, N, H], value kernel [D, N, Hv], output kernel [N, Hv, D],
+    and biases if `use_bias`. The weights of the last call are sown as "attention_weights"
+    [B, N, T, S] in the collection "intermediates".
+
+    Attributes:
+      num_heads: N.
+      head_dim: H, the paper's d_k.
+      value_dim: Hv, the paper's d_v; None means H.
+      dropout_rate: on the attention weights, drawn anew for every head and example.
+      use_bias: whether the projections add a bias.
+      dtype: of the computation; parameters are float32.
+    """
+
+    num_heads: int
+    head_dim: int
+    value_dim: int | None = None
+    dropout_rate: float = 0.0
+    use_bias: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        self.query = self._projection(self.head_dim)
+        self.key = self._projection(self.head_dim)
+        self.value = self._projection(self.value_dim or self.head_dim)
+
+    def _projection(self, width: int) -> nn.Module:
+        return nn.DenseGeneral(
+            (self.num_heads, width),
+            use_bias=self.use_bias,
+            kernel_init=nn.initializers.xavier_uniform(),
+            dtype=self.dtype,
+        )
+
+    def __call__(
+        self,
+        query_input: Float[Array, "B T D"],
+        key_value_input: Float[Array, "B S Dkv"],
+        mask: Bool[Array, "#B #N #T #S"] | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "B T D"]:
+        """Attend from each query position to the keys and values of another sequence, or its own.
+
+        Args:
+          query_input: where queries come from, and the width of the output.
+          key_value_input: where keys and values come from: the same array for self-attention, the
+            encoder output for encoder-decoder attention.
+          mask: True = may attend.
+          deterministic: no dropout; otherwise a "dropout" rng is needed if the rate is not 0.
+        """
+        key, value = self.project_key_value(key_value_input)
+        return self.attend(query_input, key, value, mask, deterministic=deterministic)
+
+    def project_key_value(
+        self, key_value_input: Float[Array, "B S Dkv"]
+    ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N Hv"]]:
+        """Keys and values alone, to be computed once and attended to many times."""
+        return self.key(key_value_input), self.value(key_value_input)
+
+    @nn.compact
+    def attend(
+        self,
+        query_input: Float[Array, "B T D"],
+        key: Float[Array, "B S N H"],
+        value: Float[Array, "B S N Hv"],
+        mask: Bool[Array, "#B #N #T #S"] | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "B T D"]:
+        """`__call__` on keys and values that are already projected."""
+        weights = attention_weights(self.query(query_input), key, mask)
+        self.sow("intermediates", "attention_weights", weights)
+        weights = Dropout(self.dropout_rate)(weights.astype(value.dtype), deterministic=deterministic)
+        heads = jnp.einsum("BNTS,BSNH->BTNH", weights, value)
+        return nn.DenseGeneral(
+            query_input.shape[-1],
+            axis=(-2, -1),
+            use_bias=self.use_bias,
+            kernel_init=nn.initializers.xavier_uniform(),
+            dtype=self.dtype,
+            name="output",
+        )(heads)

@@ -1,0 +1,39 @@
+"""Dropout that spends 16 random bits on an element instead of a whole word."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, UInt32
+
+
+def dropout(
+    x: Float[Array, "..."], rate: float, rng: Key[Array, ""] | UInt32[Array, "2"]
+) -> Float[Array, "..."]:
+    """Set each element to zero with probability `rate`, and scale the rest to keep the mean.
+
+    The random bits are a visible part of a training step. `jax.random.bernoulli` draws 32 of them
+    an element; here one 32-bit word decides two elements, which lie half an array apart. The rate
+    is rounded to the next 1/65536 and the scale is that of the rounded rate, so the mean is exact.
+
+    Args:
+      x: at least one axis, any floating dtype.
+      rate: from 0 up to, not including, 1; static.
+      rng: a JAX random key.
+    """
+    threshold = round(rate * 2**16)
+    half = -(-x.shape[0] // 2)
+    words = jax.random.bits(rng, (half, *x.shape[1:]), jnp.uint32)
+    kept = jnp.concatenate([words >> 16 >= threshold, words & 0xFFFF >= threshold])[: x.shape[0]]
+    return jnp.where(kept, x * (1.0 / (1.0 - threshold / 2**16)), jnp.zeros((), x.dtype))
+
+
+class Dropout(nn.Module):
+    """`dropout` with the key of the "dropout" rng stream; no key is needed if it does nothing."""
+
+    rate: float
+
+    def __call__(self, x: Float[Array, "..."], *, deterministic: bool) -> Float[Array, "..."]:
+        """Return `x` unchanged if deterministic or if the rate is 0."""
+        if deterministic or self.rate == 0.0:
+            return x
+        return dropout(x, self.rate, self.make_rng("dropout"))

@@ -1,0 +1,166 @@
+"""What a Transformer layer is made of beside attention (§3.1, §3.3, §3.4)."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from jaxformer.config import Activation, Norm, Positions
+from jaxformer.dropout import Dropout
+from jaxformer.errors import UserError
+from jaxformer.positions import segment_positions, sinusoid
+
+
+class Embedding(nn.Module):
+    """Embedding times √d_model, and the softmax layer tied to it (§3.4).
+
+    The table [V, D] starts as N(0, 1/D): times √D the inputs have unit variance, and as softmax
+    weights it gives logits of unit variance. Scale and initialisation belong together.
+    """
+
+    vocab_size: int
+    d_model: int
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        self.embedding = self.param(
+            "embedding",
+            nn.initializers.normal(self.d_model**-0.5),
+            (self.vocab_size, self.d_model),
+        )
+
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Look up ids; an id past the table gives NaN instead of another token's vector."""
+        vectors = jnp.take(self.embedding, ids, axis=0, mode="fill").astype(self.dtype)
+        return vectors * self.d_model**0.5
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """hidden · tableᵀ, accumulated and returned in float32."""
+        table = self.embedding.astype(self.dtype)
+        return jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
+
+
+class PositionalEncoding(nn.Module):
+    """Adds the sinusoid of §3.5, or learned vectors (Table 3 (E)), to embeddings.
+
+    Attributes:
+      kind: as `TransformerConfig.positions`.
+      max_length: positions that learned vectors exist for; sinusoids have no limit.
+    """
+
+    kind: Positions = "sinusoidal"
+    max_length: int = 1024
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Add the encoding of `positions`, by default 0 … T-1."""
+        d_model = x.shape[-1]
+        if positions is None:
+            if self.kind == "learned" and x.shape[1] > self.max_length:
+                raise UserError(
+                    f"a sequence of {x.shape[1]} tokens is longer than max_length="
+                    f"{self.max_length} learned positions: shorten it or raise max_length"
+                )
+            positions = jnp.arange(x.shape[1])[None]
+        if self.kind == "learned":
+            table = self.param(
+                "embedding", nn.initializers.normal(d_model**-0.5), (self.max_length, d_model)
+            )
+            encoding = jnp.take(table, positions, axis=0, mode="fill")
+        else:
+            encoding = sinusoid(positions, d_model, interleaved=self.kind == "sinusoidal")
+        return x + encoding.astype(x.dtype)
+
+
+def packed_positions(segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"] | None:
+    """Positions that restart in each packed segment; None, the plain 0 … T-1, without packing."""
+    return None if segment_ids is None else segment_positions(segment_ids)
+
+
+def activation_function(name: Activation) -> tuple[Callable[[jax.Array], jax.Array], bool]:
+    """Return the nonlinearity and whether it gates a second linear map (Shazeer 2020)."""
+    match name:
+        case "relu" | "reglu":
+            function = jax.nn.relu
+        case "gelu" | "geglu":
+            function = lambda x: jax.nn.gelu(x, approximate=False)  # noqa: E731
+        case "swish" | "swiglu":
+            function = jax.nn.silu
+        case "glu":
+            function = jax.nn.sigmoid
+    return function, name.endswith("glu")
+
+
+class FeedForward(nn.Module):
+    """Position-wise feed-forward network, FFN(x) = max(0, x W₁ + b₁) W₂ + b₂ (§3.3, equation 2).
+
+    With a gated activation, FFN(x) = (act(x W_g + b_g) ⊙ (x W₁ + b₁)) W₂ + b₂.
+
+    Attributes:
+      d_ff: F, width of the hidden layer.
+      activation: act, as `TransformerConfig.activation`.
+      dropout_rate: on the hidden layer.
+      dtype: of the computation; parameters are float32.
+    """
+
+    d_ff: int
+    activation: Activation = "relu"
+    dropout_rate: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], *, deterministic: bool = True
+    ) -> Float[Array, "B T D"]:
+        """Apply the same two linear maps at every position."""
+
+        def dense(features: int, name: str) -> nn.Module:
+            init = nn.initializers.xavier_uniform()
+            return nn.Dense(features, kernel_init=init, dtype=self.dtype, name=name)
+
+        function, gated = activation_function(self.activation)
+        hidden = dense(self.d_ff, "hidden")(x)
+        hidden = function(dense(self.d_ff, "gate")(x)) * hidden if gated else function(hidden)
+        hidden = Dropout(self.dropout_rate)(hidden, deterministic=deterministic)
+        return dense(x.shape[-1], "output")(hidden)
+
+
+class Residual(nn.Module):
+    """Residual connection, dropout and layer normalization around a sub-layer (§3.1, §5.4).
+
+    norm="post": LayerNorm(x + Dropout(Sublayer(x))), the paper's.
+    norm="pre":  x + Dropout(Sublayer(LayerNorm(x))).
+
+        y = sublayer(residual.enter(x))
+        x = residual.leave(x, y)
+    """
+
+    norm: Norm = "post"
+    dropout_rate: float = 0.0
+    epsilon: float = 1e-6
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        self.layer_norm = layer_norm(self.epsilon, self.dtype)
+        self.dropout = Dropout(self.dropout_rate)
+
+    def enter(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What the sub-layer works on."""
+        return self.layer_norm(x) if self.norm == "pre" else x
+
+    def leave(
+        self, x: Float[Array, "B T D"], y: Float[Array, "B T D"], *, deterministic: bool = True
+    ) -> Float[Array, "B T D"]:
+        """Join the sub-layer's output `y` to its input's residual stream `x`."""
+        x = x + self.dropout(y, deterministic=deterministic)
+        return self.layer_norm(x) if self.norm == "post" else x
+
+
+def layer_norm(epsilon: float, dtype: DTypeLike) -> nn.LayerNorm:
+    """LayerNorm with float32 statistics, the variance taken in two passes for exactness."""
+    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False)

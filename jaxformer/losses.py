@@ -1,0 +1,144 @@
+"""Label-smoothed cross entropy, fused with the tied softmax and computed in chunks of tokens.
+
+The logits of a batch, [B·T, V], are by far the largest array of a training step. Here they exist
+for one chunk of tokens at a time: the chunk's loss *and its gradients* are formed while its logits
+are at hand, so the backward pass has nothing to recompute and only scales what is already there.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxformer.config import PAD_ID
+
+
+class LossSums(NamedTuple):
+    """Sums over all real tokens, each a float32 scalar; divide by `weight` for the means."""
+
+    loss: Float[Array, ""]  # label-smoothed cross entropy, nats: what is optimised
+    nll: Float[Array, ""]  # cross entropy without smoothing, nats: exp(nll / weight) = perplexity
+    weight: Float[Array, ""]  # number of labels that are not padding
+
+
+def cross_entropy(
+    hidden: Float[Array, "*B D"],
+    embedding: Float[Array, "V D"],
+    labels: Int[Array, "*B"],
+    *,
+    label_smoothing: float = 0.0,
+    chunk_size: int = 1024,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Label-smoothed cross entropy of softmax(hidden · embeddingᵀ), summed over real tokens.
+
+    The target distribution is (1 - ε) · onehot(label) + ε / V over the whole vocabulary, the
+    convention of `torch.nn.functional.cross_entropy` and of Szegedy et al. (2016), which §5.4
+    cites. Sums, never means: add them up over devices and batches, then divide once.
+
+    Args:
+      hidden: the decoder's output, float32 or bfloat16, with any number of leading axes.
+      embedding: the softmax matrix, tied to the embedding (§3.4).
+      labels: ids; where they are 0 (padding) the token counts for nothing, in the gradients too.
+      label_smoothing: ε, from 0 up to 1.
+      chunk_size: tokens whose logits exist at once. Memory is chunk_size · V floats, not B · T · V.
+
+    Returns:
+      loss_sum (nats) and weight_sum (tokens), float32 scalars.
+    """
+    sums = cross_entropy_sums(
+        hidden, embedding, labels, label_smoothing=label_smoothing, chunk_size=chunk_size
+    )
+    return sums.loss, sums.weight
+
+
+def cross_entropy_sums(
+    hidden: Float[Array, "*B D"],
+    embedding: Float[Array, "V D"],
+    labels: Int[Array, "*B"],
+    *,
+    label_smoothing: float = 0.0,
+    chunk_size: int = 1024,
+) -> LossSums:
+    """Like `cross_entropy`, with the unsmoothed loss beside the smoothed one.
+
+    Only `loss` carries gradients: `nll` is there to be reported.
+    """
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    labels = labels.reshape(-1)
+    chunk_size = min(chunk_size, len(labels))
+    loss, nll = _fused(hidden, embedding, labels, label_smoothing, chunk_size)
+    weight = jnp.sum(labels != PAD_ID).astype(jnp.float32)
+    return LossSums(loss, jax.lax.stop_gradient(nll), weight)
+
+
+def _chunks(hidden, labels, chunk_size):
+    """Pad with weightless tokens to whole chunks and split: [chunks, chunk_size, …]."""
+    padding = -len(labels) % chunk_size
+    hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
+    labels = jnp.pad(labels, (0, padding), constant_values=PAD_ID)
+    return hidden.reshape(-1, chunk_size, hidden.shape[-1]), labels.reshape(-1, chunk_size)
+
+
+def _chunk_losses(hidden, embedding, labels, label_smoothing):
+    """Logits, log-sum-exp, is-label mask and the two loss sums of one chunk, all in float32."""
+    logits = jnp.einsum("TD,VD->TV", hidden, embedding, preferred_element_type=jnp.float32)
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    is_label = labels[:, None] == jnp.arange(embedding.shape[0])
+    label_logit = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
+    real = labels != PAD_ID
+    nll = log_normalizer[:, 0] - label_logit
+    # -Σ_v (ε/V) log p_v, the smoothed share of the loss, needs only the mean logit.
+    uniform = log_normalizer[:, 0] - jnp.mean(logits, axis=-1)
+    nll = jnp.where(real, nll, 0.0)
+    loss = (1.0 - label_smoothing) * nll + label_smoothing * jnp.where(real, uniform, 0.0)
+    return logits, log_normalizer, is_label, jnp.sum(loss), jnp.sum(nll)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _fused(hidden, embedding, labels, label_smoothing, chunk_size):
+    embedding = embedding.astype(hidden.dtype)
+
+    def step(sums, chunk):
+        *_, loss, nll = _chunk_losses(chunk[0], embedding, chunk[1], label_smoothing)
+        return (sums[0] + loss, sums[1] + nll), None
+
+    return jax.lax.scan(step, (0.0, 0.0), _chunks(hidden, labels, chunk_size))[0]
+
+
+def _fused_forward(hidden, embedding, labels, label_smoothing, chunk_size):
+    compute = embedding.astype(hidden.dtype)
+
+    def step(carry, chunk):
+        loss_sum, nll_sum, d_embedding = carry
+        hidden, labels = chunk
+        logits, log_normalizer, is_label, loss, nll = _chunk_losses(
+            hidden, compute, labels, label_smoothing
+        )
+        # ∂loss/∂logits = softmax(logits) - target distribution
+        target = jnp.where(is_label, 1.0 - label_smoothing, 0.0) + label_smoothing / logits.shape[1]
+        d_logits = jnp.where((labels != PAD_ID)[:, None], jnp.exp(logits - log_normalizer) - target, 0)
+        d_logits = d_logits.astype(hidden.dtype)
+        d_hidden = jnp.einsum("TV,VD->TD", d_logits, compute)
+        d_embedding += jnp.einsum(
+            "TV,TD->VD", d_logits, hidden, preferred_element_type=jnp.float32
+        )
+        return (loss_sum + loss, nll_sum + nll, d_embedding), d_hidden
+
+    initial = (0.0, 0.0, jnp.zeros(embedding.shape, jnp.float32))
+    chunks = _chunks(hidden, labels, chunk_size)
+    (loss, nll, d_embedding), d_hidden = jax.lax.scan(step, initial, chunks)
+    d_hidden = d_hidden.reshape(-1, hidden.shape[-1])[: len(hidden)]
+    return (loss, nll), (d_hidden, d_embedding.astype(embedding.dtype), labels)
+
+
+def _fused_backward(label_smoothing, chunk_size, residuals, cotangents):
+    d_hidden, d_embedding, labels = residuals
+    d_loss, _ = cotangents
+    no_gradient = np.zeros(labels.shape, jax.dtypes.float0)
+    return (d_loss * d_hidden).astype(d_hidden.dtype), d_loss * d_embedding, no_gradient
+
+
+_fused.defvjp(_fused_forward, _fused_backward)

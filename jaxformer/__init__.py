@@ -1,11 +1,77 @@
-"""The Transformer of "Attention Is All You Need" as Flax linen modules and pure functions."""
+"""The Transformer of "Attention Is All You Need" as Flax linen modules and pure functions.
+
+    import jaxformer as jf
+
+    model = jf.Transformer(jf.PRESETS["base"].replace(vocab_size=32_000))
+    params = model.init(rng, source_ids, target_ids)["params"]
+    logits = model.apply({"params": params}, source_ids, target_ids)  # [B, T, V] float32
+
+Dimension letters, in every shape: B batch, T target or query length, S source or key length,
+N heads, H head_dim, D d_model, F d_ff, V vocabulary, K beams, L layers.
+"""
 
 from jaxformer.attention import MultiHeadAttention, attention_weights, dot_product_attention
 from jaxformer.cache import DecoderCache
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID, PRESETS, UNK_ID, TransformerConfig
-from jaxformer.dropout import dropout
+from jaxformer.decoding import (
+    BeamResult,
+    beam_search,
+    gnmt_length_penalty,
+    greedy_search,
+    power_length_penalty,
+    sample,
+)
+from jaxformer.dropout import Dropout, dropout
 from jaxformer.errors import UserError
 from jaxformer.layers import Embedding, FeedForward, PositionalEncoding, Residual
-from jaxformer.losses import cross_entropy, cross_entropy_sums
+from jaxformer.losses import LossSums, cross_entropy, cross_entropy_sums
+from jaxformer.masks import causal_mask, padding_mask, segment_mask
+from jaxformer.positions import segment_positions, sinusoid
 from jaxformer.schedules import warmup_inverse_sqrt
+from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
+from jaxformer.translator import Translator
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BOS_ID",
+    "EOS_ID",
+    "PAD_ID",
+    "PRESETS",
+    "UNK_ID",
+    "BeamResult",
+    "Decoder",
+    "DecoderCache",
+    "DecoderLayer",
+    "Dropout",
+    "Embedding",
+    "Encoder",
+    "EncoderLayer",
+    "FeedForward",
+    "LossSums",
+    "MultiHeadAttention",
+    "PositionalEncoding",
+    "Residual",
+    "Tokenizer",
+    "Transformer",
+    "TransformerConfig",
+    "Translator",
+    "UserError",
+    "attention_weights",
+    "beam_search",
+    "causal_mask",
+    "cross_entropy",
+    "cross_entropy_sums",
+    "dot_product_attention",
+    "dropout",
+    "gnmt_length_penalty",
+    "greedy_search",
+    "padding_mask",
+    "power_length_penalty",
+    "sample",
+    "segment_mask",
+    "segment_positions",
+    "sinusoid",
+    "warmup_inverse_sqrt",
+]

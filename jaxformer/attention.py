@@ -123,7 +123,9 @@ class MultiHeadAttention(nn.Module):
         """`__call__` on keys and values that are already projected."""
         weights = attention_weights(self.query(query_input), key, mask)
         self.sow("intermediates", "attention_weights", weights)
-        weights = Dropout(self.dropout_rate)(weights.astype(value.dtype), deterministic=deterministic)
+        weights = Dropout(self.dropout_rate)(
+            weights.astype(value.dtype), deterministic=deterministic
+        )
         heads = jnp.einsum("BNTS,BSNH->BTNH", weights, value)
         return nn.DenseGeneral(
             query_input.shape[-1],

@@ -56,14 +56,16 @@ class DecoderCache:
         )
 
     def written(self) -> Bool[Array, "1 1 1 T"]:
-        """Mask of the positions that the token now being decoded may attend to, its own included."""
+        """Mask of the positions that the token being decoded may attend to, its own included."""
         return (jnp.arange(self.self_key.shape[3]) <= self.index)[None, None, None, :]
 
     def reorder(self, beams: Int[Array, "B K"]) -> DecoderCache:
         """Let beam k of sentence b go on from what was beam beams[b, k]."""
 
         def gather(leaf):
-            return jax.vmap(jax.vmap(lambda rows, order: rows[order]), in_axes=(0, None))(leaf, beams)
+            return jax.vmap(jax.vmap(lambda rows, order: rows[order]), in_axes=(0, None))(
+                leaf, beams
+            )
 
         return self.replace(self_key=gather(self.self_key), self_value=gather(self.self_value))
 

@@ -38,7 +38,7 @@ class Embedding(nn.Module):
         return vectors * self.d_model**0.5
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """hidden · tableᵀ, accumulated and returned in float32."""
+        """Multiply with the table, hidden · tableᵀ, accumulated and returned in float32."""
         table = self.embedding.astype(self.dtype)
         return jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
 

@@ -119,12 +119,12 @@ def _fused_forward(hidden, embedding, labels, label_smoothing, chunk_size):
         )
         # ∂loss/∂logits = softmax(logits) - target distribution
         target = jnp.where(is_label, 1.0 - label_smoothing, 0.0) + label_smoothing / logits.shape[1]
-        d_logits = jnp.where((labels != PAD_ID)[:, None], jnp.exp(logits - log_normalizer) - target, 0)
+        d_logits = jnp.where(
+            (labels != PAD_ID)[:, None], jnp.exp(logits - log_normalizer) - target, 0
+        )
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("TV,VD->TD", d_logits, compute)
-        d_embedding += jnp.einsum(
-            "TV,TD->VD", d_logits, hidden, preferred_element_type=jnp.float32
-        )
+        d_embedding += jnp.einsum("TV,TD->VD", d_logits, hidden, preferred_element_type=jnp.float32)
         return (loss_sum + loss, nll_sum + nll, d_embedding), d_hidden
 
     initial = (0.0, 0.0, jnp.zeros(embedding.shape, jnp.float32))

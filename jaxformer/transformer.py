@@ -142,7 +142,12 @@ class DecoderLayer(nn.Module):
 
 
 def _run_stack(
-    config: TransformerConfig, layers: nn.Module, num_layers: int, layer: Callable, x, per_layer=None
+    config: TransformerConfig,
+    layers: nn.Module,
+    num_layers: int,
+    layer: Callable,
+    x,
+    per_layer=None,
 ):
     """Apply `layer(module, x, per_layer[l]) -> (x, out[l])` for l = 0 … L-1, parameters [L, …].
 
@@ -238,9 +243,7 @@ class Decoder(nn.Module):
 
         num_layers = self.config.decoder_layers
         _, (key, value) = _run_stack(self.config, self.layers, num_layers, layer, None)
-        return DecoderCache.init(
-            key, value, cross_mask, beam_size=beam_size, max_length=max_length
-        )
+        return DecoderCache.init(key, value, cross_mask, beam_size=beam_size, max_length=max_length)
 
     def decode_step(
         self, x: Float[Array, "B K D"], cache: DecoderCache

@@ -1,0 +1,236 @@
+"""The run directory: all that a trained model needs, also on another machine.
+
+```
+run/
+  config.json               {"version": 1, "model": {...}, ...}, as resolved when training began
+  tokenizer.model           or tokenizer.source.model and tokenizer.target.model
+  metrics.jsonl             one JSON object per record; TensorBoard events lie beside it
+  checkpoints/
+    2000/                   params/, optimizer/ and, if it was evaluated, metrics/
+    average/                params/ and info/, which names the steps that went in
+```
+
+The trainer writes it and `Translator.load` reads it. Parameters can be read without the optimizer
+state and without knowing the model, the number of devices or of processes that saved them.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxformer.config import TransformerConfig
+from jaxformer.errors import UserError
+from jaxformer.tokenizer import Tokenizer
+
+CONFIG_VERSION = 1
+
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.model"
+SOURCE_TOKENIZER_FILE = "tokenizer.source.model"
+TARGET_TOKENIZER_FILE = "tokenizer.target.model"
+METRICS_FILE = "metrics.jsonl"
+
+CHECKPOINTS_DIR = "checkpoints"
+AVERAGE = "average"
+PARAMS, OPTIMIZER, METRICS, INFO = "params", "optimizer", "metrics", "info"
+
+
+def write_config(run: str | Path, config: Mapping[str, Any]) -> None:
+    """Write `config`, JSON-ready and with the model's fields under "model", as config.json.
+
+    Raises:
+      UserError: the directory cannot be written to.
+    """
+    path = Path(run) / CONFIG_FILE
+    text = json.dumps({"version": CONFIG_VERSION, **config}, indent=2, ensure_ascii=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Renamed into place: a reader never meets half a file.
+        partial = path.with_suffix(".partial")
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; choose another run directory"
+        ) from error
+
+
+def read_config(run: str | Path) -> dict[str, Any]:
+    """Return config.json as a dictionary.
+
+    Raises:
+      UserError: no run directory, or its config.json is unreadable or of another version.
+    """
+    run, path = Path(run), Path(run) / CONFIG_FILE
+    if not run.is_dir():
+        raise UserError(f"{run} is not a directory: give the directory of a training run")
+    if not path.is_file():
+        raise UserError(f"{run} is not a run directory: it has no {CONFIG_FILE}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{error.lineno} is not valid JSON: {error.msg}; restore the file"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}; restore the file") from error
+    version = config.get("version") if isinstance(config, dict) else None
+    if version != CONFIG_VERSION:
+        raise UserError(
+            f"{path} has version {version}, this jaxformer reads version {CONFIG_VERSION}: "
+            "use the jaxformer that trained the model"
+        )
+    return config
+
+
+def read_model_config(run: str | Path) -> TransformerConfig:
+    """Return the configuration of the run's model; raises `UserError` like `read_config`."""
+    path, fields = Path(run) / CONFIG_FILE, read_config(run).get("model")
+    if not isinstance(fields, dict):
+        raise UserError(f'{path} has no "model" section: use the config.json of a training run')
+    try:
+        return TransformerConfig.from_dict(fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def load_tokenizers(run: str | Path) -> tuple[Tokenizer, Tokenizer]:
+    """Return the source and the target tokenizer: one object twice if the vocabulary is joint.
+
+    Raises:
+      UserError: the directory holds neither a joint tokenizer nor a pair.
+    """
+    run = Path(run)
+    if (run / TOKENIZER_FILE).is_file():
+        joint = Tokenizer.load(run / TOKENIZER_FILE)
+        return joint, joint
+    pair = run / SOURCE_TOKENIZER_FILE, run / TARGET_TOKENIZER_FILE
+    for path in pair:
+        if not path.is_file():
+            raise UserError(
+                f"{run} has no tokenizer: neither {TOKENIZER_FILE} nor {path.name} is there; "
+                "copy it from where the model was trained"
+            )
+    return Tokenizer.load(pair[0]), Tokenizer.load(pair[1])
+
+
+def checkpoint_steps(run: str | Path) -> list[int]:
+    """Return the steps of the finished checkpoints in ascending order, [] if there are none."""
+    directory = Path(run) / CHECKPOINTS_DIR
+    if not directory.is_dir():
+        return []
+    # A checkpoint that is still being written has a longer name.
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+
+
+def best_step(run: str | Path) -> int | None:
+    """Return the step with the best validation metric, None if no checkpoint was evaluated.
+
+    Each checkpoint says by which metric its training selects; the newest one decides. Of equals
+    the latest is the best.
+    """
+    directory = Path(run) / CHECKPOINTS_DIR
+    records = {
+        step: json.loads(path.read_text())
+        for step in reversed(checkpoint_steps(run))
+        if (path := directory / str(step) / METRICS / METRICS).is_file()
+    }
+    if not records:
+        return None
+    newest = records[max(records)]
+    metric = newest["metric"]
+    scores = {step: r["values"][metric] for step, r in records.items() if metric in r["values"]}
+    select = min if newest["mode"] == "min" else max
+    return select(scores, key=scores.__getitem__, default=None)
+
+
+def find_checkpoint(run: str | Path, checkpoint: int | str | None = None) -> Path:
+    """Return the directory of a checkpoint: "average", "best", "last" or a step.
+
+    None stands for the average, unless training went on after it was made; otherwise for the best
+    checkpoint; otherwise for the last.
+
+    Raises:
+      UserError: there is no such checkpoint, or none at all yet.
+    """
+    directory, steps = Path(run) / CHECKPOINTS_DIR, checkpoint_steps(run)
+    average = directory / AVERAGE
+    if not steps and not average.is_dir():
+        raise UserError(f"{run} has no checkpoint yet: train longer, or give another run")
+    if checkpoint is None:
+        if average.is_dir() and _newest_when_averaged(average) >= max(steps, default=0):
+            return average
+        best = best_step(run)
+        return directory / str(max(steps) if best is None else best)
+    if checkpoint == AVERAGE and average.is_dir():
+        return average
+    if checkpoint == "best" and (best := best_step(run)) is not None:
+        return directory / str(best)
+    if checkpoint == "last" and steps:
+        return directory / str(steps[-1])
+    if str(checkpoint).isdecimal() and int(checkpoint) in steps:
+        return directory / str(int(checkpoint))
+    raise UserError(
+        f"{run} has no checkpoint {checkpoint!r}: choose average, best or last, "
+        f"as far as they are there, or one of the steps {', '.join(map(str, steps)) or '(none)'}"
+    )
+
+
+def load_params(run: str | Path, checkpoint: int | str | None = None) -> dict[str, Any]:
+    """Return a checkpoint's parameters: nested dictionaries of numpy arrays, as they were saved.
+
+    Args:
+      run: the run directory.
+      checkpoint: as for `find_checkpoint`.
+
+    Only this process reads; among several, each may call it on its own.
+
+    Raises:
+      UserError: there is no such checkpoint, or it is damaged.
+    """
+    return read_arrays(find_checkpoint(run, checkpoint) / PARAMS)
+
+
+def read_arrays(path: Path) -> dict[str, Any]:
+    """Return the pytree of arrays that orbax saved in the directory `path`, as numpy arrays.
+
+    Raises:
+      UserError: orbax is not installed, or the directory is incomplete or damaged.
+    """
+    try:
+        import jax
+        import numpy as np
+        import orbax.checkpoint as ocp
+        from etils import epath
+    except ImportError as error:
+        raise UserError("reading a checkpoint needs orbax: pip install orbax-checkpoint") from error
+
+    # The bare handler, unlike orbax's checkpointers, waits for no other process.
+    handler = ocp.PyTreeCheckpointHandler()
+    directory = epath.Path(path.absolute())
+    try:
+        saved = handler.metadata(directory).tree
+        # Numpy arrays, because the devices that the checkpoint names may not be here.
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        return handler.restore(directory, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read {path}: {reason(error)}; copy the checkpoint again or choose another"
+        ) from error
+    finally:
+        handler.close()
+
+
+def reason(error: Exception) -> str:
+    """Return what a person can use of an error of orbax, as one line.
+
+    Tensorstore nests its messages, `failed "path": failed "path": reason [tensorstore_spec=…`.
+    """
+    text = str(error).partition(" [tensorstore_spec=")[0].partition(" [os_error_code=")[0]
+    lines = text.rpartition('": ')[2].splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _newest_when_averaged(average: Path) -> int:
+    return json.loads((average / INFO / "metadata").read_text())["latest"]

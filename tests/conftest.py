@@ -1,0 +1,22 @@
+"""Eight CPU devices for every test; shapes in jaxformer's annotations are checked at run time."""
+
+import os
+
+# Must stand before JAX first looks for devices. What the caller has set wins: with
+# JAX_PLATFORMS=cuda the same tests run on a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    )
+# A test that asks the hub for something fails at once, with or without a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+from jaxtyping import install_import_hook
+
+# No deadline: the example that compiles takes longer than the others.
+hypothesis.settings.register_profile("jaxformer", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("jaxformer")
+
+install_import_hook("jaxformer", "beartype.beartype")

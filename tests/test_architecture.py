@@ -1,0 +1,173 @@
+"""Imports point one way, the library stays light, and what is public is documented."""
+
+import ast
+import graphlib
+import inspect
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import jaxformer
+
+ROOT = Path(__file__).parent.parent
+
+# The modules of jaxformer, leaves first; each with those that it may import.
+BASE = {"config", "errors"}
+MODEL = BASE | {"attention", "cache", "dropout", "layers", "losses", "masks", "positions"}
+FILES = BASE | {"run", "tokenizer"}
+MAY_IMPORT = {
+    "errors": set(),
+    "config": {"errors"},
+    "cache": set(),
+    "decoding": {"config"},
+    "dropout": set(),
+    "losses": {"config"},
+    "masks": {"config"},
+    "positions": set(),
+    "schedules": {"errors"},
+    "attention": {"cache", "dropout", "masks"},
+    "layers": BASE | {"dropout", "positions"},
+    "transformer": MODEL,
+    "tokenizer": BASE,
+    "run": FILES,
+    "translator": MODEL | FILES | {"decoding", "transformer"},
+    "interop": MODEL | FILES | {"transformer"},
+    "cli": FILES | {"interop", "translator"},
+}
+MAY_IMPORT["__init__"] = set(MAY_IMPORT) - {"cli"}
+
+# What only training from text needs, or is slow to import. (Flax itself imports rich and absl.)
+NEVER_IN_JAXFORMER = {"absl", "datasets", "logging", "matplotlib", "rich", "tensorboardX", "train"}
+IMPORTED_WHERE_USED = {"orbax", "sacrebleu", "sentencepiece", "torch"}
+
+
+def imports(path: Path, *, top_level: bool = False) -> set[str]:
+    """Dotted names that the file imports, anywhere or only when it is itself imported."""
+
+    def statements(node: ast.AST) -> Iterator[ast.AST]:
+        for child in ast.iter_child_nodes(node):
+            yield child
+            if not (top_level and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)):
+                yield from statements(child)
+
+    names = set()
+    for node in statements(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute here"
+            assert node.module is not None
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def project_imports() -> dict[str, set[str]]:
+    """The import graph of jaxformer and train: module -> modules, each by its full dotted name."""
+    paths = {module_name(path): path for path in sources("jaxformer") + sources("train")}
+
+    def defining_modules(name: str) -> Iterator[str]:
+        # `from a.b import c`: c may be a module or a name in a.b. Importing a.b also runs
+        # a/__init__.py, but that is no choice of the importing file.
+        if name in paths:
+            yield name
+        elif (parent := name.rpartition(".")[0]) in paths:
+            yield parent
+
+    return {
+        module: {found for name in imports(path) for found in defining_modules(name)}
+        for module, path in paths.items()
+    }
+
+
+def packages(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("path", sources("jaxformer"), ids=module_name)
+def test_jaxformer_modules_import_only_what_lies_below_them(path):
+    layer, *_ = path.relative_to(ROOT / "jaxformer").with_suffix("").parts
+    assert layer in MAY_IMPORT, f"say in MAY_IMPORT what the new module {layer} may import"
+    # A plain `import jaxformer`, for what the namespace collects, stays in the set as it is.
+    internal = {
+        name.removeprefix("jaxformer.")
+        for name in imports(path)
+        if packages({name}) == {"jaxformer"}
+    }
+    assert packages(internal) <= MAY_IMPORT[layer] | {layer}
+
+
+@pytest.mark.parametrize("path", sources("jaxformer"), ids=module_name)
+def test_jaxformer_leaves_heavy_packages_to_those_who_use_them(path):
+    assert not packages(imports(path)) & NEVER_IN_JAXFORMER
+    assert not packages(imports(path, top_level=True)) & IMPORTED_WHERE_USED
+
+
+def test_no_import_cycles():
+    graphlib.TopologicalSorter(project_imports()).prepare()  # raises CycleError, naming the cycle
+
+
+def test_the_training_step_knows_no_runner():
+    graph = project_imports()
+
+    def reachable(module: str) -> set[str]:
+        return {module}.union(*(reachable(found) for found in graph[module]))
+
+    assert "train.parallel" not in reachable("train.step")
+    assert "train.loop" not in reachable("train.parallel")
+
+
+def test_importing_jaxformer_loads_no_data_checkpoint_or_plotting_package():
+    heavy = IMPORTED_WHERE_USED | {"datasets", "matplotlib", "pandas", "pyarrow", "train", "tyro"}
+    program = f"import sys, jaxformer; print(*sorted({heavy!r} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
+
+
+def own_docstring(member: object) -> str | None:
+    doc = vars(member).get("__doc__") if inspect.isclass(member) else member.__doc__
+    # Dataclasses and named tuples without one are given "Name(field: type, ...)".
+    return None if doc and doc.startswith(f"{getattr(member, '__name__', '')}(") else doc
+
+
+def test_public_names_are_documented():
+    documented = {}
+    for name in jaxformer.__all__:
+        public = getattr(jaxformer, name)
+        if inspect.isclass(public) or inspect.isroutine(public):
+            documented[name] = public
+        if inspect.isclass(public):
+            # vars(), not dir(): what a base class documents is not asked for again.
+            documented |= {
+                f"{name}.{attribute}": member
+                for attribute, member in vars(public).items()
+                if (inspect.isroutine(member) or isinstance(member, property))
+                and not attribute.startswith("_")
+                and attribute != "setup"  # linen's; its contract is flax's
+            }
+    assert [name for name, member in documented.items() if not own_docstring(member)] == []
+
+
+def test_the_wheel_holds_jaxformer_alone(tmp_path):
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel"]
+    subprocess.run([*build, "--directory", str(tmp_path)], cwd=ROOT, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    files = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
+    assert {path.relative_to(ROOT) for path in sources("jaxformer")} <= files
+    assert Path("jaxformer/py.typed") in files
+    others = {path.parts[0] for path in files} - {"jaxformer"}
+    assert others == {f"jaxformer-{jaxformer.__version__}.dist-info"}

@@ -1,0 +1,313 @@
+import hashlib
+import re
+import unicodedata
+from collections import Counter
+from itertools import islice
+from typing import get_args
+
+import pytest
+
+from train.data.builtin import SHARES, SIZES, Split, builtin, drawn, english, korean, lexicon
+from train.data.builtin.clause import Predicate, question, sentence, statement
+from train.data.builtin.draw import Draw
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return {split: builtin(split) for split in get_args(Split)}
+
+
+def words(sentence):
+    return re.findall(r"[\w']+", sentence.lower())
+
+
+# ---- Korean, mostly with words that are not in the lexicon ----
+
+
+def test_letters_are_those_of_unicode():
+    for code in range(ord("가"), ord("힣") + 1):
+        initial, vowel, *final = unicodedata.normalize("NFD", chr(code))
+        expected = (
+            korean.INITIALS[ord(initial) - 0x1100],
+            korean.VOWELS[ord(vowel) - 0x1161],
+            korean.FINALS[ord(final[0]) - 0x11A7 if final else 0],
+        )
+        assert korean.letters(chr(code)) == expected
+        assert korean.syllable(*expected) == chr(code)
+    with pytest.raises(ValueError, match="'a' is not a Hangul syllable"):
+        korean.topic("banana")
+
+
+@pytest.mark.parametrize(
+    ("noun", "forms"),
+    [
+        ("물", "물은 물이 물을 물로 물과"),
+        ("집", "집은 집이 집을 집으로 집과"),
+        ("서울", "서울은 서울이 서울을 서울로 서울과"),
+        ("바다", "바다는 바다가 바다를 바다로 바다와"),
+        ("닭", "닭은 닭이 닭을 닭으로 닭과"),
+        ("나", "나는 내가 나를 나로 나와"),
+        ("너", "너는 네가 너를 너로 너와"),
+        ("누구", "누구는 누가 누구를 누구로 누구와"),
+    ],
+)
+def test_particles_depend_on_the_final_consonant(noun, forms):
+    particles = (korean.topic, korean.subject, korean.object_, korean.by, korean.with_)
+    assert [particle(noun) for particle in particles] == forms.split()
+
+
+@pytest.mark.parametrize(
+    ("stem", "present", "past", "future", "asked", "before_noun", "so"),
+    [
+        ("가", "간다", "갔다", "갈 것이다", "가니", "가는", "가서"),
+        ("서", "선다", "섰다", "설 것이다", "서니", "서는", "서서"),
+        ("오", "온다", "왔다", "올 것이다", "오니", "오는", "와서"),
+        ("보", "본다", "봤다", "볼 것이다", "보니", "보는", "봐서"),
+        ("마시", "마신다", "마셨다", "마실 것이다", "마시니", "마시는", "마셔서"),
+        ("배우", "배운다", "배웠다", "배울 것이다", "배우니", "배우는", "배워서"),
+        ("켜", "켠다", "켰다", "켤 것이다", "켜니", "켜는", "켜서"),
+        ("보내", "보낸다", "보냈다", "보낼 것이다", "보내니", "보내는", "보내서"),
+        ("쉬", "쉰다", "쉬었다", "쉴 것이다", "쉬니", "쉬는", "쉬어서"),
+        ("되", "된다", "되었다", "될 것이다", "되니", "되는", "되어서"),
+        ("일하", "일한다", "일했다", "일할 것이다", "일하니", "일하는", "일해서"),
+        ("쓰", "쓴다", "썼다", "쓸 것이다", "쓰니", "쓰는", "써서"),
+        ("모으", "모은다", "모았다", "모을 것이다", "모으니", "모으는", "모아서"),
+        ("부르", "부른다", "불렀다", "부를 것이다", "부르니", "부르는", "불러서"),
+        ("고르", "고른다", "골랐다", "고를 것이다", "고르니", "고르는", "골라서"),
+        ("먹", "먹는다", "먹었다", "먹을 것이다", "먹니", "먹는", "먹어서"),
+        ("잡", "잡는다", "잡았다", "잡을 것이다", "잡니", "잡는", "잡아서"),
+        ("돕", "돕는다", "도왔다", "도울 것이다", "돕니", "돕는", "도와서"),
+        ("받", "받는다", "받았다", "받을 것이다", "받니", "받는", "받아서"),
+        ("듣", "듣는다", "들었다", "들을 것이다", "듣니", "듣는", "들어서"),
+        ("걷", "걷는다", "걸었다", "걸을 것이다", "걷니", "걷는", "걸어서"),
+        ("알", "안다", "알았다", "알 것이다", "아니", "아는", "알아서"),
+        ("만들", "만든다", "만들었다", "만들 것이다", "만드니", "만드는", "만들어서"),
+    ],
+)
+def test_verbs(stem, present, past, future, asked, before_noun, so):
+    assert korean.finite(stem, "verb", "present") == present
+    assert korean.finite(stem, "verb", "past") == past
+    assert korean.finite(stem, "verb", "future") == future
+    assert korean.finite(stem, "verb", "present", question=True) == asked
+    assert korean.adnominal(stem, "verb") == before_noun
+    assert korean.so(stem) == so
+    assert korean.finite(stem, "verb", "present", negative=True) == f"{stem}지 않는다"
+    assert korean.finite(stem, "verb", "past", negative=True) == f"{stem}지 않았다"
+    assert korean.finite(stem, "verb", "future", negative=True) == f"{stem}지 않을 것이다"
+
+
+@pytest.mark.parametrize(
+    ("stem", "before_noun", "past", "future"),
+    [
+        ("크", "큰", "컸다", "클 것이다"),
+        ("작", "작은", "작았다", "작을 것이다"),
+        ("예쁘", "예쁜", "예뻤다", "예쁠 것이다"),
+        ("아프", "아픈", "아팠다", "아플 것이다"),
+        ("덥", "더운", "더웠다", "더울 것이다"),
+        ("아름답", "아름다운", "아름다웠다", "아름다울 것이다"),
+        ("좁", "좁은", "좁았다", "좁을 것이다"),
+        ("멀", "먼", "멀었다", "멀 것이다"),
+        ("다르", "다른", "달랐다", "다를 것이다"),
+        ("좋", "좋은", "좋았다", "좋을 것이다"),
+        ("하얗", "하얀", "하얬다", "하얄 것이다"),
+        ("빨갛", "빨간", "빨갰다", "빨갈 것이다"),
+        ("재미있", "재미있는", "재미있었다", "재미있을 것이다"),
+        ("키가 크", "키가 큰", "키가 컸다", "키가 클 것이다"),
+    ],
+)
+def test_adjectives(stem, before_noun, past, future):
+    assert korean.adnominal(stem, "adjective") == before_noun
+    assert korean.finite(stem, "adjective", "present") == f"{stem}다"
+    assert korean.finite(stem, "adjective", "past") == past
+    assert korean.finite(stem, "adjective", "future") == future
+    assert korean.finite(stem, "adjective", "present", negative=True) == f"{stem}지 않다"
+
+
+def test_being_a_thing_and_being_there():
+    def be(noun, tense="present", **how):
+        return korean.finite(noun, "copula", tense, **how)
+
+    assert [be("책"), be("책", "past"), be("책", "future")] == [
+        "책이다",
+        "책이었다",
+        "책이 될 것이다",
+    ]
+    assert [be("배우"), be("배우", "past")] == ["배우다", "배우였다"]
+    assert [be("책", negative=True), be("배우", "past", negative=True)] == [
+        "책이 아니다",
+        "배우가 아니었다",
+    ]
+    assert [be("책", question=True), be("배우", "past", question=True)] == ["책이니", "배우였니"]
+    assert korean.finite("있", "adjective", "past", negative=True) == "없었다"
+    assert korean.finite("자고 있", "adjective", "past", negative=True) == "자고 있지 않았다"
+
+
+# ---- English ----
+
+
+def test_english_forms():
+    forms = {
+        verb: (english.with_s(verb), english.past(verb), english.ing(verb))
+        for verb in (
+            "plan",
+            "visit",
+            "read",
+            "study",
+            "enjoy",
+            "watch",
+            "fix",
+            "swim",
+            "make",
+            "draw",
+        )
+    }
+    assert forms == {
+        "plan": ("plans", "planned", "planning"),
+        "visit": ("visits", "visited", "visiting"),
+        "read": ("reads", "read", "reading"),
+        "study": ("studies", "studied", "studying"),
+        "enjoy": ("enjoys", "enjoyed", "enjoying"),
+        "watch": ("watches", "watched", "watching"),
+        "fix": ("fixes", "fixed", "fixing"),
+        "swim": ("swims", "swam", "swimming"),
+        "make": ("makes", "made", "making"),
+        "draw": ("draws", "drew", "drawing"),
+    }
+    assert english.finite("listen to", "third", "past") == "listened to"
+    assert english.finite("have", "third", "present") == "has"
+    assert english.finite("go", "third", "present", negative=True) == "does not go"
+    assert english.plural("kind woman") == "kind women"
+    assert english.article("old book") == "an old book"
+
+
+def test_parts_of_a_sentence_are_in_mirror_order():
+    parts = (("a book", "책을"), ("at the library", "도서관에서"), ("in the morning", "아침에"))
+    read = Predicate("read", "읽", "verb", parts)
+    minsu = lexicon.NAMES[1]
+    assert sentence(statement(minsu, read)) == (
+        "Minsu reads a book at the library in the morning.",
+        "민수는 아침에 도서관에서 책을 읽는다.",
+    )
+    assert sentence(question(minsu, read, "past"), "?") == (
+        "Did Minsu read a book at the library in the morning?",
+        "민수는 아침에 도서관에서 책을 읽었니?",
+    )
+
+
+# ---- the corpus ----
+
+# Read by a speaker of Korean; what is in the corpus has to be so.
+EXAMPLES = """
+I go home.|나는 집에 간다.
+"""
+
+
+def test_examples(corpus):
+    pairs = {pair for split in corpus.values() for pair in split}
+    examples = {tuple(line.split("|")) for line in EXAMPLES.strip().splitlines()}
+    assert len(examples) >= 12
+    assert examples <= pairs
+    assert ("I go home.", "나는 집에 간다.") in corpus["train"]
+
+
+def test_sizes_and_lengths(corpus):
+    assert {split: len(pairs) for split, pairs in corpus.items()} == SIZES
+    for pairs in corpus.values():
+        assert all(3 <= len(source.split()) <= 14 for source, _ in pairs)
+
+
+def test_translation_is_one_to_one():
+    # Before duplicates are removed, so that the grammar itself is seen to be consistent.
+    there, back = {}, {}
+    for source, target in islice(drawn(seed=1), 40_000):
+        assert there.setdefault(source, target) == target
+        assert back.setdefault(target, source) == source
+
+
+def test_no_sentence_is_in_two_splits(corpus):
+    for side in (0, 1):
+        sentences = [pair[side] for pairs in corpus.values() for pair in pairs]
+        assert len(set(sentences)) == len(sentences) == sum(SIZES.values())
+
+
+def test_every_word_is_in_the_training_split(corpus):
+    trained = Counter(word for source, _ in corpus["train"] for word in words(source))
+    asked = {
+        word for split in ("test", "validation") for s, _ in corpus[split] for word in words(s)
+    }
+    assert asked <= set(trained)
+    # A form of a Korean word may be new, but no more than that.
+    trained = {form for _, target in corpus["train"] for form in words(target)}
+    new = [form for _, target in corpus["test"] for form in words(target) if form not in trained]
+    assert len(new) < 10
+
+
+def test_every_word_is_seen_often_enough_to_be_learnt(corpus):
+    sentences_with = Counter()  # of phrases of one to three words
+    for source, _ in corpus["train"]:
+        row = words(source)
+        sentences_with.update(
+            {tuple(row[i : i + n]) for n in (1, 2, 3) for i in range(len(row) - n + 1)}
+        )
+    frames = lexicon.FRAMES + lexicon.GIVING + lexicon.LIKING
+    forms = {noun.english: {noun.english, noun.plural} for f in frames for noun in f.objects}
+    forms |= {word: {word} for word in (*lexicon.STEMS, *lexicon.PLACES)}
+    forms |= {person.english: {person.english} for person in lexicon.ANYONE}
+    for frame in frames:
+        verb, _, rest = frame.english.partition(" ")
+        past = f"{english.past(verb)} {rest}".strip()
+        forms[frame.english] = {frame.english, past, english.ing(frame.english)}
+    rare = {
+        word: count
+        for word, variants in forms.items()
+        if (count := sum(sentences_with[tuple(words(form))] for form in variants)) < 50
+    }
+    assert rare == {}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_every_phenomenon_is_well_represented(corpus, split):
+    patterns = {
+        "present": "[가-힣]는?다[.]",
+        "past": "[았었갔했왔봤]다[.]",
+        "future": "것이다[.]",
+        "negative": "지 않",
+        "yes or no": "^(?!.*(무엇|누구|누가|어디|언제|왜|어떻게|몇)).*니[?]",
+        "question word": "(무엇|누구|누가|어디|언제|왜|어떻게|몇).*니[?]",
+        "counter": "(한|두|세|네|다섯|여섯|일곱|여덟|아홉|열) (개|권|마리|대|잔|장|벌|송이)",
+        "hour": "(한|두|세|네|다섯|여섯|일곱|여덟|아홉|열|열한|열두) 시에",
+        "place": "에서 ",
+        "goal": "집에|학교에|에 [간갔왔온]",
+        "means": "로 ",
+        "company": "[과와] 함께",
+        "and": "고 ",
+        "but": "지만 ",
+        "because": "[아어해뻐퍼워와파]서 ",
+        "relative clause": "(가|이) (산|만든|그린|고른|쓴) ",
+        "attribute": "(새|큰|작은|예쁜|까만|맛있는|긴|차가운) ",
+    }
+    share = {
+        name: sum(bool(re.search(pattern, target)) for _, target in corpus[split]) / SIZES[split]
+        for name, pattern in patterns.items()
+    }
+    assert {name: part for name, part in share.items() if part < 0.01} == {}
+
+
+def test_sentence_types_differ_and_all_are_used():
+    kinds = {kind: {kind(draw) for _ in range(50)} for kind in SHARES for draw in [Draw(2)]}
+    assert all(len(pairs) > 20 for pairs in kinds.values())
+    assert all(kind.__doc__ for kind in SHARES)
+
+
+def test_particles_and_articles_agree_everywhere(corpus):
+    for source, target in corpus["train"]:
+        assert not re.search(r"\b(a [aeiou]|an [^aeiou])", source, re.IGNORECASE), source
+        for word in words(target):
+            stem, particle = word[:-1], word[-1]
+            if particle in "를을" and stem:
+                assert (korean.final(stem) == "") == (particle == "를"), target
+
+
+def test_the_corpus_is_the_same_everywhere(corpus):
+    text = "\n".join("\t".join(pair) for split in sorted(corpus) for pair in corpus[split])
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "?"

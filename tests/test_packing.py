@@ -1,0 +1,275 @@
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxformer.errors import UserError
+from train.data.batches import Batches, epoch_order
+from train.data.corpus import EncodedCorpus, encode_corpus
+from train.data.packing import choose_source_length, pack, pack_in_order, shuffle
+from train.data.tokenizer import learn_tokenizers
+
+# Pairs of lengths with eos; 1 is an empty sentence.
+LENGTHS = st.lists(st.tuples(st.integers(1, 13), st.integers(1, 17)), min_size=1, max_size=60)
+IDS = pa.list_(pa.int32())
+
+
+def corpus_of(lengths, seed=0):
+    """A corpus of random tokens, in Arrow chunks of three pairs, as a file would have."""
+    rng = np.random.default_rng(seed)
+    sides = [
+        [[*rng.integers(4, 99, n - 1), 2] for n in side] for side in zip(*lengths, strict=True)
+    ]
+    chunks = [
+        pa.chunked_array([pa.array(side[i : i + 3], IDS) for i in range(0, len(side), 3)])
+        for side in sides
+    ]
+    return EncodedCorpus(pa.table({"source": chunks[0], "target": chunks[1]})), sides
+
+
+def rows_of(packing):
+    return [
+        packing.pairs[start:stop].tolist()
+        for start, stop in zip(packing.offsets[:-1], packing.offsets[1:], strict=True)
+    ]
+
+
+def check_capacity(packing, source, target):
+    rows = rows_of(packing)
+    assert all(rows)
+    assert all(source[row].sum() <= packing.source_length for row in rows)
+    assert all(target[row].sum() <= packing.target_length for row in rows)
+    positions = len(rows) * packing.target_length
+    assert packing.target_fill == pytest.approx(target[packing.pairs].sum() / positions)
+
+
+@given(LENGTHS, st.integers(11, 23), st.integers(13, 29), st.integers(1, 25), st.integers(0, 5))
+def test_every_pair_is_in_one_row_or_named(lengths, source_length, target_length, window, seed):
+    source, target = np.array([(2, 2), *lengths]).T  # one pair that fits, so that there is a row
+    packing = pack(
+        source,
+        target,
+        source_length=source_length,
+        target_length=target_length,
+        seed=seed,
+        window=window,
+    )
+    everything = np.concatenate([packing.pairs, packing.empty, packing.too_long])
+    assert sorted(everything.tolist()) == list(range(len(source)))
+    assert all(source[i] == 1 or target[i] == 1 for i in packing.empty)
+    assert all(source[i] > source_length or target[i] > target_length for i in packing.too_long)
+    check_capacity(packing, source, target)
+
+
+@given(LENGTHS)
+def test_evaluation_keeps_order_and_every_pair(lengths):
+    source, target = np.array(lengths).T
+    packing = pack_in_order(source, target, source_length=7, target_length=11)
+    assert packing.pairs.tolist() == list(range(len(source)))
+    assert packing.source_length >= source.max() and packing.source_length % 8 == 0
+    assert packing.target_length >= target.max() and packing.target_length % 8 == 0
+    check_capacity(packing, source, target)
+
+
+def translation_lengths(pairs, seed=0):
+    """Lengths like those of captions: 15 tokens in the mean, the sides alike but not equal."""
+    rng = np.random.default_rng(seed)
+    common = rng.normal(2.6, 0.33, pairs)
+    sides = np.exp(common + rng.normal(0, 0.12, (2, pairs)))
+    return np.clip(sides, 3, 60).astype(np.int32) + 1
+
+
+@pytest.mark.parametrize("target_length", [64, 128])
+def test_target_rows_are_full(target_length):
+    source, target = translation_lengths(20_000)
+    source_length = choose_source_length(source, target, target_length, seed=0)
+    packing = pack(source, target, source_length=source_length, target_length=target_length, seed=0)
+    assert source_length % 8 == 0
+    assert source_length <= 1.25 * target_length
+    assert packing.target_fill >= 0.97
+    assert len(packing.too_long) <= 0.001 * len(source)
+
+
+def test_source_length_follows_the_corpus():
+    source, target = translation_lengths(5_000)
+    # Half or twice the tokens, say characters against pieces: the row shrinks or grows with them.
+    assert choose_source_length(source // 2 + 1, target, 64, seed=0) <= 48
+    assert choose_source_length(source * 2, target, 64, seed=0) >= 120
+    # Three sentences cannot fill rows, and still get a length that holds them.
+    few = choose_source_length(np.array([5, 9, 30]), np.array([6, 6, 6]), 64, seed=0)
+    assert 30 <= few <= 48
+
+
+def test_windows_cost_little():
+    source, target = translation_lengths(20_000)
+    lengths = {"source_length": 72, "target_length": 64, "seed": 0}
+    whole = pack(source, target, **lengths, window=20_000)
+    parts = pack(source, target, **lengths, window=2_000)
+    assert parts.num_rows < 1.02 * whole.num_rows
+    # No row mixes windows: only one window has to be in memory at a time.
+    order = {pair: place for place, pair in enumerate(shuffle(20_000, 0).tolist())}
+    assert all(len({order[pair] // 2_000 for pair in row}) == 1 for row in rows_of(parts))
+
+
+def test_nothing_fits():
+    with pytest.raises(UserError, match=r"no training pair fits a row of 8 source and 8 target"):
+        pack(np.array([9, 1]), np.array([3, 3]), source_length=8, target_length=8, seed=0)
+    with pytest.raises(UserError, match="no training pair fits"):
+        choose_source_length(np.array([1]), np.array([5]), 8, seed=0)
+
+
+def test_order_is_the_same_on_every_machine():
+    source, target = translation_lengths(50)
+    packing = pack(source, target, source_length=64, target_length=64, seed=7)
+    assert shuffle(7, 7).tolist() == [6, 3, 4, 0, 2, 5, 1]
+    assert epoch_order(7, seed=7, epoch=0).tolist() == [1, 3, 2, 4, 5, 0, 6]
+    again = pack(source, target, source_length=64, target_length=64, seed=7)
+    other = pack(source, target, source_length=64, target_length=64, seed=8)
+    assert again.pairs.tolist() == packing.pairs.tolist() != other.pairs.tolist()
+
+
+def batches_of(lengths, rows_per_batch, seed=3, source_length=19, target_length=23):
+    corpus, sides = corpus_of(lengths)
+    packing = pack(
+        corpus.source.lengths,
+        corpus.target.lengths,
+        source_length=source_length,
+        target_length=target_length,
+        seed=seed,
+    )
+    return Batches(corpus, packing, rows_per_batch, seed=seed), sides
+
+
+def unpack(batch):
+    """The pairs in a batch, read segment by segment, each input checked against its labels."""
+    pairs = []
+    for r in range(len(batch["labels"])):
+        row = {name: array[r] for name, array in batch.items()}
+        source_segments, target_segments = row["source_segment_ids"], row["target_segment_ids"]
+        assert set(source_segments.tolist()) - {0} == set(target_segments.tolist()) - {0}
+        for name, segments in (("source_ids", source_segments), ("labels", target_segments)):
+            used = np.count_nonzero(segments)
+            assert (np.diff(segments[:used]) >= 0).all() and not segments[used:].any()
+            assert ((row[name] > 0) == (segments > 0)).all()
+        for segment in range(1, target_segments.max() + 1):
+            inputs = row["target_ids"][target_segments == segment].tolist()
+            labels = row["labels"][target_segments == segment].tolist()
+            assert inputs == [1, *labels[:-1]]
+            pairs.append((row["source_ids"][source_segments == segment].tolist(), labels))
+        assert not row["target_ids"][target_segments == 0].any()
+    return pairs
+
+
+@given(LENGTHS, st.integers(1, 7), st.integers(0, 3))
+def test_an_epoch_holds_every_pair_once(lengths, rows_per_batch, epoch):
+    lengths = [(max(source, 2), max(target, 2)) for source, target in lengths]
+    batches, sides = batches_of(lengths, rows_per_batch)
+    steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
+    seen = []
+    for step in steps:
+        batch = batches.at(step)
+        assert {name: array.shape for name, array in batch.items()} == {
+            "source_ids": (rows_per_batch, 19),
+            "source_segment_ids": (rows_per_batch, 19),
+            "target_ids": (rows_per_batch, 23),
+            "labels": (rows_per_batch, 23),
+            "target_segment_ids": (rows_per_batch, 23),
+        }
+        assert {array.dtype for array in batch.values()} == {np.dtype(np.int32)}
+        seen += unpack(batch)
+    assert sorted(seen) == sorted(zip(*sides, strict=True))
+
+
+@given(LENGTHS, st.integers(1, 5))
+def test_evaluation_batches_hold_every_pair_in_order(lengths, rows_per_batch):
+    corpus, sides = corpus_of(lengths)
+    packing = pack_in_order(
+        corpus.source.lengths, corpus.target.lengths, source_length=8, target_length=8
+    )
+    batches = Batches(corpus, packing, rows_per_batch, seed=None)
+    seen = [pair for step in range(batches.steps_per_epoch) for pair in unpack(batches.at(step))]
+    assert seen == list(zip(*sides, strict=True))
+
+
+def test_a_batch_depends_on_its_step_alone():
+    source, target = translation_lengths(300)
+    lengths = list(zip(source.tolist(), target.tolist(), strict=True))
+    options = {"rows_per_batch": 8, "source_length": 72, "target_length": 64}
+    onward, _ = batches_of(lengths, **options)
+    steps = list(range(3 * onward.steps_per_epoch))
+    forward = [onward.at(step) for step in steps]
+    resumed, _ = batches_of(lengths, **options)
+    for step in reversed(steps):
+        for name, array in resumed.at(step).items():
+            np.testing.assert_array_equal(array, forward[step][name])
+    # Epochs differ, and so do seeds.
+    first = forward[0]["labels"]
+    assert not np.array_equal(first, forward[onward.steps_per_epoch]["labels"])
+    other, _ = batches_of(lengths, **options, seed=4)
+    assert not np.array_equal(first, other.at(0)["labels"])
+
+
+def test_hosts_share_a_batch():
+    source, target = translation_lengths(300)
+    lengths = list(zip(source.tolist(), target.tolist(), strict=True))
+    batches, _ = batches_of(lengths, 24, source_length=72, target_length=64)
+    for step in (0, batches.steps_per_epoch - 1):  # the last one ends with empty rows
+        whole = batches.at(step)
+        parts = [batches.at(step, slice(first, first + 8)) for first in (0, 8, 16)]
+        for name, array in whole.items():
+            np.testing.assert_array_equal(array, np.concatenate([part[name] for part in parts]))
+    assert not whole["labels"][-1].any()
+
+
+def test_sentences_of_a_sliced_table():
+    corpus, sides = corpus_of([(n, n + 1) for n in range(2, 13)])
+    assert len(corpus) == 11
+    assert corpus.target.lengths.tolist() == list(range(3, 14))
+    rows = np.array([7, 0, 7, 10])
+    assert corpus.source.take(rows).tolist() == [token for row in rows for token in sides[0][row]]
+    assert corpus.source.take(np.array([], int)).dtype == np.int32
+    table = pa.table({"source": sides[0], "target": sides[1]}).slice(4, 5)
+    sliced = EncodedCorpus(table.cast(pa.schema(dict.fromkeys(table.schema.names, IDS))))
+    assert sliced.source.lengths.tolist() == [6, 7, 8, 9, 10]
+    assert sliced.source.take(np.array([2])).tolist() == sides[0][6]
+
+
+@pytest.fixture(scope="module")
+def text():
+    korean = [f"{n}번 고양이가 학교에 간다" for n in range(60)]
+    return datasets.Dataset.from_dict(
+        {"source": [f"cat number {n} goes to school" for n in range(60)], "target": korean}
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizers(text, tmp_path_factory):
+    return learn_tokenizers(text, tmp_path_factory.mktemp("run"), vocab_size=60, joint=False)
+
+
+def test_corpus_is_the_text_with_eos(text, tokenizers, tmp_path):
+    corpus = encode_corpus(text, *tokenizers, tmp_path)
+    for row in (0, 59):
+        for side, tokenizer in zip(("source", "target"), tokenizers, strict=True):
+            ids = getattr(corpus, side).take(np.array([row])).tolist()
+            assert ids[-1] == 2
+            assert tokenizer.decode(ids) == text[row][side]
+
+
+def test_corpus_is_encoded_once_per_text_and_tokenizer(text, tokenizers, tmp_path):
+    def files_after(dataset, source, target):
+        corpus = encode_corpus(dataset, source, target, tmp_path)
+        assert len(corpus) == len(dataset)
+        return len(list(tmp_path.iterdir()))
+
+    source, target = tokenizers
+    assert files_after(text, source, target) == 1
+    # The same text under another name, or in other chunks, is found again.
+    copies = datasets.concatenate_datasets([text.select(range(7)), text.select(range(7, 60))])
+    assert files_after(copies, source, target) == 1
+    assert files_after(text, target, source) == 2
+    assert files_after(text.select(range(59)), source, target) == 3
+    changed = text.map(lambda row: {"target": row["target"] + "."}, keep_in_memory=True)
+    assert files_after(changed, source, target) == 4

@@ -1,0 +1,132 @@
+import io
+
+import datasets
+import numpy as np
+import pytest
+import sentencepiece
+
+from jaxformer.errors import UserError
+from jaxformer.run import load_tokenizers
+from jaxformer.tokenizer import Tokenizer
+from train.data import tokenizer as learning
+from train.data.tokenizer import learn_tokenizers
+
+ANIMALS = [("cat", "고양이"), ("dog", "개"), ("bird", "새"), ("horse", "말")]
+PAIRS = datasets.Dataset.from_dict(
+    {
+        "source": [f"the {en} has {n} friends." for n in range(40) for en, _ in ANIMALS],
+        "target": [f"그 {ko}는 친구가 {n}명 있다." for n in range(40) for _, ko in ANIMALS],
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(run):
+    return learn_tokenizers(PAIRS, run, vocab_size=90, joint=True)[0]
+
+
+@pytest.mark.parametrize("text", ["그 고양이는 친구가 7명 있다.", "the dog has 12 friends.", ""])
+def test_text_survives_encoding(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_ids_are_never_encoded_and_never_decoded(tokenizer):
+    ids = tokenizer.encode("<s> the cat </s>")
+    assert not {0, 1, 2} & set(ids)
+    ids = tokenizer.encode("the cat")
+    assert tokenizer.decode(np.array([1, *ids, 2, 0, 0], np.int32)) == "the cat"
+
+
+def test_unknown_characters_become_unk(tokenizer):
+    assert 3 in tokenizer.encode("Ω")
+    assert tokenizer.decode([3]).strip() == "⁇"
+
+
+def test_batch_encodes_like_one_by_one(tokenizer):
+    texts = ["the cat", "", "고양이", "the bird has friends."]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+def test_pieces_spell_the_text(tokenizer):
+    pieces = tokenizer.pieces(tokenizer.encode("the cat"))
+    assert "".join(pieces).replace("▁", " ").strip() == "the cat"
+
+
+def test_run_directory_holds_the_tokenizer(run, tokenizer):
+    source, target = load_tokenizers(run)
+    assert source is target
+    assert source.model == tokenizer.model
+    assert source.vocab_size == 90
+    assert [path.name for path in run.iterdir()] == ["tokenizer.model"]
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_separate_vocabularies_know_one_side_each(tmp_path, model_type):
+    learn_tokenizers(PAIRS, tmp_path, vocab_size=32, joint=False, model_type=model_type)
+    source, target = load_tokenizers(tmp_path)
+    assert (source.vocab_size, target.vocab_size) == (32, 32)
+    assert source.decode(source.encode("the cat")) == "the cat"
+    assert target.decode(target.encode("그 고양이")) == "그 고양이"
+    assert 3 in source.encode("고양이")
+    assert 3 in target.encode("the cat")
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_learning_is_deterministic_and_silent(tmp_path, capfd, model_type):
+    models = [
+        learn_tokenizers(PAIRS, tmp_path / name, vocab_size=80, joint=True, model_type=model_type)[
+            0
+        ].model
+        for name in ("a", "b")
+    ]
+    assert models[0] == models[1]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+@pytest.mark.parametrize("vocab_size", [20_000, 10])
+def test_impossible_vocabulary_names_the_possible_one(tmp_path, model_type, vocab_size):
+    def learn(size):
+        return learn_tokenizers(PAIRS, tmp_path, vocab_size=size, joint=True, model_type=model_type)
+
+    with pytest.raises(UserError, match=r"model\.vocab_size=\d+.*(largest|least) .*\d$") as error:
+        learn(vocab_size)
+    assert list(tmp_path.iterdir()) == []
+    possible = int(str(error.value).split()[-1])
+    assert learn(possible)[0].vocab_size == possible
+
+
+def test_nothing_to_learn_from(tmp_path):
+    empty = datasets.Dataset.from_dict({"source": [""], "target": [" "]})
+    with pytest.raises(UserError, match="source and target text"):
+        learn_tokenizers(empty, tmp_path, vocab_size=10, joint=True)
+
+
+def test_a_huge_corpus_is_thinned_out_evenly(monkeypatch):
+    monkeypatch.setattr(learning, "_MAX_SENTENCES", 50)
+    sentences = list(learning._sentences(PAIRS, ("source", "target")))
+    assert 40 <= len(sentences) <= 50
+    assert "the cat has 0 friends." in sentences
+    assert any("38" in sentence or "39" in sentence for sentence in sentences)
+
+
+def test_files_that_are_no_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="cannot read the tokenizer"):
+        Tokenizer.load(tmp_path / "missing.model")
+    (tmp_path / "junk.model").write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"junk\.model is not a sentencepiece model"):
+        Tokenizer.load(tmp_path / "junk.model")
+
+
+def test_model_with_sentencepiece_default_ids_is_refused(tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(PAIRS["source"]), model_writer=model, vocab_size=30, minloglevel=2
+    )
+    with pytest.raises(UserError, match=r"pad_id=-1, unk_id=0: .*--pad_id=0"):
+        Tokenizer(model.getvalue())

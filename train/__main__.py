@@ -1,0 +1,209 @@
+"""The command line: `python -m train fit CONFIG [--section.field VALUE …]` and friends."""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tyro
+
+from jaxformer.errors import UserError
+from train.config import TrainConfig, flatten
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    options, overrides = _parser().parse_known_args(arguments)
+    try:
+        options.command(options, overrides)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader has gone, as in `… --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train", description="Train and evaluate translation Transformers."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    fit = commands.add_parser(
+        "fit",
+        help="train a model, or go on training it",
+        description="Train as CONFIG says. Run the same command again to go on after a stop.",
+        epilog="python -m train fit CONFIG --help lists every field with its value in CONFIG.",
+        add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    fit.add_argument(
+        "config", metavar="CONFIG", nargs="?", help=f"{', '.join(config_names())}, or a .py file"
+    )
+    fit.add_argument("-h", "--help", action="store_true", help="show this, or CONFIG's fields")
+    fit.set_defaults(command=_fit, parser=fit)
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="loss, sacreBLEU and chrF of a trained model",
+        description="Score a run on its own test set, another split, or two files of your own.",
+    )
+    evaluate.add_argument("run", metavar="RUN", help="directory that training wrote")
+    evaluate.add_argument("--source", help="text file to translate, with --reference")
+    evaluate.add_argument("--reference", help="text file of the same number of lines")
+    evaluate.add_argument(
+        "--split",
+        choices=("train", "validation", "test"),
+        default="test",
+        help="of the run's own data; default: test",
+    )
+    evaluate.add_argument("--checkpoint", help="average, best, last or a step")
+    evaluate.add_argument("--beam-size", type=int, help="beams; default: the run's")
+    evaluate.add_argument("--length-penalty", type=float, help="alpha; default: the run's")
+    evaluate.add_argument("--length-penalty-form", choices=("gnmt", "power"))
+    evaluate.add_argument("--bleu-tokenize", help="sacreBLEU's tokenizer; default: the run's")
+    evaluate.add_argument("--output", help="file to write the translations to")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.set_defaults(command=_evaluate)
+    return parser
+
+
+def config_names() -> list[str]:
+    """Return the names of the configurations that come with the project."""
+    return sorted(path.stem for path in CONFIGS.glob("[a-z]*.py"))
+
+
+def load_config(name: str) -> TrainConfig:
+    """Return the variable `config` of train/configs/NAME.py or of another .py file.
+
+    Raises:
+      UserError: there is none; the message offers the nearest name.
+    """
+    path = Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, config_names(), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(config_names())}"
+        raise UserError(f"no configuration {name!r}: {hint} Or give a .py file")
+    spec = importlib.util.spec_from_file_location(f"train.configs.{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = getattr(module, "config", None)
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"{path} defines no `config`: write config = TrainConfig(…) in it")
+    return dataclasses.replace(config, run=config.run or f"runs/{path.stem}")
+
+
+def override(config: TrainConfig, arguments: Sequence[str], prog: str) -> TrainConfig:
+    """Return `config` changed by `--section.field VALUE …`; `--help` prints all fields and exits.
+
+    Raises:
+      UserError: an unknown field, the nearest being offered, or a value of the wrong type.
+    """
+    known = flatten(config)
+    for argument in arguments:
+        if not argument.startswith("--"):
+            continue
+        field = argument[2:].partition("=")[0].replace("-", "_")
+        negated = (
+            field.rpartition(".")[2].startswith("no_") and field.replace("no_", "", 1) in known
+        )
+        if field not in known and not negated and field != "help":
+            near = difflib.get_close_matches(field, known, n=1)
+            hint = f"did you mean --{near[0]}?" if near else "--help lists all fields"
+            raise UserError(f"no field --{field}: {hint}")
+    output = io.StringIO()
+    try:
+        with contextlib.nullcontext() if "--help" in arguments else _capture(output):
+            return tyro.cli(
+                TrainConfig,
+                prog=prog,
+                default=config,
+                args=list(arguments),
+                config=(tyro.conf.FlagConversionOff,),  # --model.remat True
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_first_sentence(output.getvalue())) from None
+
+
+@contextlib.contextmanager
+def _capture(output: io.StringIO) -> Iterator[None]:
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        yield
+
+
+def _first_sentence(box: str) -> str:
+    """Return what tyro says in the upper part of its framed error message, as one line."""
+    lines: list[str] = []
+    for line in box.splitlines():
+        text = line.strip("│| ")
+        if text.startswith(("─", "-----", "╭", "╰")):
+            if lines:
+                break
+            continue
+        lines.append(text)
+    return " ".join(lines).removeprefix("Error parsing ").rstrip(".") + ": see --help"
+
+
+def _fit(options: argparse.Namespace, overrides: list[str]) -> None:
+    if options.config is None:
+        options.parser.print_help()
+        if not options.help:
+            raise UserError(f"give a CONFIG: {', '.join(config_names())}, or a .py file")
+        return
+    if options.help:
+        overrides.append("--help")
+    prog = f"python -m train fit {options.config}"
+    config = override(load_config(options.config), overrides, prog)
+
+    from train.loop import fit
+
+    run = fit(config)
+    print(f"\ntry it: jaxformer translate {run}")
+
+
+def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
+    if overrides:
+        raise UserError(f"unknown argument {overrides[0]}: see python -m train evaluate --help")
+    if (options.source is None) != (options.reference is None):
+        raise UserError("--source and --reference go together: give both files or neither")
+    changes = {
+        name: getattr(options, name)
+        for name in ("beam_size", "length_penalty", "length_penalty_form", "bleu_tokenize")
+        if getattr(options, name) is not None
+    }
+    from train.evaluate import evaluate_run
+
+    values = evaluate_run(
+        options.run,
+        split=options.split,
+        files=options.source and (options.source, options.reference),
+        checkpoint=options.checkpoint,
+        output=options.output,
+        **changes,
+    )
+    if options.json:
+        print(json.dumps(values))
+        return
+    print(f"loss {values['loss']:.4f}  nll {values['nll']:.4f}  ppl {values['perplexity']:.3f}")
+    print(f"BLEU {values['bleu']:.2f} ({values['bleu_signature']})")
+    print(f"chrF2 {values['chrf']:.2f} ({values['chrf_signature']})")
+    print(f"exact match {values['exact_match']:.1%}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

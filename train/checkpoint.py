@@ -1,0 +1,305 @@
+"""Checkpoints of a training run: save in the background, keep the last and the best, average."""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
+
+from jaxformer.errors import UserError
+from jaxformer.run import (
+    AVERAGE,
+    CHECKPOINTS_DIR,
+    INFO,
+    OPTIMIZER,
+    PARAMS,
+    best_step,
+    load_params,
+    reason,
+)
+
+State = TypeVar("State")
+
+# What orbax logs it either handles itself or also raises, here to end as one line.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `run/checkpoints`; use it in a `with` block.
+
+    A state is any dataclass pytree of arrays with fields `step` and `params`. The parameters are
+    saved apart from the rest, so that a translator reads them alone.
+
+    Among several processes every one must make the same calls.
+
+    Args:
+      run: the run directory; created if need be.
+      keep_last: how many of the latest checkpoints stay on disk.
+      keep_best: how many of the best stay besides.
+      metric: name of the validation metric that says what is best.
+      mode: whether the best is the "min" or the "max" of it.
+
+    Raises:
+      UserError: the directory cannot be written to.
+    """
+
+    def __init__(
+        self,
+        run: str | Path,
+        *,
+        keep_last: int = 5,
+        keep_best: int = 1,
+        metric: str = "loss",
+        mode: Literal["min", "max"] = "min",
+    ) -> None:
+        if keep_last < 1 or keep_best < 0:
+            raise UserError(
+                f"keep_last is {keep_last} and keep_best {keep_best}: give at least 1 and 0"
+            )
+        self._run = Path(run).absolute()
+        self._metric, self._mode = metric, mode
+        self.directory = self._run / CHECKPOINTS_DIR
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.directory, os.W_OK):
+                raise PermissionError(None, "no permission to write")
+        except OSError as error:
+            raise UserError(
+                f"cannot save checkpoints in {self.directory}: {error.strerror}; "
+                "choose another run directory"
+            ) from error
+        keep: list[policies.PreservationPolicy] = [policies.LatestN(keep_last)]
+        if keep_best:
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=self._score,
+                    reverse=mode == "min",
+                    n=keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                best_fn=self._score,
+                best_mode=mode,
+                cleanup_tmp_directories=True,
+                # In the background, a directory that cannot be created makes the exit hang.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            ),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def all_steps(self) -> list[int]:
+        """Return the steps of the checkpoints there are, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        """Return the step of the last checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """Return the step of the best evaluated checkpoint, None if none was evaluated."""
+        self.wait()
+        return best_step(self._run)
+
+    def save(self, state: Any, metrics: Mapping[str, float] | None = None) -> None:
+        """Start to save `state` as the checkpoint of `state.step`; does nothing if there is one.
+
+        The arrays are copied before this returns, and may be donated; files are written in the
+        background. An error there is raised by the next `save`, `wait` or `close`.
+
+        Args:
+          state: what `restore` shall give back.
+          metrics: validation metrics of this state; without them it cannot become the best.
+
+        Raises:
+          UserError: this checkpoint, or the one before it, could not be written; or `metrics` lack
+            the one that says what is best.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        record = None
+        if metrics is not None:
+            if self._metric not in metrics:
+                raise UserError(
+                    f"the best checkpoint is chosen by {self._metric!r}, which is not evaluated: "
+                    f"choose one of {', '.join(metrics)}"
+                )
+            # A loss of nan is no JSON number and never the best.
+            values = {name: float(v) for name, v in metrics.items() if math.isfinite(v)}
+            record = {"metric": self._metric, "mode": self._mode, "values": values}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _split(state).items()}
+        with _saving(self.directory):
+            args = ocp.args.Composite(**items)
+            self._manager.save(step, args=args, metrics=record, force=True)
+
+    def restore(self, example: State, step: int | None = None) -> State:
+        """Return the state that was saved at `step`, by default the last.
+
+        Args:
+          example: a state of the same structure, of arrays or of `jax.ShapeDtypeStruct`s with
+            shardings. The result has its structure, shapes, dtypes and shardings; the number of
+            devices need not be that of the saving run.
+          step: which checkpoint.
+
+        Raises:
+          UserError: there is no such checkpoint, it is damaged, or its model or optimizer is
+            another one; the message names the first array that differs.
+        """
+        self.wait()
+        directory = self.directory / str(self._find(step))
+        examples = _split(example)
+        with _reading(directory):
+            saved = {name: _saved_arrays(directory / name) for name in examples}
+        for name, tree in examples.items():
+            _check_same_arrays(saved[name], _describe(tree), directory / name)
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in examples.items()}
+        with _reading(directory):
+            args = ocp.args.Composite(**items)
+            restored = self._manager.restore(int(directory.name), args=args)
+        return dataclasses.replace(restored[OPTIMIZER], params=restored[PARAMS])
+
+    def average(self, steps: Sequence[int]) -> Any:
+        """Return the mean of the parameters of several checkpoints, as numpy arrays.
+
+        The mean is taken in float32, one checkpoint after the other, and returned in the dtype of
+        the saved parameters (paper §6.1: the last 5 checkpoints for base, 20 for big).
+
+        Args:
+          steps: distinct steps.
+
+        Raises:
+          UserError: no steps, one of them twice, or one that is not there.
+        """
+        if not steps or len(set(steps)) < len(steps):
+            raise UserError(f"cannot average checkpoints {list(steps)}: give distinct steps")
+        self.wait()
+        saved = load_params(self._run, self._find(steps[0]))
+        mean = jax.tree.map(lambda x: np.array(x, np.float32), saved)
+        for count, step in enumerate(steps[1:], start=2):
+            saved = load_params(self._run, self._find(step))
+
+            # In place, for memory; and equal parameters average to themselves exactly.
+            def include(mean: np.ndarray, leaf: np.ndarray, count: int = count) -> None:
+                mean += (leaf.astype(np.float32) - mean) / count
+
+            jax.tree.map(include, mean, saved)
+        return jax.tree.map(lambda mean, leaf: mean.astype(leaf.dtype, copy=False), mean, saved)
+
+    def save_average(self, params: Any, steps: Sequence[int]) -> None:
+        """Save `params`, the average of `steps`, as `checkpoints/average`, replacing it.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        self.wait()
+        info = {"steps": sorted(steps), "latest": max(self.all_steps(), default=0)}
+        args = {PARAMS: ocp.args.StandardSave(params), INFO: ocp.args.JsonSave(info)}
+        with (
+            _saving(self.directory),
+            ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer,
+        ):
+            writer.save(self.directory / AVERAGE, args=ocp.args.Composite(**args), force=True)
+
+    def wait(self) -> None:
+        """Return when everything is on disk; raises `UserError` if it could not be written."""
+        with _saving(self.directory):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, and release orbax's threads; raises like `wait`."""
+        with _saving(self.directory):
+            self._manager.close()
+
+    def _score(self, record: Mapping[str, Any]) -> float:
+        worst = math.inf if self._mode == "min" else -math.inf
+        return record["values"].get(self._metric, worst)
+
+    def _find(self, step: int | None) -> int:
+        steps = self.all_steps()
+        if not steps:
+            raise UserError(f"{self._run} has no checkpoint yet: train longer")
+        if step is not None and step not in steps:
+            raise UserError(f"{self._run} has no checkpoint {step}: choose one of {steps}")
+        return steps[-1] if step is None else step
+
+
+def _split(state: Any) -> dict[str, Any]:
+    """Take the parameters out: the rest is the same dataclass with None in their place."""
+    return {PARAMS: state.params, OPTIMIZER: dataclasses.replace(state, params=None)}
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    """Map the path of each array to its type: {"decoder/kernel": "float32[3,5]"}."""
+
+    def describe(leaf: Any) -> str:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)  # that is how orbax saves a key
+        return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): describe(leaf)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def _saved_arrays(path: Path) -> dict[str, str]:
+    """Describe what was saved in `path`, without reading the arrays."""
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        return _describe(handler.metadata(epath.Path(path)).tree)
+    finally:
+        handler.close()
+
+
+def _check_same_arrays(saved: dict[str, str], wanted: dict[str, str], path: Path) -> None:
+    for name in sorted(saved.keys() | wanted.keys()):
+        there, here = saved.get(name, "missing"), wanted.get(name, "missing")
+        if there != here:
+            raise UserError(
+                f"{path} is of another configuration: {name} is {there} there and {here} here; "
+                "train with the run's own config.json or choose another run directory"
+            )
+
+
+@contextlib.contextmanager
+def _saving(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        # Tensorstore reports a full disk by a ValueError. Others are errors of the program.
+        if isinstance(error, OSError) or "[os_error_code=" in str(error):
+            raise UserError(
+                f"cannot save checkpoints in {directory}: {reason(error)}; "
+                "free disk space or choose another run directory"
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def _reading(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read checkpoint {directory}: {reason(error)}; "
+            "delete it to go on from the one before"
+        ) from error

@@ -1,0 +1,214 @@
+"""What a training run is made of: nested, frozen, checked, and readable from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_type_hints
+
+from jaxformer.config import TransformerConfig
+from jaxformer.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the sentence pairs come from and how they become batches.
+
+    `train`, `validation` and `test` hold one or two names each: a split of the hub data set
+    `dataset`; or a table file (.tsv, .csv, .jsonl, .json, .parquet); or a prefix P of the two text
+    files P.<source> and P.<target>; or, two names, the source file and the target file.
+    """
+
+    path: str | None = None
+    """folder that relative file names start from"""
+    dataset: str | None = None
+    """name of a Hugging Face data set, or "builtin" for the English-Korean corpus"""
+    dataset_config: str | None = None
+    """configuration of the data set, such as "de-en" of wmt/wmt14"""
+    train: tuple[str, ...] = ("train",)
+    """training pairs"""
+    validation: tuple[str, ...] = ("validation",)
+    """pairs to choose checkpoints and settings by"""
+    test: tuple[str, ...] = ()
+    """pairs for the final score, never looked at before"""
+    source: str = "source"
+    """source column ("translation.en" looks into a dictionary) or suffix of the text files"""
+    target: str = "target"
+    """target column or suffix"""
+    joint_vocabulary: bool = True
+    """learn one vocabulary on both sides together"""
+    tokenizer_type: Literal["bpe", "unigram"] = "bpe"
+    """how sentencepiece learns the model.vocab_size pieces"""
+    target_length: int = 128
+    """target positions of a packed row; longer sentences are left out of training"""
+    source_length: int = 0
+    """source positions of a packed row; 0 chooses the shortest that keeps target rows full"""
+    batch_tokens: int = 25_000
+    """target positions of a step, over all devices and accumulation steps together"""
+    cache_dir: str | None = None
+    """where encoded corpora are kept; by default in the cache of Hugging Face datasets"""
+
+    def __post_init__(self) -> None:
+        if self.source == self.target:
+            raise UserError(f"data.source and data.target are both {self.source!r}: name two")
+        if self.target_length < 2:
+            raise UserError(f"data.target_length is {self.target_length}: give at least 2")
+        if self.source_length < 0 or self.source_length == 1:
+            raise UserError(f"data.source_length is {self.source_length}: give at least 2, or 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam and its learning-rate schedule (§5.3)."""
+
+    peak_learning_rate: float | None = None
+    """highest learning rate; by default the paper's (d_model · warmup_steps)^-0.5"""
+    warmup_steps: int = 4000
+    """steps of linear warm-up, before decay with the inverse square root of the step"""
+    beta1: float = 0.9
+    beta2: float = 0.98
+    epsilon: float = 1e-9
+    weight_decay: float = 0.0
+    """decoupled weight decay (AdamW), times the learning rate"""
+    clip_norm: float = 0.0
+    """largest norm of a step's gradient; 0 does not clip"""
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 1:
+            raise UserError(f"optimizer.warmup_steps is {self.warmup_steps}: give at least 1")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}: give 0 up to below 1")
+        for name in ("epsilon", "weight_decay", "clip_norm"):
+            if getattr(self, name) < 0.0:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}: give at least 0")
+        if self.peak_learning_rate is not None and self.peak_learning_rate <= 0.0:
+            raise UserError(
+                f"optimizer.peak_learning_rate is {self.peak_learning_rate}: give more than 0"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """When to evaluate, what decides, and how to decode."""
+
+    every: int = 0
+    """steps between evaluations, each of which saves a checkpoint; 0 is once an epoch"""
+    metric: Literal["bleu", "chrf", "loss"] = "bleu"
+    """validation metric of the best checkpoint and of early stopping"""
+    patience: int = 0
+    """evaluations without gain before training stops; 0 never stops early"""
+    validation_beam_size: int = 1
+    """beams while training; 1 is greedy"""
+    beam_size: int = 4
+    """beams of the final evaluation"""
+    length_penalty: float = 0.6
+    """alpha of the length penalty"""
+    length_penalty_form: Literal["gnmt", "power"] = "gnmt"
+    """((5 + length) / 6)^alpha as in the paper, or length^alpha as in fairseq"""
+    bleu_tokenize: str = "13a"
+    """sacreBLEU's tokenizer; "none" for text that is tokenised already"""
+
+    def __post_init__(self) -> None:
+        for name in ("beam_size", "validation_beam_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"evaluate.{name} is {getattr(self, name)}: give at least 1")
+        for name in ("every", "patience", "length_penalty"):
+            if getattr(self, name) < 0:
+                raise UserError(f"evaluate.{name} is {getattr(self, name)}: give at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Which checkpoints stay on disk and how many are averaged at the end."""
+
+    keep_last: int = 5
+    """latest checkpoints to keep"""
+    keep_best: int = 1
+    """best checkpoints to keep besides"""
+    average: int = 5
+    """latest checkpoints to average when training ends (§6.1); 1 averages none"""
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 1 or self.keep_best < 0 or self.average < 1:
+            raise UserError(
+                f"checkpoint.keep_last is {self.keep_last}, keep_best {self.keep_best} and average "
+                f"{self.average}: give at least 1, 0 and 1"
+            )
+        if self.average > self.keep_last:
+            raise UserError(
+                f"checkpoint.average is {self.average} but only keep_last={self.keep_last} "
+                "checkpoints stay: raise checkpoint.keep_last"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A whole experiment. `python -m train fit CONFIG --section.field VALUE` changes any field."""
+
+    run: str = ""
+    """run directory; by default runs/CONFIG"""
+    steps: int = 100_000
+    """optimizer steps"""
+    accumulate: int = 1
+    """parts a device splits its batch into, to use less memory; the result is the same"""
+    seed: int = 0
+    """of initialisation, data order and dropout"""
+    log_every: int = 50
+    """steps between progress reports"""
+    model: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
+        if self.model.embeddings == "shared" and not self.data.joint_vocabulary:
+            raise UserError(
+                "data.joint_vocabulary is False but model.embeddings is 'shared': share a "
+                "vocabulary, or set model.embeddings to 'target' or 'separate'"
+            )
+        if self.model.source_vocab_size not in (None, self.model.vocab_size):
+            raise UserError(
+                f"model.source_vocab_size is {self.model.source_vocab_size}: the trainer learns "
+                "vocabularies of model.vocab_size pieces, leave it out"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, nested, as JSON-ready values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> TrainConfig:
+        """Inverse of `to_dict`. Fields that are not there keep their defaults."""
+        return _from_dict(cls, fields, "")
+
+
+def _from_dict(cls: type, fields: Mapping[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(cls)
+    values = {}
+    for name, value in fields.items():
+        if name not in hints:
+            raise UserError(f"unknown field {prefix}{name}: choose one of {', '.join(hints)}")
+        if dataclasses.is_dataclass(hints[name]):
+            value = _from_dict(hints[name], value, f"{prefix}{name}.")
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
+
+
+def flatten(config: TrainConfig) -> dict[str, Any]:
+    """Return {"model.d_model": 512, …}: every field under the name the command line gives it."""
+
+    def walk(prefix: str, node: Any) -> dict[str, Any]:
+        if not dataclasses.is_dataclass(node):
+            return {prefix: node}
+        names = [field.name for field in dataclasses.fields(node)]
+        parts = [
+            walk(f"{prefix}.{name}" if prefix else name, getattr(node, name)) for name in names
+        ]
+        return {name: value for part in parts for name, value in part.items()}
+
+    return walk("", config)

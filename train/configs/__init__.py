@@ -1,0 +1,1 @@
+"""One file an experiment: its docstring holds command, hardware, time and score."""

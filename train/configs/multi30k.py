@@ -1,0 +1,32 @@
+"""Multi30k English to German, lower-cased and tokenised: the text-only row of Wu et al. (2021).
+
+    python -m train fit multi30k --data.path DIR
+
+DIR holds {train,val,test_2016_flickr}.lc.norm.tok.{en,de}.
+"""
+
+from jaxformer.config import PRESETS
+from train.config import CheckpointConfig, DataConfig, EvaluateConfig, OptimizerConfig, TrainConfig
+
+config = TrainConfig(
+    steps=8000,
+    model=PRESETS["tiny"].replace(max_length=128),
+    data=DataConfig(
+        train=("train.lc.norm.tok",),
+        validation=("val.lc.norm.tok",),
+        test=("test_2016_flickr.lc.norm.tok",),
+        source="en",
+        target="de",
+        target_length=64,
+        batch_tokens=4096,
+    ),
+    optimizer=OptimizerConfig(peak_learning_rate=5e-3, warmup_steps=2000),
+    evaluate=EvaluateConfig(
+        patience=10,
+        beam_size=5,
+        length_penalty=1.0,
+        length_penalty_form="power",
+        bleu_tokenize="none",
+    ),
+    checkpoint=CheckpointConfig(keep_last=10, average=10),
+)

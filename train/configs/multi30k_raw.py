@@ -1,0 +1,21 @@
+"""Multi30k English to German as people write it: cased, not tokenised.
+
+    python -m train fit multi30k_raw --data.path DIR
+
+DIR holds {train,val,test_2016_flickr}.{en,de}. With a network, the same from the hub:
+
+    python -m train fit multi30k_raw --data.dataset bentrevett/multi30k \
+        --data.validation validation --data.test test
+"""
+
+import dataclasses
+
+from train.configs import multi30k
+
+config = dataclasses.replace(
+    multi30k.config,
+    data=dataclasses.replace(
+        multi30k.config.data, train=("train",), validation=("val",), test=("test_2016_flickr",)
+    ),
+    evaluate=dataclasses.replace(multi30k.config.evaluate, bleu_tokenize="13a"),
+)

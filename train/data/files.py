@@ -1,0 +1,154 @@
+"""Sentence pairs in local text files, line by line, with errors that name file and line."""
+
+import codecs
+import csv
+import difflib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from jaxformer.errors import UserError
+
+Pair = tuple[str, str]
+# Where a row was found, for error messages, and its columns.
+Row = tuple[str, dict[str, Any]]
+
+# JSON can spell half of a UTF-16 pair, which is no text: a sentence cut in an emoji's middle.
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def existing(path: Path) -> Path:
+    """Return `path` if it is a file; otherwise the `UserError` tells which files are near."""
+    if path.is_file():
+        return path
+    if not path.parent.is_dir():
+        raise UserError(f"no file {path}: there is no folder {path.parent}; check data.path")
+    names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file())
+    near = difflib.get_close_matches(path.name, names, n=5, cutoff=0.5) or names[:5]
+    hint = f"the folder has {', '.join(near)}" if near else "the folder has no files"
+    raise UserError(f"no file {path}: {hint}")
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    r"""Yield the lines of a UTF-8 file without their "\n" or "\r\n"; a BOM is skipped.
+
+    Only "\n" ends a line: `str.splitlines` would also split at U+2028 or U+0085, which occur
+    inside sentences, and shift one side of the corpus against the other.
+    """
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if number == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path}:{number}: not UTF-8 (byte 0x{raw[error.start]:02x} at column "
+                    f"{error.start + 1}); convert the file, for example with iconv"
+                ) from error
+            yield line.removesuffix("\n").removesuffix("\r")
+
+
+def pair_lines(source_path: Path, target_path: Path) -> Iterator[Pair]:
+    """Yield line i of one file with line i of the other."""
+    for source, target in zip_longest(read_lines(source_path), read_lines(target_path)):
+        if source is None or target is None:
+            raise UserError(
+                f"{source_path} has {_count_lines(source_path)} lines, {target_path} has "
+                f"{_count_lines(target_path)}: line i of one must be the translation of line i of "
+                "the other"
+            )
+        yield source, target
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def pair_table_rows(path: Path, source: str, target: str) -> Iterator[Pair]:
+    """Yield the two named columns of a .tsv, .csv, .jsonl or .json file."""
+    for where, row in _READERS[path.suffix](path):
+        yield _text(row, source, where), _text(row, target, where)
+
+
+def _tsv_rows(path: Path) -> Iterator[Row]:
+    # Quotes are plain characters here: sentences hold them, and rarely in pairs.
+    lines = enumerate(read_lines(path), start=1)
+    return _name_fields(path, ((number, line.split("\t")) for number, line in lines if line))
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    reader = csv.reader((line + "\n" for line in read_lines(path)), strict=True)
+    try:
+        yield from _name_fields(path, ((reader.line_num, fields) for fields in reader if fields))
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: not CSV ({error}); mend its quotes") from error
+
+
+def _name_fields(path: Path, rows: Iterable[tuple[int, list[str]]]) -> Iterator[Row]:
+    """Pair the fields of each row with those of the first, the header."""
+    rows = iter(rows)
+    _, header = next(rows, (0, []))
+    for number, fields in rows:
+        if len(fields) != len(header):
+            raise UserError(
+                f"{path}:{number}: {len(fields)} columns, but the header has {len(header)} "
+                f"({', '.join(header)})"
+            )
+        yield f"{path}:{number}", dict(zip(header, fields, strict=True))
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.strip():
+            yield f"{path}:{number}", _parse_json(line, path, number)
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    rows = _parse_json("\n".join(read_lines(path)), path)
+    if not isinstance(rows, list):
+        raise UserError(f"{path} is not a list of objects: write [{{…}}, {{…}}], or use .jsonl")
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}, row {number}", row
+
+
+def _parse_json(text: str, path: Path, first_line: int = 1) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        number = first_line + error.lineno - 1
+        raise UserError(f"{path}:{number}: not JSON ({error.msg}, column {error.colno})") from error
+
+
+_READERS = {".tsv": _tsv_rows, ".csv": _csv_rows, ".jsonl": _jsonl_rows, ".json": _json_rows}
+table_suffixes = tuple(_READERS)
+
+
+def _text(row: Any, column: str, where: str) -> str:
+    """Return the text in a column of `row`; "translation.de" is "de" of the dict "translation"."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: {json.dumps(row)} is not an object with the columns as keys")
+    value = row
+    for key in [column] if column in row else column.split("."):
+        if not isinstance(value, dict) or key not in value:
+            raise UserError(
+                f"{where}: no column {column!r}; the columns are {', '.join(_columns(row))}"
+            )
+        value = value[key]
+    if not isinstance(value, str):
+        raise UserError(f"{where}: column {column!r} holds {json.dumps(value)}, not text")
+    if _SURROGATE.search(value):
+        raise UserError(f"{where}: column {column!r} holds half a character (U+D800 to U+DFFF)")
+    return value
+
+
+def _columns(row: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in row.items():
+        if isinstance(value, dict):
+            yield from _columns(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key

@@ -1,0 +1,188 @@
+"""Pairs of strings from the hub, from local files or from the built-in corpus.
+
+Every source ends as a `datasets.Dataset` with the string columns "source" and "target", in the
+order of the input and with nothing left out: an evaluation must not lose a line. Local text is
+streamed into an Arrow file, so that a corpus may be larger than memory.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+from jaxformer.errors import UserError
+from train.data.arrow import CACHE_VERSION, cache_folder, write_arrow
+from train.data.files import Pair, existing, pair_lines, pair_table_rows, table_suffixes
+
+if TYPE_CHECKING:
+    import datasets
+
+    from train.config import DataConfig
+
+_ROWS_PER_BATCH = 10_000
+
+
+def load_split(data: "DataConfig", split: str) -> "datasets.Dataset":
+    """Return the sentence pairs of "train", "validation" or "test".
+
+    Raises:
+      UserError: a missing file, columns or lines that do not fit together, something that is not
+        text, an empty corpus, or a hub that cannot be reached.
+    """
+    names = _names(data, split)
+    if data.dataset == "builtin":
+        dataset = _select_columns(_builtin(names[0]), data, f"builtin, split {names[0]!r}")
+    elif data.dataset:
+        dataset = _select_columns(_hub(data, names[0]), data, f"{data.dataset}, split {names[0]!r}")
+    else:
+        dataset = _local(data, names)
+    if len(dataset) == 0:
+        raise UserError(f"data.{split} ({', '.join(names)}) holds no sentence pair: nothing to use")
+    return dataset
+
+
+def _names(data: "DataConfig", split: str) -> tuple[str, ...]:
+    names: tuple[str, ...] = getattr(data, split)
+    if not names:
+        raise UserError(f"data.{split} is empty: name a hub split, a table, a prefix or two files")
+    if len(names) > (1 if data.dataset else 2):
+        raise UserError(
+            f"data.{split} has {len(names)} names ({', '.join(names)}): give "
+            + ("one split" if data.dataset else "one name, or the source and the target file")
+        )
+    return names
+
+
+def _builtin(split: str) -> "datasets.Dataset":
+    import datasets
+
+    from train.data.builtin import Split, builtin
+
+    if split not in get_args(Split):
+        splits = ", ".join(get_args(Split))
+        raise UserError(f"the built-in corpus has no split {split!r}: choose one of {splits}")
+    english, korean = zip(*builtin(cast(Split, split)), strict=True)
+    return datasets.Dataset.from_dict({"en": english, "ko": korean})
+
+
+def _hub(data: "DataConfig", split: str) -> "datasets.Dataset":
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    assert data.dataset is not None
+    try:
+        # A folder with data files is loaded by the same call as a name on the hub.
+        with _quiet() if Path(data.dataset).is_dir() else contextlib.nullcontext():
+            return datasets.load_dataset(
+                data.dataset, data.dataset_config, split=split, cache_dir=data.cache_dir
+            )
+    except ConnectionError as error:
+        raise UserError(
+            f"cannot reach data set {data.dataset!r} on the hub ({_first_line(error)}): without a "
+            "network, leave data.dataset empty and name local files in data.path, data.train, …"
+        ) from error
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise UserError(
+            f"cannot load data set {data.dataset!r}, configuration {data.dataset_config!r}, "
+            f"split {split!r}: {_first_line(error)}"
+        ) from error
+
+
+def _local(data: "DataConfig", names: tuple[str, ...]) -> "datasets.Dataset":
+    folder = Path(data.path or ".").expanduser()
+    paths = [folder / Path(name).expanduser() for name in names]
+    if len(paths) == 1 and paths[0].suffix == ".parquet":
+        return _select_columns(_parquet(existing(paths[0]), data), data, str(paths[0]))
+    if len(paths) == 1 and paths[0].suffix in table_suffixes:
+        pairs = pair_table_rows(existing(paths[0]), data.source, data.target)
+    else:
+        if len(paths) == 1:
+            paths = [Path(f"{paths[0]}.{language}") for language in (data.source, data.target)]
+        pairs = pair_lines(existing(paths[0]), existing(paths[1]))
+    return _stream_to_arrow(pairs, paths, data)
+
+
+def _parquet(path: Path, data: "DataConfig") -> "datasets.Dataset":
+    import datasets
+    import pyarrow.parquet
+    from datasets.exceptions import DatasetsError
+
+    try:
+        pyarrow.parquet.read_schema(path)  # `datasets` would log a broken file before it raises
+        with _quiet():
+            return datasets.load_dataset(
+                "parquet", data_files=str(path), split="train", cache_dir=data.cache_dir
+            )
+    except (ValueError, DatasetsError) as error:
+        reason = _first_line(error.__cause__ or error)
+        raise UserError(f"{path} cannot be read as Parquet ({reason}): write it again") from error
+
+
+def _stream_to_arrow(
+    pairs: Iterator[Pair], paths: list[Path], data: "DataConfig"
+) -> "datasets.Dataset":
+    """Write `pairs`, which come from `paths`, to an Arrow file, unless an earlier run has."""
+    import datasets
+    import pyarrow as pa
+
+    origin: list[Any] = [CACHE_VERSION, data.source, data.target]
+    for path in paths:
+        status = path.stat()
+        origin += [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    name = hashlib.sha256(repr(origin).encode()).hexdigest()[:20]
+    arrow = cache_folder(data.cache_dir) / f"text-{name}.arrow"
+    if not arrow.exists():
+        schema = pa.schema({"source": pa.string(), "target": pa.string()})
+        write_arrow(arrow, schema, _columns(pairs))
+    with _quiet():
+        return datasets.Dataset.from_file(str(arrow))
+
+
+def _columns(pairs: Iterator[Pair]) -> Iterator[dict[str, tuple[str, ...]]]:
+    while rows := list(islice(pairs, _ROWS_PER_BATCH)):
+        source, target = zip(*rows, strict=True)
+        yield {"source": source, "target": target}
+
+
+def _select_columns(
+    dataset: "datasets.Dataset", data: "DataConfig", where: str
+) -> "datasets.Dataset":
+    """Name the columns `data` asks for "source" and "target", and check that they hold text."""
+    wanted = [data.source, data.target]
+    if not set(wanted) <= set(dataset.column_names):
+        dataset = dataset.flatten()  # the dict column "translation" becomes "translation.de", …
+    for name in wanted:
+        if name not in dataset.column_names:
+            raise UserError(
+                f"{where}: no column {name!r}; data.source and data.target can be "
+                f"{', '.join(dataset.column_names)}"
+            )
+        kind = getattr(dataset.features[name], "dtype", dataset.features[name])
+        if kind not in ("string", "large_string"):
+            raise UserError(f"{where}: column {name!r} holds {kind}, not text; name another column")
+        column = dataset.data.column(name)
+        if column.null_count:
+            row = column.is_null().index(True).as_py() + 1
+            raise UserError(f"{where}: column {name!r} is null in row {row}; remove or fill it")
+    dataset = dataset.select_columns(wanted)
+    return dataset.rename_columns({data.source: "source", data.target: "target"})
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Reading a local file is no event: no progress bar."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,171 @@
+"""How good a model is: loss and perplexity, sacreBLEU and chrF of its translations."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxformer.errors import UserError
+from jaxformer.run import read_config
+from jaxformer.transformer import Transformer
+from jaxformer.translator import Translator
+from train.config import EvaluateConfig, TrainConfig
+from train.data.batches import Batches
+from train.data.corpus import EncodedCorpus, encode_corpus
+from train.data.packing import pack_in_order
+from train.data.sources import load_split
+from train.metrics import Score, bleu, chrf
+from train.parallel import data_parallel_eval, host_rows, split_rows
+from train.step import make_eval_step
+
+
+class LossEvaluator:
+    """Loss of a corpus, packed into rows; every pair counts once, however long it is."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        corpus: EncodedCorpus,
+        *,
+        source_length: int,
+        target_length: int,
+        rows_per_batch: int,
+    ) -> None:
+        packing = pack_in_order(
+            corpus.source.lengths,
+            corpus.target.lengths,
+            source_length=source_length,
+            target_length=target_length,
+        )
+        devices = jax.device_count()
+        rows = min(rows_per_batch, -(-packing.num_rows // devices) * devices)
+        self._batches = Batches(corpus, packing, rows, seed=None)
+        self._eval_step = data_parallel_eval(make_eval_step(model))
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        """Return "loss", label-smoothed as in training, "nll" and "perplexity" = exp(nll), a token.
+
+        Natural logarithms; eos counts as a token.
+        """
+        batches = self._batches
+        rows = host_rows(batches.rows_per_batch)
+        sums = [
+            self._eval_step(params, split_rows(batches.at(step, rows)))
+            for step in range(batches.steps_per_epoch)
+        ]
+        loss, nll, weight = (sum(map(float, column)) for column in zip(*sums, strict=True))
+        return {
+            "loss": loss / weight,
+            "nll": nll / weight,
+            "perplexity": math.exp(min(nll / weight, 700.0)),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """Scores of a set of translations.
+
+    Attributes:
+      bleu, chrf: from 0 to 100, with their sacreBLEU signatures.
+      exact_match: share of translations equal to their reference, from 0 to 1.
+    """
+
+    bleu: Score
+    chrf: Score
+    exact_match: float
+
+    def __str__(self) -> str:
+        return f"{self.bleu}\n{self.chrf}\nexact match {self.exact_match:.1%}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values and signatures for a metrics record."""
+        return {
+            "bleu": self.bleu.value,
+            "chrf": self.chrf.value,
+            "exact_match": self.exact_match,
+            "bleu_signature": self.bleu.signature,
+            "chrf_signature": self.chrf.signature,
+        }
+
+
+def score(
+    hypotheses: Sequence[str], references: Sequence[str], *, bleu_tokenize: str = "13a"
+) -> Quality:
+    """Score translations against one reference each."""
+    equal = sum(map(str.__eq__, hypotheses, references))
+    return Quality(
+        bleu(hypotheses, references, tokenize=bleu_tokenize),
+        chrf(hypotheses, references),
+        equal / max(1, len(references)),
+    )
+
+
+def decoder(
+    translator: Translator, config: EvaluateConfig, *, beam_size: int
+) -> Callable[[Sequence[str]], list[str]]:
+    """Return the translation function that a configuration asks for."""
+    return partial(
+        translator.translate,
+        beam_size=beam_size,
+        length_penalty=config.length_penalty,
+        length_penalty_form=config.length_penalty_form,
+    )
+
+
+def evaluate_run(
+    run: str,
+    *,
+    split: str = "test",
+    files: tuple[str, str] | None = None,
+    checkpoint: str | None = None,
+    output: str | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Translate and score a split of a run's own data, or two text files.
+
+    Args:
+      run: the run directory.
+      split: "train", "validation" or "test" of the run's data; not looked at if `files` is given.
+      files: source and reference text file.
+      checkpoint: as for `Translator.load`.
+      output: file that the translations are written to, one a line.
+      **changes: fields of `EvaluateConfig` to use instead of the run's.
+
+    Returns:
+      loss, nll, perplexity (a token, natural logarithm), bleu, chrf, exact_match and signatures.
+
+    Raises:
+      UserError: the run, the data or the output file cannot be used.
+    """
+    saved = read_config(run)
+    saved.pop("version")
+    config = TrainConfig.from_dict(saved)
+    settings = dataclasses.replace(config.evaluate, **changes)
+    translator = Translator.load(run, checkpoint)
+    data = config.data
+    if files is not None:
+        split = "test"
+        data = dataclasses.replace(data, path=None, dataset=None, test=files)
+    pairs = load_split(data, split)
+    corpus = encode_corpus(
+        pairs, translator.source_tokenizer, translator.target_tokenizer, data.cache_dir
+    )
+    losses = LossEvaluator(
+        Transformer(config.model),
+        corpus,
+        source_length=data.target_length,
+        target_length=data.target_length,
+        rows_per_batch=jax.device_count() * -(-4096 // data.target_length),
+    )(translator.params)
+    hypotheses = decoder(translator, settings, beam_size=settings.beam_size)(pairs["source"][:])
+    if output is not None:
+        try:
+            Path(output).write_text("".join(f"{line}\n" for line in hypotheses), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {output}: {error.strerror}") from error
+    quality = score(hypotheses, pairs["target"][:], bleu_tokenize=settings.bleu_tokenize)
+    return losses | quality.to_dict()

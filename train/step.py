@@ -1,0 +1,104 @@
+"""The training and the evaluation step: pure functions of arrays, the same under every runner."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxformer.losses import LossSums
+from jaxformer.transformer import Transformer
+from train.state import TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def _loss_sums(model: Transformer, params: Any, batch: Batch, rng: jax.Array | None) -> LossSums:
+    """The loss of a packed batch; without a key, without dropout."""
+    return model.apply(
+        {"params": params},
+        batch["source_ids"],
+        batch["target_ids"],
+        batch["labels"],
+        source_segment_ids=batch["source_segment_ids"],
+        target_segment_ids=batch["target_segment_ids"],
+        deterministic=rng is None,
+        rngs=None if rng is None else {"dropout": rng},
+        method="loss",
+    )
+
+
+def make_train_step(
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    accumulate: int = 1,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Return `train_step(state, batch, rng, *, axis_name=None) -> (state, metrics)`.
+
+    Losses, token counts and gradients are *summed* over the parts of the batch and, by `psum`,
+    over the axis if there is one, and divided once, by the number of real target tokens in all
+    of them. So however a batch is spread over devices and parts, it gives the same update; a mean
+    of means would weigh a token by how full the part around it happens to be.
+
+    `batch` is a dictionary as `train.data.batches.Batches` makes it, this device's rows of it; the
+    rows must be a multiple of `accumulate`. `rng` is the same key at every step and on every
+    device: step, device and part are folded in here.
+    """
+
+    def summed_loss(params: Any, part: Batch, rng: jax.Array) -> tuple[jax.Array, LossSums]:
+        sums = _loss_sums(model, params, part, rng)
+        return sums.loss, sums
+
+    def gradients(params: Any, batch: Batch, rng: jax.Array) -> tuple[LossSums, Any]:
+        gradient = jax.grad(summed_loss, has_aux=True)
+        if accumulate == 1:
+            gradient_sum, sums = gradient(params, batch, rng)
+            return sums, gradient_sum
+
+        def add_part(total: Any, part: Any) -> tuple[Any, None]:
+            index, rows = part
+            gradient_sum, sums = gradient(params, rows, jax.random.fold_in(rng, index))
+            return jax.tree.map(jnp.add, total, (sums, gradient_sum)), None
+
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        zeros = LossSums(*[jnp.zeros((), jnp.float32)] * 3), jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.scan(add_part, zeros, (jnp.arange(accumulate), parts))[0]
+
+    def train_step(
+        state: TrainState, batch: Batch, rng: jax.Array, *, axis_name: str | None = None
+    ) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(rng, state.step)
+        if axis_name is not None:
+            rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+        totals = gradients(state.params, batch, rng)
+        if axis_name is not None:
+            totals = jax.lax.psum(totals, axis_name)
+        sums, gradient_sum = totals
+        tokens = jnp.maximum(sums.weight, 1.0)
+        gradient = jax.tree.map(lambda g: g / tokens, gradient_sum)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        metrics = {
+            "loss": sums.loss / tokens,
+            "nll": sums.nll / tokens,
+            "tokens": sums.weight,
+            "gradient_norm": optax.global_norm(gradient),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(model: Transformer) -> Callable[..., LossSums]:
+    """Return `eval_step(params, batch, *, axis_name=None) -> LossSums`, without dropout."""
+
+    def eval_step(params: Any, batch: Batch, *, axis_name: str | None = None) -> LossSums:
+        sums = _loss_sums(model, params, batch, rng=None)
+        return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+    return eval_step

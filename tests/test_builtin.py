@@ -145,37 +145,33 @@ def test_being_a_thing_and_being_there():
 # ---- English ----
 
 
-def test_english_forms():
-    forms = {
-        verb: (english.with_s(verb), english.past(verb), english.ing(verb))
-        for verb in (
-            "plan",
-            "visit",
-            "read",
-            "study",
-            "enjoy",
-            "watch",
-            "fix",
-            "swim",
-            "make",
-            "draw",
-        )
-    }
-    assert forms == {
-        "plan": ("plans", "planned", "planning"),
-        "visit": ("visits", "visited", "visiting"),
-        "read": ("reads", "read", "reading"),
-        "study": ("studies", "studied", "studying"),
-        "enjoy": ("enjoys", "enjoyed", "enjoying"),
-        "watch": ("watches", "watched", "watching"),
-        "fix": ("fixes", "fixed", "fixing"),
-        "swim": ("swims", "swam", "swimming"),
-        "make": ("makes", "made", "making"),
-        "draw": ("draws", "drew", "drawing"),
-    }
+@pytest.mark.parametrize(
+    "forms",
+    [
+        "plan plans planned planning",
+        "visit visits visited visiting",
+        "rain rains rained raining",
+        "study studies studied studying",
+        "enjoy enjoys enjoyed enjoying",
+        "wash washes washed washing",
+        "fix fixes fixed fixing",
+        "hope hopes hoped hoping",
+        "agree agrees agreed agreeing",
+        "swim swims swam swimming",
+        "draw draws drew drawing",
+    ],
+)
+def test_english_verbs(forms):
+    verb, *inflected = forms.split()
+    assert [english.with_s(verb), english.past(verb), english.ing(verb)] == inflected
+
+
+def test_english_phrases():
     assert english.finite("listen to", "third", "past") == "listened to"
     assert english.finite("have", "third", "present") == "has"
     assert english.finite("go", "third", "present", negative=True) == "does not go"
+    assert english.finite("be", "first", "past", negative=True) == "was not"
+    assert english.forms("go", "plural", "present") == ("do", "go")
     assert english.plural("kind woman") == "kind women"
     assert english.article("old book") == "an old book"
 
@@ -196,17 +192,51 @@ def test_parts_of_a_sentence_are_in_mirror_order():
 
 # ---- the corpus ----
 
-# Read by a speaker of Korean; what is in the corpus has to be so.
+# Known to be right. With another mixture of sentence types, some may not be in the corpus.
 EXAMPLES = """
 I go home.|나는 집에 간다.
+I bought three apples at the store.|나는 가게에서 사과 세 개를 샀다.
+How many cats does Minsu have?|민수는 고양이가 몇 마리 있니?
+Junho drinks four cups of coffee.|준호는 커피 네 잔을 마신다.
+There is a cat under the desk.|책상 아래에 고양이가 있다.
+I listened to music at home.|나는 집에서 음악을 들었다.
+We helped the singer.|우리는 가수를 도왔다.
+Tom leaves for Busan.|톰은 부산으로 떠난다.
+Did Mina leave for Seoul?|미나는 서울로 떠났니?
+Jisu goes home by subway.|지수는 지하철로 집에 간다.
+I wanted to write a letter with a pen.|나는 펜으로 편지를 쓰고 싶었다.
+The notebook that I bought is cheap.|내가 산 공책은 싸다.
+The student who studies Korean is very smart.|한국어를 공부하는 학생은 아주 똑똑하다.
+What do you want to eat at home?|너는 집에서 무엇을 먹고 싶니?
+Who gets up at seven o'clock?|누가 일곱 시에 일어나니?
+When do they go home?|그들은 언제 집에 가니?
+Minsu ate rice but Susan ate fish.|민수는 밥을 먹었지만 수전은 생선을 먹었다.
+She drinks milk and Jisu drinks water.|그녀는 우유를 마시고 지수는 물을 마신다.
+He is not a doctor.|그는 의사가 아니다.
+I was a doctor.|나는 의사였다.
+Junho does not have a dog.|준호는 개가 없다.
+He gave a flower to Mina.|그는 미나에게 꽃을 줬다.
+That cake is not delicious.|그 케이크는 맛있지 않다.
+He made bread and pizza.|그는 빵과 피자를 만들었다.
+We were resting at seven o'clock.|우리는 일곱 시에 쉬고 있었다.
+We will run at seven o'clock.|우리는 일곱 시에 달릴 것이다.
+This hat is white.|이 모자는 하얗다.
+He plays soccer every Sunday.|그는 일요일마다 축구를 한다.
+Tom sleeps because he is tired.|톰은 피곤해서 잔다.
+The singer will read three books.|가수는 책 세 권을 읽을 것이다.
+She is reading an old newspaper.|그녀는 낡은 신문을 읽고 있다.
+We made soup at home.|우리는 집에서 수프를 만들었다.
+He walked in the park.|그는 공원에서 걸었다.
+The man had two dogs.|남자는 개가 두 마리 있었다.
 """
 
 
 def test_examples(corpus):
-    pairs = {pair for split in corpus.values() for pair in split}
-    examples = {tuple(line.split("|")) for line in EXAMPLES.strip().splitlines()}
-    assert len(examples) >= 12
-    assert examples <= pairs
+    translation = dict(pair for pairs in corpus.values() for pair in pairs)
+    examples = dict(line.split("|") for line in EXAMPLES.strip().splitlines())
+    found = {source: translation[source] for source in examples if source in translation}
+    assert found.items() <= examples.items()
+    assert len(found) > len(examples) / 2
     assert ("I go home.", "나는 집에 간다.") in corpus["train"]
 
 
@@ -269,7 +299,7 @@ def test_every_word_is_seen_often_enough_to_be_learnt(corpus):
 def test_every_phenomenon_is_well_represented(corpus, split):
     patterns = {
         "present": "[가-힣]는?다[.]",
-        "past": "[았었갔했왔봤]다[.]",
+        "past": "[았었갔왔했]다[.]",
         "future": "것이다[.]",
         "negative": "지 않",
         "yes or no": "^(?!.*(무엇|누구|누가|어디|언제|왜|어떻게|몇)).*니[?]",
@@ -293,10 +323,10 @@ def test_every_phenomenon_is_well_represented(corpus, split):
     assert {name: part for name, part in share.items() if part < 0.01} == {}
 
 
-def test_sentence_types_differ_and_all_are_used():
-    kinds = {kind: {kind(draw) for _ in range(50)} for kind in SHARES for draw in [Draw(2)]}
-    assert all(len(pairs) > 20 for pairs in kinds.values())
-    assert all(kind.__doc__ for kind in SHARES)
+@pytest.mark.parametrize("sentence_type", SHARES)
+def test_every_sentence_type_varies(sentence_type):
+    draw = Draw(2)
+    assert len({sentence_type(draw) for _ in range(50)}) > 40
 
 
 def test_particles_and_articles_agree_everywhere(corpus):
@@ -310,4 +340,4 @@ def test_particles_and_articles_agree_everywhere(corpus):
 
 def test_the_corpus_is_the_same_everywhere(corpus):
     text = "\n".join("\t".join(pair) for split in sorted(corpus) for pair in corpus[split])
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "?"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "65c575e8cec1467d"

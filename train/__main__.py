@@ -147,16 +147,12 @@ def _capture(output: io.StringIO) -> Iterator[None]:
 
 
 def _first_sentence(box: str) -> str:
-    """Return what tyro says in the upper part of its framed error message, as one line."""
-    lines: list[str] = []
-    for line in box.splitlines():
-        text = line.strip("│| ")
-        if text.startswith(("─", "-----", "╭", "╰")):
-            if lines:
-                break
-            continue
-        lines.append(text)
-    return " ".join(lines).removeprefix("Error parsing ").rstrip(".") + ": see --help"
+    """Return what tyro says between its title and the first rule, as one line."""
+    lines = [line.strip("│| ") for line in box.splitlines()]
+    rules = [i for i, line in enumerate(lines) if line.startswith(("---", "───"))]
+    end = rules[1] if len(rules) > 1 else len(lines)
+    message = " ".join(lines[rules[0] + 1 : end] if rules else lines)
+    return message.removeprefix("Error parsing ").rstrip(".") + ": see --help"
 
 
 def _fit(options: argparse.Namespace, overrides: list[str]) -> None:

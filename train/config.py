@@ -156,6 +156,8 @@ class TrainConfig:
     """of initialisation, data order and dropout"""
     log_every: int = 50
     """steps between progress reports"""
+    distributed: bool = False
+    """one of several processes, as on a TPU pod: wait for the others (jax.distributed)"""
     model: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)

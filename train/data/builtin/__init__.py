@@ -29,7 +29,7 @@ SHARES: dict[Callable[[Draw], Pair], int] = {
     being.exist: 5,
     being.be_somewhere: 3,
     being.have: 4,
-    being.be_like: 12,
+    being.be_like: 14,
     being.be_like_both: 5,
     being.be_somebody: 2,
 }

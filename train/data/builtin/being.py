@@ -168,9 +168,9 @@ def be_like_both(draw: Draw) -> Pair:
     if not fitting:
         return be_like_both(draw)
     second = draw.one(fitting)
-    contrast = (first.english in lex.UNWELCOME) != (second.english in lex.UNWELCOME)
-    ending = korean.but(first.stem, tense) if contrast else korean.and_(first.stem)
-    part = (f"{first.english} {'but' if contrast else 'and'} {second.english}", ending)
+    but = lex.contrast(first, second)
+    ending = korean.but(first.stem, tense) if but else korean.and_(first.stem)
+    part = (f"{first.english} {'but' if but else 'and'} {second.english}", ending)
     predicate = Predicate("be", second.stem, "adjective", (part,))
     return sentence(statement(draw.one(subjects), predicate, tense))
 

@@ -50,7 +50,7 @@ def act_on_many(draw: Draw) -> Pair:
     countable = [noun for noun in frame.objects if noun.counter]
     if not countable:
         return act_on_many(draw)
-    words, meaning = counted(draw, draw.one(countable))
+    words, meaning = counted(draw, draw.one(countable), verb=frame.english)
     parts = [(words, korean.object_(meaning))]
     if draw.chance(0.6):
         parts += where(draw, frame)
@@ -202,7 +202,7 @@ def ask_about_motion(draw: Draw) -> Pair:
 def do_both(draw: Draw) -> Pair:
     """Minsu eats bread and drinks milk."""
     subject, one = draw.one(lex.EVERYBODY), verb(draw)
-    other = verb(draw, one.english)
+    other = verb(draw, one.english, "get up")
     tense = draw.one(("present",) if "read" in (one.english, other.english) else PRESENT_OR_PAST)
     first, second = (action(draw, subject, frame, aid=0, place=0.3) for frame in (one, other))
     words, _ = statement(subject, first, tense)

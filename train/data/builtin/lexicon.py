@@ -14,6 +14,11 @@ def table(text: str) -> dict[str, str]:
     return {english.strip(): korean.strip() for english, korean in entries}
 
 
+def pairs(text: str) -> tuple[Pair, ...]:
+    """Return the same entries in a row."""
+    return tuple(table(text).items())
+
+
 # ---- adjectives ----
 
 
@@ -45,13 +50,20 @@ SCALES = (
     "heavy light",
     "long short",
 )
-# Of two adjectives, one that is here and one that is not are joined by "but".
-UNWELCOME = ("busy", "difficult", "expensive", "heavy", "hungry", "sad", "tired")
+# A word of one line and a word of the other are joined by "but", other words by "and".
+WELCOME = "beautiful cheap cute delicious easy fast fresh happy interesting light pretty"
+UNWELCOME = "busy difficult expensive heavy hungry sad tired"
 
 
 def adjectives(words: str) -> tuple[Adjective, ...]:
     """Return the adjectives named in a text."""
     return tuple(Adjective(word, STEMS[word]) for word in words.split())
+
+
+def contrast(first: Adjective, second: Adjective) -> bool:
+    """Return whether the one is welcome and the other is not."""
+    both = (first.english, second.english)
+    return all(any(word in side.split() for word in both) for side in (WELCOME, UNWELCOME))
 
 
 def exclude(first: Adjective, second: Adjective) -> bool:
@@ -327,33 +339,27 @@ WEEK = table(
 )
 CLOCK = tuple((f"at {number} o'clock", f"{meaning} 시에") for number, meaning in NUMBERS.items())
 WEEKDAYS = tuple((f"on {day}", f"{meaning}에") for day, meaning in WEEK.items())
-DAY = tuple(
-    table(
-        "in the morning=아침에, in the afternoon=오후에, in the evening=저녁에, at night=밤에"
-    ).items()
-)
-# Times that fit one tense alone. In "I read a book yesterday" nothing else tells the tense.
+DAY = pairs("in the morning=아침에, in the afternoon=오후에, in the evening=저녁에, at night=밤에")
+# Those of the past fit no other tense: in "I read a book yesterday" nothing else tells it.
 TIMES: dict[Tense, tuple[Pair, ...]] = {
     "present": (
-        *table("every day=매일, every morning=매일 아침, every evening=매일 저녁").items(),
+        *pairs("every day=매일, every morning=매일 아침, every evening=매일 저녁"),
         *((f"every {day}", f"{meaning}마다") for day, meaning in WEEK.items()),
     ),
     "past": (
-        *table(
-            "yesterday=어제, last night=어젯밤에, last week=지난주에, this morning=오늘 아침에"
-        ).items(),
+        *pairs("yesterday=어제, last night=어젯밤에, last week=지난주에, this morning=오늘 아침에"),
         *WEEKDAYS,
     ),
     "future": (
-        *table(
-            "tomorrow=내일, tonight=오늘 밤에, next week=다음 주에, this weekend=이번 주말에"
-        ).items(),
+        *pairs("tomorrow=내일, tonight=오늘 밤에, next week=다음 주에, this weekend=이번 주말에"),
         *WEEKDAYS,
     ),
 }
-TODAY = ("today", "오늘")
 # When somebody is busy, rather than does something.
-STATE_TIMES = TIMES | {"present": (("now", "지금"), TODAY), "past": (*TIMES["past"], TODAY)}
+STATE_TIMES = {
+    "present": pairs("now=지금, today=오늘"),
+    "past": TIMES["past"] + pairs("today=오늘"),
+}
 
 # ---- verbs ----
 
@@ -441,6 +447,7 @@ MAKING = tuple(
 )
 WITHOUT_COMPANY = ("close", "get up", "open", "sleep")  # not "with Mina"
 WITHOUT_DURATION = ("close", "get up", "open", "see")  # not "is opening"
+NOT_TEN = ("choose", "eat")  # ten hats
 ONE_AT_A_TIME = ("fix", "look for", "ride", "use")  # not three bicycles
 OWNED_BY_OTHERS = ("fix", "look for", "read", "ride", "use")  # Mina's book
 SHOPPING = ("buy", "choose")  # only there is a book cheap or expensive

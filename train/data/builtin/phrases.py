@@ -42,9 +42,12 @@ def definite(draw: Draw, noun: Noun, *, owned: float = 0.6) -> Pair:
     return f"{words} {noun.english}", f"{meaning} {noun.korean}"
 
 
-def counted(draw: Draw, noun: Noun, particle: Callable[[str], str] = str) -> Pair:
+def counted(
+    draw: Draw, noun: Noun, particle: Callable[[str], str] = str, *, verb: str = ""
+) -> Pair:
     """Return "three apples", 사과 세 개; a particle goes to the noun, 사과가 세 개."""
-    number, meaning = draw.one(list(lex.NUMBERS.items())[: 4 if noun.counter in lex.FEW else 10])
+    most = 4 if noun.counter in lex.FEW or verb in lex.NOT_TEN else 10
+    number, meaning = draw.one(list(lex.NUMBERS.items())[:most])
     words = several(noun)
     if number == "one":
         words = f"{noun.unit} of {noun.english}" if noun.unit else noun.english
@@ -59,7 +62,7 @@ def several(noun: Noun) -> str:
 def thing(draw: Draw, noun: Noun, verb: str) -> Pair:
     """Return any of the above, as it fits the noun and the verb."""
     if noun.counter and verb not in lex.ONE_AT_A_TIME and draw.chance(0.1):
-        return counted(draw, noun)
+        return counted(draw, noun, verb=verb)
     if noun.article == "a" and draw.chance(0.25):
         return definite(draw, noun, owned=0.6 if verb in lex.OWNED_BY_OTHERS else 0)
     plain = noun.article == "the" or noun in lex.SPORTS + lex.STUDIES

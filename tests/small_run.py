@@ -1,0 +1,79 @@
+"""A corpus and a configuration so small that a test can afford to train on them."""
+
+import dataclasses
+import random
+from pathlib import Path
+
+from jaxformer.config import TransformerConfig
+from train.config import CheckpointConfig, DataConfig, EvaluateConfig, OptimizerConfig, TrainConfig
+
+# Word by word and in the same order: learnable in seconds, by attention alone.
+LEXICON = {
+    "one": "eins", "two": "zwei", "six": "sechs", "red": "rot", "blue": "blau", "old": "alt",
+    "dogs": "Hunde", "cats": "Katzen", "run": "laufen", "sit": "sitzen", "here": "hier",
+    "now": "jetzt",
+}  # fmt: skip
+
+
+def sentence_pairs(number: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Return distinct pairs of 2 to 7 words."""
+    draw = random.Random(seed)
+    pairs: dict[str, str] = {}
+    while len(pairs) < number:
+        words = draw.choices(list(LEXICON), k=draw.randint(2, 7))
+        pairs[" ".join(words)] = " ".join(LEXICON[word] for word in words)
+    return list(pairs.items())
+
+
+def write_corpus(folder: Path) -> Path:
+    """Write {train,valid,test}.{en,de} of 200, 20 and 20 pairs."""
+    pairs = sentence_pairs(240)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", pairs[:200]), ("valid", pairs[200:220]), ("test", pairs[220:])):
+        for side, language in enumerate(("en", "de")):
+            text = "".join(f"{pair[side]}\n" for pair in part)
+            (folder / f"{name}.{language}").write_text(text, encoding="utf-8")
+    return folder
+
+
+def small_config(folder: Path, **changes) -> TrainConfig:
+    """Return a configuration for the corpus in `folder`; the run is `folder`/run."""
+    config = TrainConfig(
+        run=str(folder / "run"),
+        steps=6,
+        log_every=3,
+        model=TransformerConfig(
+            vocab_size=64,
+            d_model=16,
+            d_ff=32,
+            num_heads=2,
+            encoder_layers=1,
+            decoder_layers=1,
+            max_length=32,
+        ),
+        data=DataConfig(
+            path=str(folder),
+            train=("train",),
+            validation=("valid",),
+            test=("test",),
+            source="en",
+            target="de",
+            target_length=16,
+            batch_tokens=16 * 16,
+            cache_dir=str(folder / "cache"),
+        ),
+        optimizer=OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=20),
+        evaluate=EvaluateConfig(every=3, beam_size=2),
+        checkpoint=CheckpointConfig(keep_last=2, average=2),
+    )
+    return change(config, **changes)
+
+
+def change(config, **changes):
+    """Return `config` with fields changed; `model__d_model=8` reaches into a section."""
+    for name, value in changes.items():
+        section, _, field = name.rpartition("__")
+        if section:
+            value = dataclasses.replace(getattr(config, section), **{field: value})
+        config = dataclasses.replace(config, **{section or field: value})
+    return config

@@ -1,0 +1,150 @@
+"""From a configuration to the data of a run: splits, tokenizers, token ids, batches."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from jaxformer.errors import UserError
+from jaxformer.run import (
+    CONFIG_FILE,
+    SOURCE_TOKENIZER_FILE,
+    TOKENIZER_FILE,
+    load_tokenizers,
+    read_config,
+    write_config,
+)
+from jaxformer.tokenizer import Tokenizer
+from train.config import TrainConfig, flatten
+from train.data.batches import Batches
+from train.data.corpus import EncodedCorpus, encode_corpus
+from train.data.packing import Packing, choose_source_length, pack
+from train.data.sources import load_split
+from train.data.tokenizer import learn_tokenizers
+from train.parallel import host_rows, split_rows
+
+if TYPE_CHECKING:
+    import datasets
+
+# What may differ from the run directory's config.json when a run goes on: how long and how
+# closely watched it is and where its files lie, not what is trained.
+_MAY_CHANGE = ("run", "steps", "log_every", "distributed", "data.path", "data.cache_dir")
+_MAY_CHANGE_SECTIONS = ("evaluate.", "checkpoint.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """The data of a run.
+
+    Attributes:
+      pairs: the splits "train", "validation" and, if there is one, "test".
+      source_tokenizer, target_tokenizer: one object twice if the vocabulary is joint.
+      validation: the validation split as token ids.
+      batches: the training batches.
+    """
+
+    pairs: "dict[str, datasets.Dataset]"
+    source_tokenizer: Tokenizer
+    target_tokenizer: Tokenizer
+    validation: EncodedCorpus
+    batches: Batches
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """This process's share of the batch of `step`, [devices, rows, …]."""
+        return split_rows(self.batches.at(step, host_rows(self.batches.rows_per_batch)))
+
+
+def prepare(config: TrainConfig) -> RunData:
+    """Load and encode the data, and write what a translator needs into the run directory.
+
+    Raises:
+      UserError: the data or the run directory cannot be used.
+    """
+    run = Path(config.run)
+    rows = rows_per_batch(config)
+    _check_same_run(config, run)
+    splits = ["train", "validation", *(["test"] if config.data.test else [])]
+    pairs = {split: load_split(config.data, split) for split in splits}
+    if jax.process_index() == 0:
+        write_config(run, config.to_dict())
+    source_tokenizer, target_tokenizer = _tokenizers(config, run, pairs["train"])
+    train, validation = (
+        encode_corpus(pairs[split], source_tokenizer, target_tokenizer, config.data.cache_dir)
+        for split in ("train", "validation")
+    )
+    batches = Batches(train, _pack(config, train), rows, seed=config.seed)
+    return RunData(pairs, source_tokenizer, target_tokenizer, validation, batches)
+
+
+def rows_per_batch(config: TrainConfig) -> int:
+    """Rows of the global batch, a multiple of the parts it is split into.
+
+    Raises:
+      UserError: there are fewer rows than parts.
+    """
+    parts = jax.device_count() * config.accumulate
+    rows = config.data.batch_tokens // config.data.target_length // parts * parts
+    if rows == 0:
+        raise UserError(
+            f"data.batch_tokens={config.data.batch_tokens} is less than one row of "
+            f"data.target_length={config.data.target_length} for each of {parts} parts "
+            f"({jax.device_count()} devices x accumulate={config.accumulate}): "
+            f"give at least {parts * config.data.target_length}"
+        )
+    return rows
+
+
+def _check_same_run(config: TrainConfig, run: Path) -> None:
+    """A run directory holds one experiment: refuse to go on with another one in it."""
+    if not (run / CONFIG_FILE).exists():
+        return
+    saved = read_config(run)
+    saved.pop("version")
+    try:
+        before = flatten(TrainConfig.from_dict(saved))
+    except UserError as error:
+        raise UserError(f"{run}/{CONFIG_FILE}: {error}; choose another --run") from error
+    for name, value in flatten(config).items():
+        if name in _MAY_CHANGE or name.startswith(_MAY_CHANGE_SECTIONS):
+            continue
+        if before[name] != value:
+            raise UserError(
+                f"{run} holds a run with {name}={before[name]!r}, not {value!r}: "
+                "give that value to go on with it, or another --run to start anew"
+            )
+
+
+def _tokenizers(
+    config: TrainConfig, run: Path, train: "datasets.Dataset"
+) -> tuple[Tokenizer, Tokenizer]:
+    """Load the run's tokenizers; if it has none, one process learns them for all."""
+    first = TOKENIZER_FILE if config.data.joint_vocabulary else SOURCE_TOKENIZER_FILE
+    if jax.process_index() == 0 and not (run / first).exists():
+        learn_tokenizers(
+            train,
+            run,
+            vocab_size=config.model.vocab_size,
+            joint=config.data.joint_vocabulary,
+            model_type=config.data.tokenizer_type,
+        )
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices("tokenizers")
+    return load_tokenizers(run)
+
+
+def _pack(config: TrainConfig, corpus: EncodedCorpus) -> Packing:
+    source_lengths, target_lengths = corpus.source.lengths, corpus.target.lengths
+    source_length = config.data.source_length or choose_source_length(
+        source_lengths, target_lengths, config.data.target_length, seed=config.seed
+    )
+    return pack(
+        source_lengths,
+        target_lengths,
+        source_length=source_length,
+        target_length=config.data.target_length,
+        seed=config.seed,
+    )

@@ -182,7 +182,7 @@ class Translator:
         texts = [""] * len(sources)
         order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
         while order:
-            length = _bucket(len(sources[order[0]]) + 1)
+            length = min(_bucket(len(sources[order[0]]) + 1), self.config.max_length)
             rows = _rows(len(order), max(1, batch_tokens // length))
             chosen, order = order[:rows], order[rows:]
             source_ids = np.full((rows, length), PAD_ID, np.int32)
@@ -233,6 +233,8 @@ def _translate_batch(
     variables = {"params": params}
     batch_size, source_length = source_ids.shape
     max_length = source_length + EXTRA_LENGTH
+    if config.positions == "learned":
+        max_length = min(max_length, config.max_length)  # there are no more
     encoded = model.apply(variables, source_ids, method="encode")
     cache = model.apply(
         variables,

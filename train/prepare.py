@@ -75,6 +75,7 @@ def prepare(config: TrainConfig) -> RunData:
         for split in ("train", "validation")
     )
     batches = Batches(train, _pack(config, train), rows, seed=config.seed)
+    _check_positions(config, train, validation)
     return RunData(pairs, source_tokenizer, target_tokenizer, validation, batches)
 
 
@@ -134,6 +135,18 @@ def _tokenizers(
 
         sync_global_devices("tokenizers")
     return load_tokenizers(run)
+
+
+def _check_positions(config: TrainConfig, *corpora: EncodedCorpus) -> None:
+    """Learned positions must reach the end of every sentence that is not left out of training."""
+    longest = max(
+        int(side.lengths.max()) for corpus in corpora for side in (corpus.source, corpus.target)
+    )
+    if config.model.positions == "learned" and longest > config.model.max_length:
+        raise UserError(
+            f"the longest sentence has {longest} tokens but model.max_length is "
+            f"{config.model.max_length} learned positions: raise model.max_length"
+        )
 
 
 def _pack(config: TrainConfig, corpus: EncodedCorpus) -> Packing:

@@ -91,8 +91,8 @@ def describe(config: TrainConfig, params: Any, batches: Batches, start: int) -> 
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     yield f"run        {config.run}" + (f", from step {start:,}" if start else "")
     yield (
-        f"devices    {jax.device_count()} x {jax.devices()[0].device_kind}, "
-        f"{jax.process_count()} processes, jax {jax.__version__}"
+        f"devices    {jax.device_count()} x {jax.devices()[0].device_kind} "
+        f"in {jax.process_count()} process{'es' * (jax.process_count() > 1)}, jax {jax.__version__}"
     )
     yield f"model      {size / 1e6:.2f} million parameters, {config.model.dtype}"
     left_out = [

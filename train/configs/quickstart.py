@@ -7,10 +7,15 @@ from jaxformer.config import PRESETS
 from train.config import CheckpointConfig, DataConfig, EvaluateConfig, OptimizerConfig, TrainConfig
 
 config = TrainConfig(
-    steps=1000,
-    log_every=25,
+    steps=600,
+    log_every=50,
     model=PRESETS["tiny"].replace(
-        vocab_size=1000, encoder_layers=2, decoder_layers=2, dropout=0.1, max_length=128
+        vocab_size=1000,
+        num_heads=2,
+        encoder_layers=2,
+        decoder_layers=2,
+        dropout=0.0,
+        max_length=128,
     ),
     data=DataConfig(
         dataset="builtin",
@@ -19,10 +24,10 @@ config = TrainConfig(
         test=("test",),
         source="en",
         target="ko",
-        target_length=64,
-        batch_tokens=4096,
+        target_length=32,
+        batch_tokens=2048,
     ),
-    optimizer=OptimizerConfig(peak_learning_rate=5e-3, warmup_steps=200),
-    evaluate=EvaluateConfig(every=250),
-    checkpoint=CheckpointConfig(keep_last=2, average=1),
+    optimizer=OptimizerConfig(peak_learning_rate=4e-3, warmup_steps=100),
+    evaluate=EvaluateConfig(every=100, beam_size=1),
+    checkpoint=CheckpointConfig(keep_last=3, average=3),
 )

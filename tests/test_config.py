@@ -1,0 +1,116 @@
+"""Impossible models are refused with one line that helps; the paper's models have its sizes."""
+
+import dataclasses
+import json
+from typing import get_args
+
+import pytest
+
+from jaxformer import config as config_module
+from jaxformer.config import PRESETS, TransformerConfig
+from jaxformer.errors import UserError
+
+NAN = float("nan")
+
+# (the field to blame, its value, other fields, what the fix must say)
+IMPOSSIBLE = [
+    ("norm", "middle", {}, "post, pre"),
+    ("activation", "tanh", {}, "relu, gelu, swish, glu, reglu, geglu, swiglu"),
+    ("embeddings", "tied", {}, "shared, target, separate"),
+    ("positions", "rotary", {}, "sinusoidal, sinusoidal_concat, learned"),
+    ("dtype", "float16", {}, "float32, bfloat16"),
+    ("d_model", 0, {}, "at least 1"),
+    ("d_model", 15, {"num_heads": 3}, "even"),
+    ("d_ff", 0, {}, "at least 1"),
+    ("num_heads", 0, {}, "at least 1"),
+    ("num_heads", 7, {}, "divisor of d_model=512"),
+    ("head_dim", 0, {}, "at least 1, or None"),
+    ("value_dim", -3, {}, "at least 1, or None"),
+    ("encoder_layers", 0, {}, "at least 1"),
+    ("decoder_layers", -1, {}, "at least 1"),
+    ("vocab_size", 3, {}, "at least 4"),
+    ("source_vocab_size", 3, {"embeddings": "separate"}, "at least 4"),
+    ("source_vocab_size", 99, {}, '37000 (vocab_size) or set embeddings to "target"'),
+    ("dropout", 1.0, {}, "from 0 up to, not including, 1"),
+    ("dropout", NAN, {}, "from 0 up to, not including, 1"),
+    ("attention_dropout", -0.1, {}, "from 0 up to, not including, 1"),
+    ("activation_dropout", 1.5, {}, "from 0 up to, not including, 1"),
+    ("label_smoothing", 1.0, {}, "from 0 up to, not including, 1"),
+    ("max_length", 1, {}, "at least 2"),
+    ("layer_norm_epsilon", 0.0, {}, "small positive number"),
+    ("layer_norm_epsilon", NAN, {}, "small positive number"),
+]
+
+
+@pytest.mark.parametrize("field, value, others, fix", IMPOSSIBLE)
+def test_an_impossible_value_is_refused_with_field_value_and_fix(field, value, others, fix):
+    with pytest.raises(UserError) as caught:
+        TransformerConfig(**others, **{field: value})
+    message = str(caught.value)
+    assert message.startswith(f"TransformerConfig.{field} is {value!r}: ")
+    assert fix in message
+    assert "\n" not in message
+
+
+def test_every_field_that_can_be_impossible_is_in_the_table():
+    fields = {f.name for f in dataclasses.fields(TransformerConfig) if f.type != "bool"}
+    assert {field for field, *_ in IMPOSSIBLE} == fields
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_heads": 7, "head_dim": 73},
+        {"d_model": 15, "num_heads": 3, "positions": "learned"},
+        {"source_vocab_size": 99, "embeddings": "separate"},
+        {"source_vocab_size": 99, "embeddings": "target"},
+        {"source_vocab_size": 37_000, "embeddings": "shared"},
+        {"vocab_size": 4, "d_ff": 1, "max_length": 2, "dropout": 0.0, "label_smoothing": 0.0},
+        *[{"norm": name} for name in get_args(config_module.Norm)],
+        *[{"activation": name} for name in get_args(config_module.Activation)],
+        *[{"positions": name} for name in get_args(config_module.Positions)],
+    ],
+)
+def test_possible_values_are_accepted(changes):
+    config = TransformerConfig(**changes)
+    assert {name: getattr(config, name) for name in changes} == changes
+
+
+def test_widths_of_a_head_default_to_the_paper():
+    config = TransformerConfig(d_model=36, num_heads=3)
+    assert (config.query_key_dim, config.head_value_dim) == (12, 12)
+    config = config.replace(head_dim=5)
+    assert (config.query_key_dim, config.head_value_dim) == (5, 5)
+    config = config.replace(value_dim=7)
+    assert (config.query_key_dim, config.head_value_dim) == (5, 7)
+
+
+def test_replace_checks_names_and_values():
+    config = TransformerConfig().replace(d_ff=31)
+    assert config == TransformerConfig(d_ff=31)
+    with pytest.raises(UserError, match=r"no field 'd_fff': choose one of .*'d_ff'"):
+        config.replace(d_fff=3)
+    with pytest.raises(UserError, match=r"TransformerConfig\.d_ff is 0"):
+        config.replace(d_ff=0)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_round_trip_through_json(name):
+    config = PRESETS[name].replace(head_dim=7, layer_norm_epsilon=1e-5, embeddings="target")
+    assert TransformerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_from_dict_keeps_defaults_and_refuses_what_it_does_not_know():
+    assert TransformerConfig.from_dict({"d_ff": 31}) == TransformerConfig(d_ff=31)
+    with pytest.raises(ValueError, match="no field 'layers'"):  # a UserError is a ValueError
+        TransformerConfig.from_dict({"layers": 6})
+
+
+def test_configs_are_values():
+    """Frozen, and hashable because linen modules with equal configs must share compilations."""
+    config = TransformerConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.d_model = 3
+    assert len({config, TransformerConfig(), config.replace(remat=True)}) == 2
+    with pytest.raises(TypeError):
+        PRESETS["base"] = config

@@ -40,7 +40,9 @@ def test_elements_are_dropped_independently():
 def test_the_key_decides():
     x = jnp.arange(1.0, 36.0).reshape(5, 7)
     np.testing.assert_array_equal(dropout(x, 0.5, KEY), dropout(x, 0.5, KEY))
-    np.testing.assert_array_equal(dropout(x, 0.5, KEY), jax.jit(dropout, static_argnums=1)(x, 0.5, KEY))
+    np.testing.assert_array_equal(
+        dropout(x, 0.5, KEY), jax.jit(dropout, static_argnums=1)(x, 0.5, KEY)
+    )
     assert np.any(dropout(x, 0.5, KEY) != dropout(x, 0.5, jax.random.key(4)))
 
 

@@ -60,7 +60,9 @@ def test_feed_forward_is_its_formula(activation):
     else:
         wide = act(wide)
     assert set(params) == {"hidden", "output"} | ({"gate"} if activation.endswith("glu") else set())
-    np.testing.assert_allclose(module.apply(variables, x), dense("output", wide), rtol=3e-5, atol=3e-5)
+    np.testing.assert_allclose(
+        module.apply(variables, x), dense("output", wide), rtol=3e-5, atol=3e-5
+    )
 
 
 def test_feed_forward_is_position_wise():
@@ -116,7 +118,9 @@ def test_residual_is_its_formula(norm):
         expected = reference_layer_norm(wide + sublayer(wide), scale, bias, 0.1)
     else:
         expected = wide + sublayer(reference_layer_norm(wide, scale, bias, 0.1))
-    np.testing.assert_allclose(module.apply(variables, x, method=run), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        module.apply(variables, x, method=run), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_residual_drops_the_sublayer_and_not_the_stream():
@@ -180,7 +184,9 @@ def test_embedding_scale_and_initialisation_belong_together():
     ids = jnp.arange(1009)[None]
     variables = module.init(jax.random.key(0), ids)
     assert np.std(module.apply(variables, ids)) == pytest.approx(1.0, abs=0.03)
-    assert np.std(module.apply(variables, random(5, 32), method="logits")) == pytest.approx(1.0, abs=0.1)
+    assert np.std(module.apply(variables, random(5, 32), method="logits")) == pytest.approx(
+        1.0, abs=0.1
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

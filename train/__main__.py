@@ -168,8 +168,7 @@ def _fit(options: argparse.Namespace, overrides: list[str]) -> None:
 
     from train.loop import fit
 
-    run = fit(config)
-    print(f"\ntry it: jaxformer translate {run}")
+    fit(config)
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -12,7 +12,13 @@ from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.evaluate import LossEvaluator, Quality, decoder, score
 from train.metrics import MetricsWriter, read_metrics
-from train.parallel import data_parallel_train, on_one_device, prefetch, replicate
+from train.parallel import (
+    data_parallel_train,
+    on_one_device,
+    prefetch,
+    replicate,
+    span_processes,
+)
 from train.prepare import RunData, prepare
 from train.progress import Progress
 from train.report import Report, describe, examples
@@ -46,7 +52,7 @@ def fit(config: TrainConfig) -> Path:
         init_rng, dropout_rng = jax.random.split(jax.random.key(config.seed))
         state = replicate(create_state(model, optimizer, init_rng))
         if checkpoints.latest_step() is not None:
-            state = checkpoints.restore(state)
+            state = replicate(on_one_device(checkpoints.restore(span_processes(state))))
         start = int(state.step)
         train_step = data_parallel_train(
             make_train_step(model, optimizer, schedule, accumulate=config.accumulate)
@@ -89,7 +95,7 @@ def fit(config: TrainConfig) -> Path:
                 )
                 writer.write(done, "validation", losses | quality.to_dict())
                 numbers = losses | {"bleu": quality.bleu.value, "chrf": quality.chrf.value}
-                checkpoints.save(state, numbers)
+                checkpoints.save(span_processes(state), numbers)
                 progress.message(
                     f"step {done:,}: validation loss {losses['loss']:.3f}  "
                     f"ppl {losses['perplexity']:.2f}  BLEU {quality.bleu.value:.2f}  "
@@ -108,7 +114,7 @@ def fit(config: TrainConfig) -> Path:
             averaged = checkpoints.all_steps()[-config.checkpoint.average :]
             if len(averaged) > 1:
                 params = replicate(checkpoints.average(averaged))
-                checkpoints.save_average(on_one_device(params), averaged)
+                checkpoints.save_average(span_processes(params), averaged)
                 steps_text = ", ".join(f"{step:,}" for step in averaged)
                 progress.message(f"averaged the checkpoints of steps {steps_text}")
             for split in [split for split in data.pairs if split != "train"]:
@@ -119,6 +125,7 @@ def fit(config: TrainConfig) -> Path:
             pairs = data.pairs[split]
             for line in examples(pairs["source"][:], hypotheses, pairs["target"][:]):
                 progress.message(line)
+            progress.message(f"\ntry it: jaxformer translate {run}")
     return run
 
 

@@ -14,12 +14,29 @@ AXIS = "data"
 
 
 def replicate(tree: Any) -> Any:
-    """Put the same arrays on every device: the form in which `data_parallel_train` returns them.
+    """Put the same arrays on each of this process's devices, as `data_parallel_train` does.
 
     A state that begins in another form would have the first two steps compiled separately.
     """
-    mesh = Mesh(np.array(jax.devices()), (AXIS,))
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(tree, _replicated(jax.local_devices()))
+
+
+def span_processes(tree: Any) -> Any:
+    """Replicated arrays as arrays of all processes together, the form that is saved and restored.
+
+    `pmap` returns each process its own copies; with one process they are all there is.
+    """
+    if jax.process_count() == 1:
+        return tree
+    sharding = _replicated(jax.devices())
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(on_one_device(x))),
+        tree,
+    )
+
+
+def _replicated(devices: list[jax.Device]) -> NamedSharding:
+    return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec())
 
 
 def on_one_device(tree: Any) -> Any:

@@ -7,11 +7,10 @@ from jaxformer.config import PRESETS
 from train.config import CheckpointConfig, DataConfig, EvaluateConfig, OptimizerConfig, TrainConfig
 
 config = TrainConfig(
-    steps=600,
+    steps=440,
     log_every=50,
     model=PRESETS["tiny"].replace(
-        vocab_size=1000,
-        num_heads=2,
+        vocab_size=2000,
         encoder_layers=2,
         decoder_layers=2,
         dropout=0.0,
@@ -28,6 +27,6 @@ config = TrainConfig(
         batch_tokens=2048,
     ),
     optimizer=OptimizerConfig(peak_learning_rate=4e-3, warmup_steps=100),
-    evaluate=EvaluateConfig(every=100, beam_size=1),
+    evaluate=EvaluateConfig(every=110, beam_size=1),
     checkpoint=CheckpointConfig(keep_last=3, average=3),
 )

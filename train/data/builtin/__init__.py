@@ -14,7 +14,7 @@ SIZES: dict[Split, int] = {"train": 30_000, "validation": 500, "test": 1000}
 WORDS = range(3, 15)  # in an English sentence
 # How often a sentence type is drawn, in relation to the others.
 SHARES: dict[Callable[[Draw], Pair], int] = {
-    doing.act: 26,
+    doing.act: 25,
     doing.act_on_many: 8,
     doing.act_now: 6,
     doing.want: 4,
@@ -23,14 +23,14 @@ SHARES: dict[Callable[[Draw], Pair], int] = {
     doing.move: 10,
     doing.ask_about_action: 10,
     doing.ask_about_motion: 4,
-    doing.do_both: 4,
+    doing.do_both: 5,
     doing.differ: 4,
     doing.because: 3,
     being.exist: 5,
     being.be_somewhere: 3,
     being.have: 4,
-    being.be_like: 14,
-    being.be_like_both: 5,
+    being.be_like: 18,
+    being.be_like_both: 6,
     being.be_somebody: 2,
 }
 

@@ -132,7 +132,7 @@ def doer(draw: Draw) -> Person:
 
 def likened(draw: Draw) -> tuple[Sequence[Person], Sequence[Adjective]]:
     """Return possible subjects and what they may be like."""
-    way = draw.one(("thing", "thing", "thing", "made", "made", "person", "person", "doer"))
+    way = draw.one(("thing",) * 3 + ("made", "person", "doer") * 2)
     if way == "person":
         return lex.ANYONE, draw.one((lex.MOODS, lex.TRAITS))
     if way == "doer":

@@ -199,12 +199,23 @@ def ask_about_motion(draw: Draw) -> Pair:
 # ---- two clauses ----
 
 
+def plain(draw: Draw, subject: Person, frame: Frame) -> Predicate:
+    """Return the verb with its object or else its place, and no more."""
+    if frame.objects:
+        noun = draw.one(frame.objects)
+        words, meaning = (noun.plural, noun.korean) if frame.plural else simple(noun)
+        parts: tuple[Pair, ...] = ((words, korean.object_(meaning)),)
+    else:
+        parts = direct_object(draw, subject, frame) or where(draw, frame)
+    return Predicate(frame.english, frame.stem, "verb", parts)
+
+
 def do_both(draw: Draw) -> Pair:
     """Minsu eats bread and drinks milk."""
     subject, one = draw.one(lex.EVERYBODY), verb(draw)
     other = verb(draw, one.english, "get up")
     tense = draw.one(("present",) if "read" in (one.english, other.english) else PRESENT_OR_PAST)
-    first, second = (action(draw, subject, frame, aid=0, place=0.3) for frame in (one, other))
+    first, second = (plain(draw, subject, frame) for frame in (one, other))
     words, _ = statement(subject, first, tense)
     also = english.finite(second.english, subject.agreement, tense)
     meaning = join(first.before_verb, korean.and_(first.stem), second.before_verb)
@@ -223,15 +234,7 @@ def differ(draw: Draw) -> Pair:
     tense = draw.one(("present",) if frame.english == "read" else PRESENT_OR_PAST)
     somebody = draw.one(lex.EVERYBODY)
     another = draw.other(lex.EVERYBODY, somebody)
-
-    def plain() -> Predicate:
-        if not frame.objects:
-            return Predicate(frame.english, frame.stem, "verb", where(draw, frame))
-        noun = draw.one(frame.objects)
-        words, meaning = (noun.plural, noun.korean) if frame.plural else simple(noun)
-        return Predicate(frame.english, frame.stem, "verb", ((words, korean.object_(meaning)),))
-
-    first, second = plain(), plain()
+    first, second = plain(draw, somebody, frame), plain(draw, another, frame)
     same = first == second
     but = same or draw.chance(0.5)
     ending = korean.but(first.stem, tense) if but else korean.and_(first.stem)

@@ -116,7 +116,7 @@ FOOD = "cheap delicious expensive fresh"
 FASHION = "black blue cheap expensive new old pretty red white"
 VEGETABLES = nouns("potato=감자, tomato=토마토", f"{FOOD} big small", counter="개")
 FRUIT = nouns(
-    "apple=사과, banana=바나나, orange=오렌지, watermelon=수박", f"{FOOD} big small", counter="개"
+    "apple=사과, orange=오렌지, peach=복숭아, watermelon=수박", f"{FOOD} big small", counter="개"
 )
 BREAD = masses("bread=빵, cheese=치즈, pizza=피자", FOOD)
 CAKE = masses("cake=케이크", FOOD)
@@ -179,14 +179,14 @@ SIGHTS = (
 )
 OWNED = ANIMALS + BAGS + BICYCLE + CAR + CLOTHES + FURNITURE + MACHINES
 LIKENED = (
-    BREAD + CAKE + DRINKS + FRUIT + MEAT + VEGETABLES,
+    BREAD + CAKE + DRINKS + FRUIT + MEAT + RICE + SOUP + VEGETABLES,
     BOOKS + LETTER + MOVIE + SONG + STORIES,
     OWNED + PICTURE + TOYS,
     ROOMS + SIGHTS,
     SPORTS + STUDIES,
 )
 FEW = ("대", "마리", "벌", "부", "잔", "편", "통")  # counters of what nobody has ten of
-POINTED_OUT = table("this=이, that=그")
+POINTED_OUT = table("this=이, that=저")
 OWNERS = table(
     """my=내, your=네, his=그의, her=그녀의, our=우리, their=그들의, Minsu's=민수의,
     Mina's=미나의"""
@@ -434,7 +434,7 @@ FRAMES = (
 LIKING = (
     Frame("like", "좋아하", ANIMALS + FLOWER + MOVIE, plural=True),
     Frame("like", "좋아하", MUSIC + SPORTS + STUDIES, plural=True),
-    Frame("like", "좋아하", BREAD + CAKE + DRINKS + FRUIT, plural=True),
+    Frame("like", "좋아하", BREAD + CAKE + DRINKS + FRUIT + RICE, plural=True),
     Frame("hate", "싫어하", BREAD + DRINKS + SPORTS + STUDIES + VEGETABLES, plural=True),
 )
 GIVING = (
@@ -450,7 +450,9 @@ WITHOUT_DURATION = ("close", "get up", "open", "see")  # not "is opening"
 NOT_TEN = ("choose", "eat")  # ten hats
 ONE_AT_A_TIME = ("fix", "look for", "ride", "use")  # not three bicycles
 OWNED_BY_OTHERS = ("fix", "look for", "read", "ride", "use")  # Mina's book
-SHOPPING = ("buy", "choose")  # only there is a book cheap or expensive
+# Prices are named where one pays, and nobody makes an old chair.
+PRICES = ("cheap", "expensive")
+UNFIT = {"buy": (), "choose": (), "make": (*PRICES, "old")}
 # How somebody or the weather is; whether one then does *not* do something; and what.
 REASONS = (
     ("hungry", False, ("eat", "cook")),

@@ -19,11 +19,10 @@ def simple(noun: Noun) -> Pair:
     return join(noun.article, noun.english), noun.korean
 
 
-def described(draw: Draw, noun: Noun, *, price: bool = True) -> Pair:
-    """Return "an old book", "hot coffee" and, if it matters, "cheap bread"."""
-    adjective = draw.one(noun.adjectives)
-    while not price and adjective.english in ("cheap", "expensive"):
-        adjective = draw.one(noun.adjectives)
+def described(draw: Draw, noun: Noun, *, unfit: Sequence[str] = ()) -> Pair:
+    """Return "an old book", "hot coffee"."""
+    while (adjective := draw.one(noun.adjectives)).english in unfit:
+        pass
     words, meaning = with_attribute(adjective, noun.english, noun.korean)
     return (english.article(words) if noun.article == "a" else words), meaning
 
@@ -67,7 +66,7 @@ def thing(draw: Draw, noun: Noun, verb: str) -> Pair:
         return definite(draw, noun, owned=0.6 if verb in lex.OWNED_BY_OTHERS else 0)
     plain = noun.article == "the" or noun in lex.SPORTS + lex.STUDIES
     if noun.adjectives and not plain and draw.chance(0.35):
-        return described(draw, noun, price=verb in lex.SHOPPING)
+        return described(draw, noun, unfit=lex.UNFIT.get(verb, lex.PRICES))
     return simple(noun)
 
 
@@ -105,7 +104,7 @@ def direct_object(draw: Draw, subject: Person, frame: Frame) -> tuple[Pair, ...]
     noun = draw.one(frame.objects)
     if frame.plural:
         words, meaning = noun.plural, noun.korean
-    elif len(frame.objects) > 4 and draw.chance(0.1):
+    elif len(frame.objects) > 4 and draw.chance(0.2):
         words, meaning = simple(noun)
         also, too = simple(draw.other(frame.objects, noun))
         words, meaning = f"{words} and {also}", f"{korean.with_(meaning)} {too}"
@@ -145,12 +144,10 @@ def when(draw: Draw, tense: Tense, verb: str = "") -> tuple[Pair, ...]:
     return ()
 
 
-def action(
-    draw: Draw, subject: Person, frame: Frame, *, aid: float = 0.15, place: float = 0.5
-) -> Predicate:
+def action(draw: Draw, subject: Person, frame: Frame, *, place: float = 0.5) -> Predicate:
     """Return the verb with an object and perhaps a tool or companion and a place."""
     parts = direct_object(draw, subject, frame)
-    if draw.chance(aid):
+    if draw.chance(0.15):
         parts += means(draw, subject, frame)
     if draw.chance(place):
         parts += where(draw, frame)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -67,7 +69,9 @@ class DecoderCache:
                 leaf, beams
             )
 
-        return self.replace(self_key=gather(self.self_key), self_value=gather(self.self_value))
+        return dataclasses.replace(
+            self, self_key=gather(self.self_key), self_value=gather(self.self_value)
+        )
 
 
 def write(

@@ -2,6 +2,8 @@
 
 import jax.numpy as jnp
 import optax
+from jax import Array
+from jax.typing import ArrayLike
 
 
 def warmup_inverse_sqrt(
@@ -25,13 +27,16 @@ def warmup_inverse_sqrt(
     >>> f"{warmup_inverse_sqrt(d_model=512, warmup_steps=4000)(4000):.3e}"
     '6.988e-04'
     """
-    if (d_model is None) == (peak is None):
-        raise ValueError("give either d_model (the paper's formula) or peak (the highest rate)")
     if warmup_steps < 1:
         raise ValueError(f"warmup_steps is {warmup_steps}: give at least 1")
-    highest = peak if peak is not None else (d_model * warmup_steps) ** -0.5
+    if d_model is not None and peak is None:
+        highest = (d_model * warmup_steps) ** -0.5
+    elif peak is not None and d_model is None:
+        highest = peak
+    else:
+        raise ValueError("give either d_model (the paper's formula) or peak (the highest rate)")
 
-    def schedule(count):
+    def schedule(count: ArrayLike) -> Array:
         step = jnp.maximum(jnp.asarray(count, jnp.float32), 1.0)
         return highest * jnp.minimum((warmup_steps / step) ** 0.5, step / warmup_steps)
 

@@ -1,5 +1,6 @@
 """The encoder-decoder Transformer (§3, Figure 1)."""
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -259,7 +260,8 @@ class Decoder(nn.Module):
             for name in ("self_key", "self_value", "cross_key", "cross_value")
         }
         x, per_layer = self._run(layer, x, per_layer)
-        return x, cache.replace(
+        return x, dataclasses.replace(
+            cache,
             self_key=per_layer["self_key"],
             self_value=per_layer["self_value"],
             index=cache.index + 1,
@@ -405,14 +407,13 @@ class Transformer(nn.Module):
         Raises:
           ValueError: only one side has segment ids.
         """
-        if (source_segment_ids is None) != (target_segment_ids is None):
-            raise ValueError("packed rows need segment ids on both sides: give both or neither")
         self_mask = causal_mask(target_ids.shape[1])
-        if target_segment_ids is None:
-            cross_mask = padding_mask(source_ids)
-        else:
+        cross_mask = padding_mask(source_ids)
+        if source_segment_ids is not None and target_segment_ids is not None:
             self_mask = self_mask & segment_mask(target_segment_ids, target_segment_ids)
             cross_mask = segment_mask(target_segment_ids, source_segment_ids)
+        elif source_segment_ids is not None or target_segment_ids is not None:
+            raise ValueError("packed rows need segment ids on both sides: give both or neither")
         x = self.embedding(target_ids)
         x = self.target_positions(x, packed_positions(target_segment_ids))
         x = self.dropout(x, deterministic=deterministic)

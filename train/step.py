@@ -17,7 +17,7 @@ Metrics = dict[str, jax.Array]
 
 def _loss_sums(model: Transformer, params: Any, batch: Batch, rng: jax.Array | None) -> LossSums:
     """The loss of a packed batch; without a key, without dropout."""
-    return model.apply(
+    sums: Any = model.apply(
         {"params": params},
         batch["source_ids"],
         batch["target_ids"],
@@ -28,6 +28,7 @@ def _loss_sums(model: Transformer, params: Any, batch: Batch, rng: jax.Array | N
         rngs=None if rng is None else {"dropout": rng},
         method="loss",
     )
+    return sums
 
 
 def make_train_step(

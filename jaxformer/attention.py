@@ -76,6 +76,7 @@ class MultiHeadAttention(nn.Module):
         self.key = self._projection(self.head_dim)
         self.value = self._projection(self.value_dim or self.head_dim)
 
+    @nn.nowrap
     def _projection(self, width: int) -> nn.Module:
         return nn.DenseGeneral(
             (self.num_heads, width),

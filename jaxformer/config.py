@@ -114,7 +114,7 @@ class TransformerConfig:
             self._reject("d_model", "give an even number: sinusoids come in sine, cosine pairs")
         if self.max_length < 2:
             self._reject("max_length", "give at least 2, a token and eos")
-        if self.layer_norm_epsilon <= 0:
+        if not self.layer_norm_epsilon > 0.0:
             self._reject("layer_norm_epsilon", "give a small positive number such as 1e-6")
         if self.embeddings == "shared" and self.source_vocab_size not in (None, self.vocab_size):
             self._reject(

@@ -86,7 +86,7 @@ def _chunk_losses(hidden, embedding, labels, label_smoothing):
     """Logits, log-sum-exp, is-label mask and the two loss sums of one chunk, all in float32."""
     logits = jnp.einsum("TD,VD->TV", hidden, embedding, preferred_element_type=jnp.float32)
     log_normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    is_label = labels[:, None] == jnp.arange(embedding.shape[0])
+    is_label = labels[:, None] == jnp.arange(embedding.shape[0])[None]
     label_logit = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
     real = labels != PAD_ID
     nll = log_normalizer[:, 0] - label_logit
@@ -138,7 +138,8 @@ def _fused_backward(label_smoothing, chunk_size, residuals, cotangents):
     d_hidden, d_embedding, labels = residuals
     d_loss, _ = cotangents
     no_gradient = np.zeros(labels.shape, jax.dtypes.float0)
-    return (d_loss * d_hidden).astype(d_hidden.dtype), d_loss * d_embedding, no_gradient
+    d_hidden = (d_loss * d_hidden.astype(jnp.float32)).astype(d_hidden.dtype)
+    return d_hidden, d_loss * d_embedding, no_gradient
 
 
 _fused.defvjp(_fused_forward, _fused_backward)

@@ -21,7 +21,9 @@ def sinusoid(
     """
     # In float64 on the host: float32 powers cost three digits of the angle at position 1000.
     inverse_wavelengths = 10_000.0 ** (-np.arange(0, d_model, 2, dtype=np.float64) / d_model)
-    angles = positions[..., None].astype(jnp.float32) * inverse_wavelengths.astype(np.float32)
+    angles = jnp.multiply.outer(
+        positions.astype(jnp.float32), inverse_wavelengths.astype(np.float32)
+    )
     sines, cosines = jnp.sin(angles), jnp.cos(angles)
     if interleaved:
         return jnp.stack([sines, cosines], axis=-1).reshape(*positions.shape, d_model)

@@ -303,6 +303,7 @@ class Transformer(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
+    @nn.nowrap
     def _embedding(self, vocab_size: int) -> Embedding:
         return Embedding(vocab_size, self.config.d_model, self.config.dtype)
 

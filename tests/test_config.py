@@ -4,6 +4,7 @@ import dataclasses
 import json
 from typing import get_args
 
+import jaxtyping
 import pytest
 
 from jaxformer import config as config_module
@@ -42,6 +43,13 @@ IMPOSSIBLE = [
 ]
 
 
+@pytest.fixture
+def without_type_checks(monkeypatch):
+    """As users have it: conftest.py's import hook would refuse a wrong Literal first."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize("field, value, others, fix", IMPOSSIBLE)
 def test_an_impossible_value_is_refused_with_field_value_and_fix(field, value, others, fix):
     with pytest.raises(UserError) as caught:

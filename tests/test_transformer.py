@@ -411,7 +411,8 @@ def assert_gradients_agree(actual, expected):
 
 
 def test_packing_one_side_only_is_refused():
-    apply = functools.partial(Transformer(MODERN).apply, {"params": random_params(MODERN)})
+    config = CONFIGS["paper"]
+    apply = functools.partial(Transformer(config).apply, {"params": random_params(config)})
     for name, segment_ids in SEGMENTS.items():
         with pytest.raises(ValueError, match="segment ids on both sides"):
             jax.eval_shape(apply, PACKED_SOURCE, PACKED_TARGET, **{name: segment_ids})
@@ -588,8 +589,17 @@ def test_no_type_or_rank_is_promoted_silently(config, dtype):
         sums = apply({"params": params}, *ids, **segments, deterministic=False)
         return sums.loss / sums.weight
 
+    def skip_layer_norm(next_function, args, kwargs, context):
+        # Flax's own asks for promotion of bfloat16, to take its statistics in float32.
+        skip = dtype == "bfloat16" and isinstance(context.module, nn.LayerNorm)
+        return args[0] if skip else next_function(*args, **kwargs)
+
     steps = np.zeros((T, 2, K), np.int32)
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+    with (
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+        nn.intercept_methods(skip_layer_norm),
+    ):
         jax.eval_shape(functools.partial(forward, model), params, SOURCE, TARGET)
         packed = (PACKED_SOURCE, PACKED_TARGET, PACKED_LABELS)
         jax.eval_shape(jax.grad(loss), params, jax.random.key(0), *packed, **SEGMENTS)
@@ -597,10 +607,14 @@ def test_no_type_or_rank_is_promoted_silently(config, dtype):
 
 
 def test_tabulate():
-    tabulate = nn.tabulate(Transformer(MODERN), jax.random.key(0), console_kwargs={"width": 200})
+    tabulate = nn.tabulate(
+        Transformer(MODERN),
+        jax.random.key(0),
+        console_kwargs={"width": 240, "force_terminal": False},
+    )
     table = tabulate(jnp.asarray(SOURCE), jnp.asarray(TARGET))
-    for name in ("encoder", "decoder", "cross_attention", "feed_forward", "[6,6,23]"):
-        assert name in table
+    for shown in ("encoder", "decoder", "cross_attention", "feed_forward", "float32[6,6,23]"):
+        assert shown in table
 
 
 def test_as_an_nnx_module():
@@ -608,9 +622,10 @@ def test_as_an_nnx_module():
         module = nnx.bridge.ToNNX(Transformer(MODERN), rngs=nnx.Rngs(0))
         return module.lazy_init(source_ids, target_ids)
 
-    graph, params, rest = nnx.split(nnx.eval_shape(wrap, SOURCE, TARGET), nnx.Param, ...)
+    graph, params, _ = nnx.split(nnx.eval_shape(wrap, SOURCE, TARGET), nnx.Param, ...)
     assert jax.tree.structure(nnx.to_pure_dict(params)) == jax.tree.structure(shapes_of(MODERN))
     nnx.replace_by_pure_dict(params, random_params(MODERN))
-    module = nnx.merge(graph, params, rest)
+    rngs = nnx.state(nnx.bridge.ToNNX(Transformer(MODERN), rngs=nnx.Rngs(0)))
+    module = nnx.merge(graph, params, rngs)
     logits = nnx.jit(lambda module, *ids: module(*ids))(module, SOURCE, TARGET)
     assert_close(logits, logits_of(MODERN))

@@ -6,14 +6,12 @@ from typing import Literal
 Tense = Literal["present", "past", "future"]
 Agreement = Literal["first", "third", "plural"]  # I; he, she, it; we, you, they
 
-PAST = dict(
-    entry.split("=")
-    for entry in """
-    buy=bought choose=chose come=came draw=drew drink=drank eat=ate get=got give=gave go=went
-    have=had leave=left make=made meet=met read=read ride=rode run=ran see=saw sell=sold send=sent
-    sing=sang sleep=slept swim=swam take=took teach=taught write=wrote
-    """.split()
-)
+IRREGULAR = """
+    buy bought, choose chose, come came, draw drew, drink drank, eat ate, get got, give gave,
+    go went, have had, leave left, make made, meet met, read read, ride rode, run ran, see saw,
+    sell sold, send sent, sing sang, sleep slept, swim swam, take took, teach taught, write wrote
+"""
+PAST = {verb: past for verb, past in map(str.split, IRREGULAR.split(","))}
 PLURALS = {"child": "children", "man": "men", "woman": "women", "photo": "photos"}
 BE = {
     "present": {"first": "am", "third": "is", "plural": "are"},

@@ -4,8 +4,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from typing import BinaryIO
+from collections.abc import Iterable, Iterator, Sequence
 
 from jaxformer.errors import UserError
 
@@ -84,7 +83,7 @@ def _translate(options: argparse.Namespace) -> None:
     output.flush()
 
 
-def _lines(file: BinaryIO) -> Iterator[str]:
+def _lines(file: Iterable[bytes]) -> Iterator[str]:
     r"""Lines of UTF-8 that end in "\n" and nothing else, or one line in would not be one out."""
     for number, line in enumerate(file, start=1):
         try:

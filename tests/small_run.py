@@ -1,11 +1,14 @@
-"""A corpus and a configuration so small that a test can afford to train on them."""
+"""A corpus, a configuration and a run so small that a test can afford to train."""
 
 import dataclasses
 import random
 from pathlib import Path
 
+import pytest
+
 from jaxformer.config import TransformerConfig
 from train.config import CheckpointConfig, DataConfig, EvaluateConfig, OptimizerConfig, TrainConfig
+from train.loop import fit
 
 # Word by word and in the same order: learnable in seconds, by attention alone.
 LEXICON = {
@@ -36,7 +39,7 @@ def write_corpus(folder: Path) -> Path:
     return folder
 
 
-def small_config(folder: Path, **changes) -> TrainConfig:
+def small_config(folder: Path, **changes: object) -> TrainConfig:
     """Return a configuration for the corpus in `folder`; the run is `folder`/run."""
     config = TrainConfig(
         run=str(folder / "run"),
@@ -69,7 +72,7 @@ def small_config(folder: Path, **changes) -> TrainConfig:
     return change(config, **changes)
 
 
-def change(config, **changes):
+def change(config: TrainConfig, **changes: object) -> TrainConfig:
     """Return `config` with fields changed; `model__d_model=8` reaches into a section."""
     for name, value in changes.items():
         section, _, field = name.rpartition("__")
@@ -77,3 +80,25 @@ def change(config, **changes):
             value = dataclasses.replace(getattr(config, section), **{field: value})
         config = dataclasses.replace(config, **{section or field: value})
     return config
+
+
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a run that has learned something, trained once for all test files.
+
+    Tests must not write to it: copy it.
+    """
+    folder = tmp_path_factory.getbasetemp() / "small_run"
+    if not (folder / "run" / "checkpoints" / "average").exists():
+        config = small_config(
+            write_corpus(folder),
+            steps=150,
+            evaluate__every=50,
+            log_every=25,
+            model__d_model=32,
+            model__d_ff=64,
+            model__dropout=0.0,
+            data__target_length=24,
+            data__batch_tokens=16 * 24,
+        )
+        fit(config)
+    return folder / "run"

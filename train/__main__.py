@@ -99,7 +99,13 @@ def load_config(name: str) -> TrainConfig:
     spec = importlib.util.spec_from_file_location(f"train.configs.{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # it is the user's program: whatever it raises
+        message = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be run: {type(error).__name__}: {message}") from error
     config = getattr(module, "config", None)
     if not isinstance(config, TrainConfig):
         raise UserError(f"{path} defines no `config`: write config = TrainConfig(…) in it")

@@ -1,0 +1,169 @@
+"""`python -m train`: every wrong input ends in one clear line and status 1."""
+
+import json
+
+import pytest
+
+from small_run import small_config, write_corpus
+from train.__main__ import config_names, load_config, main, override
+from train.config import TrainConfig, flatten
+from train.loop import fit
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    return fit(small_config(folder, steps=2, evaluate__every=2))
+
+
+def error_of(capsys, *arguments):
+    """Run the command line, which must fail, and return its one line of explanation."""
+    assert main([str(argument) for argument in arguments]) == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_every_configuration_loads_and_survives_json(name):
+    config = load_config(name)
+    assert config.run == f"runs/{name}"
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_overrides_reach_every_section():
+    arguments = "--steps 7 --model.d-model 64 --data.train a.en a.de --optimizer.clip_norm=1.5"
+    arguments += " --model.remat True --evaluate.metric loss"
+    config = override(load_config("multi30k"), arguments.split(), "prog")
+    assert (config.steps, config.model.d_model, config.model.remat) == (7, 64, True)
+    assert config.data.train == ("a.en", "a.de")
+    assert (config.optimizer.clip_norm, config.evaluate.metric) == (1.5, "loss")
+
+
+def test_help_lists_every_field_with_its_value(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "multi30k", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name, value in flatten(load_config("multi30k")).items():
+        flag = "--" + name.replace("_", "-")
+        assert flag in text, name
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            assert f"(default: {value})" in " ".join(text.split()), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "multi3k"], "did you mean multi30k?"),
+        (["fit"], "give a CONFIG: "),
+        (["fit", "multi30k", "--model.droput", "0.1"], "did you mean --model.dropout?"),
+        (["fit", "multi30k", "--model.dropout", "abc"], "could not convert string to float: 'abc'"),
+        (["fit", "multi30k", "--model.dropout", "1.5"], "TransformerConfig.dropout is 1.5"),
+        (["fit", "multi30k", "--model.num-heads", "3"], "give a divisor of d_model=128"),
+        (["fit", "multi30k", "--model.norm", "both"], "'post', 'pre'"),
+        (["fit", "multi30k", "--steps"], "Missing value for argument '--steps'"),
+        (["fit", "multi30k", "--steps", "0"], "steps is 0: give at least 1"),
+        (["fit", "multi30k", "--checkpoint.average", "99"], "raise checkpoint.keep_last"),
+        (["fit", "multi30k", "--data.path", "/no/such"], "there is no folder /no/such"),
+        (["evaluate", "/no/such/run"], "/no/such/run is not a directory"),
+        (["evaluate", "run", "--source", "x"], "--source and --reference go together"),
+        (["evaluate", "run", "--bogus"], "unknown argument --bogus"),
+    ],
+)
+def test_wrong_arguments(capsys, arguments, message):
+    if arguments == ["fit"]:
+        assert main(arguments) == 1
+        assert message in capsys.readouterr().err
+    else:
+        assert message in error_of(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1\n", "defines no `config`"),
+        ("config = TrainConfig(\n", "line 1"),
+        ("import no_such_module\n", "no_such_module"),
+    ],
+)
+def test_wrong_configuration_files(capsys, tmp_path, text, message):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    line = error_of(capsys, "fit", path)
+    assert message in line and "mine.py" in line
+
+
+def fit_with(capsys, folder, tmp_path, *overrides):
+    common = ["--data.path", folder, "--data.source", "en", "--data.target", "de"]
+    common += ["--data.cache-dir", tmp_path / "cache", "--run", tmp_path / "run", "--steps", "1"]
+    common += ["--data.train", "train", "--data.validation", "valid", "--data.test", "test"]
+    return error_of(capsys, "fit", "multi30k", *common, *overrides)
+
+
+def test_missing_file(capsys, folder, tmp_path):
+    line = fit_with(capsys, folder, tmp_path, "--data.train", "trian")
+    assert "trian.en" in line and "train.en" in line
+
+
+def test_unequal_line_counts(capsys, folder, tmp_path):
+    (tmp_path / "short.en").write_text("one\ntwo\n")
+    (tmp_path / "short.de").write_text("eins\n")
+    line = fit_with(capsys, folder, tmp_path, "--data.train", tmp_path / "short")
+    assert "short.en has 2 lines" in line and "short.de has 1" in line
+
+
+def test_wrong_column(capsys, folder, tmp_path):
+    (tmp_path / "pairs.tsv").write_text("english\tgerman\none\teins\n")
+    line = fit_with(capsys, folder, tmp_path, "--data.train", tmp_path / "pairs.tsv")
+    assert "'en'" in line and "english" in line and "german" in line
+
+
+def test_invalid_utf8(capsys, folder, tmp_path):
+    (tmp_path / "bad.en").write_bytes(b"fine\n\xff\xfe\n")
+    (tmp_path / "bad.de").write_text("gut\nschlecht\n")
+    assert "bad.en:2" in fit_with(capsys, folder, tmp_path, "--data.train", tmp_path / "bad")
+
+
+def test_empty_corpus(capsys, folder, tmp_path):
+    for name in ("empty.en", "empty.de"):
+        (tmp_path / name).write_text("")
+    line = fit_with(capsys, folder, tmp_path, "--data.train", tmp_path / "empty")
+    assert "holds no sentence pair" in line
+
+
+def test_vocabulary_larger_than_the_corpus_allows(capsys, folder, tmp_path):
+    line = fit_with(capsys, folder, tmp_path)  # 10,000 pieces from 200 pairs
+    assert "model.vocab_size=10000" in line and "largest possible is" in line
+
+
+def test_run_directory_of_another_configuration(capsys, folder, run):
+    overrides = ["--data.path", folder, "--data.source", "en", "--data.target", "de", "--run", run]
+    line = error_of(capsys, "fit", "multi30k", *overrides)
+    assert "holds a run with" in line and "another --run" in line
+
+
+def test_evaluate_a_split_and_two_files_alike(capsys, run, folder, tmp_path):
+    output = tmp_path / "out.txt"
+    assert main(["evaluate", str(run), "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "loss" in printed and "BLEU" in printed and "chrF2" in printed
+    assert printed.count("nrefs:1|case:mixed") == 2
+    assert len(output.read_text().splitlines()) == 20
+
+    arguments = ["evaluate", str(run), "--json", "--source", str(folder / "test.en")]
+    assert main([*arguments, "--reference", str(folder / "test.de")]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert f"loss {values['loss']:.4f}" in printed
+    assert f"BLEU {values['bleu']:.2f}" in printed
+
+
+def test_evaluate_writes_no_output_where_it_cannot(capsys, run, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = error_of(capsys, "evaluate", run, "--output", tmp_path / "file" / "out.txt")
+    assert "cannot write" in line

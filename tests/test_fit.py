@@ -1,0 +1,183 @@
+"""A whole run: what it leaves behind, how it goes on, when it stops, and what it refuses."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxformer.errors import UserError
+from jaxformer.run import checkpoint_steps, find_checkpoint, load_params
+from jaxformer.translator import Translator
+from small_run import change, small_config, write_corpus
+from train.loop import _out_of_patience, fit
+from train.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    """Dropout and accumulation on: a resumed run must repeat their noise too."""
+    return small_config(
+        folder, steps=6, evaluate__every=3, model__dropout=0.1, accumulate=2, data__batch_tokens=256
+    )
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    return fit(config)
+
+
+def assert_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_the_run_directory_holds_all_that_is_promised(run):
+    names = {path.name for path in run.iterdir()}
+    assert {"config.json", "tokenizer.model", "checkpoints", "metrics.jsonl"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert checkpoint_steps(run) == [3, 6]
+    assert find_checkpoint(run).name == "average"
+
+
+def test_metrics_of_both_splits_and_the_final_scores(run):
+    records = {(record["split"], record["step"]): record for record in read_metrics(run)}
+    train = records["train", 6]
+    assert train["loss"] > 0 and train["nll"] > 0
+    assert train["perplexity"] == pytest.approx(np.exp(train["nll"]))
+    assert 0 <= train["host_wait"] <= 1
+    for key in (("validation", 3), ("validation", 6), ("final_validation", 6), ("final_test", 6)):
+        assert "tok:13a" in records[key]["bleu_signature"]
+    assert records["validation", 6]["loss"] < records["validation", 3]["loss"]
+
+
+def test_the_average_is_the_mean_of_the_last_checkpoints(run):
+    parts = [load_params(run, step) for step in (3, 6)]
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), load_params(run, "average"), mean
+    )
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(run, config, folder):
+    stopped = change(config, run=str(folder / "stopped"), steps=3)
+    fit(stopped)
+    fit(change(stopped, steps=6))
+    assert_equal(load_params(folder / "stopped", 6), load_params(run, 6))
+    final = [read_metrics(folder / name)[-1]["chrf"] for name in ("run", "stopped")]
+    assert final[0] == final[1]
+
+
+def test_running_a_finished_run_again_changes_nothing(run, config):
+    before = load_params(run, "average")
+    fit(config)
+    assert_equal(load_params(run, "average"), before)
+
+
+def test_another_model_in_the_same_directory_is_refused(run, config):
+    with pytest.raises(UserError, match=r"model\.d_model=16, not 8: give that value"):
+        fit(change(config, model__d_model=8))
+
+
+def test_evaluation_settings_may_change_between_starts(run, config):
+    fit(change(config, evaluate__beam_size=1, log_every=1))
+
+
+def test_translator_loads_the_run(run):
+    lines = ["red dogs run", "", "old cats sit here now"]
+    translations = Translator.load(run).translate(lines)
+    assert len(translations) == 3 and translations[1] == ""
+
+
+def test_separate_vocabularies(folder):
+    separate = small_config(
+        folder,
+        run=str(folder / "separate"),
+        steps=1,
+        model__embeddings="separate",
+        data__joint_vocabulary=False,
+        model__vocab_size=40,
+    )
+    run = fit(separate)
+    assert {"tokenizer.source.model", "tokenizer.target.model"} <= {p.name for p in run.iterdir()}
+    assert len(Translator.load(run).translate(["red dogs run"])) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(folder):
+    healthy = small_config(folder, run=str(folder / "nan"), steps=3, evaluate__every=3)
+    fit(healthy)
+    arrays = load_params(folder / "nan", 3)
+    config_file = folder / "nan" / "config.json"
+    saved = json.loads(config_file.read_text())
+    saved["optimizer"]["peak_learning_rate"] = 1e30
+    config_file.write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step [5-9]: lower"):
+        fit(change(healthy, steps=12, optimizer__peak_learning_rate=1e30, evaluate__every=12))
+    assert checkpoint_steps(folder / "nan") == [3]
+    assert_equal(load_params(folder / "nan", 3), arrays)
+
+
+def test_too_few_rows_for_the_devices(folder):
+    with pytest.raises(UserError, match=r"data\.batch_tokens=16 .* give at least \d+"):
+        fit(small_config(folder, run=str(folder / "few"), data__batch_tokens=16))
+    assert not (folder / "few").exists()
+
+
+def test_missing_data_leaves_no_directory_behind(folder):
+    with pytest.raises(UserError, match=r"no file .*trian"):
+        fit(small_config(folder, run=str(folder / "none"), data__train=("trian",)))
+    assert not (folder / "none").exists()
+
+
+def test_a_run_directory_that_cannot_be_written(folder):
+    (folder / "file").write_text("not a folder")
+    with pytest.raises(UserError, match=r"cannot write .*file.*choose another run directory"):
+        fit(small_config(folder, run=str(folder / "file" / "run")))
+
+
+def test_learned_positions_must_reach_the_end_of_every_sentence(folder):
+    with pytest.raises(UserError, match=r"model\.max_length is 3 learned positions"):
+        fit(
+            small_config(
+                folder,
+                run=str(folder / "learned"),
+                model__positions="learned",
+                model__max_length=3,
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("history", "metric", "patience", "expected"),
+    [
+        ([30.0, 31.0, 30.5], "bleu", 2, False),  # 31.0 beat 30.0 within the last two
+        ([31.0, 30.0, 31.0], "bleu", 2, True),  # as good is not better
+        ([2.0, 1.9, 1.95, 1.91], "loss", 2, True),
+        ([2.0, 1.9, 1.95, 1.89], "loss", 2, False),
+        ([2.0, 1.9], "loss", 2, False),  # too early to tell
+        ([1.0, 2.0, 3.0], "loss", 0, False),  # 0 is never
+    ],
+)
+def test_patience(history, metric, patience, expected):
+    assert _out_of_patience(history, metric, patience) is expected
+
+
+def test_early_stopping_also_holds_when_the_run_is_started_again(folder, monkeypatch):
+    stopping = small_config(
+        folder,
+        run=str(folder / "patience"),
+        steps=30,
+        optimizer__peak_learning_rate=1e-12,  # it learns nothing
+        evaluate__every=1,
+        evaluate__patience=2,
+        evaluate__metric="chrf",
+    )
+    fit(stopping)
+    steps = checkpoint_steps(folder / "patience")
+    assert steps[-1] == 3
+    fit(stopping)
+    assert checkpoint_steps(folder / "patience") == steps

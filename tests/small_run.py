@@ -94,6 +94,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             steps=150,
             evaluate__every=50,
             log_every=25,
+            model__vocab_size=100,
             model__d_model=32,
             model__d_ff=64,
             model__dropout=0.0,

@@ -297,5 +297,5 @@ def test_a_tokenizer_of_another_model_is_refused(run, tmp_path):
     config = json.loads((run / "config.json").read_text())
     config["model"]["vocab_size"] = 70
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"tokenizer has 64 pieces and the model 70: copy"):
+    with pytest.raises(UserError, match=r"tokenizer has 100 pieces and the model 70: copy"):
         Translator.load(tmp_path)

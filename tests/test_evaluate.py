@@ -1,0 +1,110 @@
+"""Loss and scores of a trained run, against the same by hand."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxformer.errors import UserError
+from jaxformer.run import load_params
+from jaxformer.transformer import Transformer
+from jaxformer.translator import Translator
+from small_run import LEXICON, small_config, trained_run
+from train.data.corpus import encode_corpus
+from train.data.sources import load_split
+from train.evaluate import LossEvaluator, evaluate_run, score
+from train.metrics import read_metrics
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    return trained_run(tmp_path_factory)
+
+
+def record(run, split):
+    return [record for record in read_metrics(run) if record["split"] == split][-1]
+
+
+def test_every_pair_counts_once_however_long_it_is(run, tmp_path):
+    """The rows of 16 positions are too short for some, and the last batch is not full."""
+    words = list(LEXICON)
+    sources = [" ".join((words * 3)[:length]) for length in range(1, 30)] + ["", "red"]
+    targets = [" ".join(LEXICON[word] for word in source.split()) for source in sources]
+    targets[3] = ""
+    for language, lines in (("en", sources), ("de", targets)):
+        (tmp_path / f"all.{language}").write_text("".join(f"{line}\n" for line in lines))
+    translator = Translator.load(run)
+    tokenizer, params = translator.source_tokenizer, translator.params
+    model = Transformer(translator.config.replace(dropout=0.5, label_smoothing=0.2))
+    pairs = load_split(small_config(tmp_path, data__test=("all",)).data, "test")
+    corpus = encode_corpus(pairs, tokenizer, tokenizer, tmp_path)
+    evaluator = LossEvaluator(
+        model, corpus, source_length=16, target_length=16, rows_per_batch=jax.device_count()
+    )
+
+    # One pair a row, no packing, and log-probabilities of the whole vocabulary.
+    source_ids, labels = (
+        np.array([np.pad([*tokenizer.encode(line), 2], (0, 64))[:64] for line in lines])
+        for lines in (sources, targets)
+    )
+    inputs = np.concatenate([np.ones_like(labels[:, :1]), labels[:, :-1]], axis=1)
+    inputs = np.where(labels > 0, inputs, 0)
+    logits = jax.jit(model.apply)({"params": params}, jnp.array(source_ids), jnp.array(inputs))
+    log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    real = labels > 0
+    nll = -np.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0][real].mean()
+    loss = 0.8 * nll - 0.2 * log_probs.mean(axis=-1)[real].mean()
+
+    losses = evaluator(params)
+    assert losses["nll"] == pytest.approx(nll, rel=1e-5)
+    assert losses["loss"] == pytest.approx(loss, rel=1e-5)
+    assert losses["perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
+    assert abs(losses["loss"] - losses["nll"]) > 0.01
+
+
+def test_a_run_scores_afterwards_as_it_did_in_training(run):
+    at_150 = evaluate_run(str(run), split="validation", checkpoint="150", beam_size=1)
+    validation = record(run, "validation")
+    assert validation["step"] == 150
+    for name in ("loss", "nll", "perplexity"):
+        assert at_150[name] == pytest.approx(validation[name], rel=1e-4)
+    for name in ("bleu", "chrf", "exact_match", "bleu_signature", "chrf_signature"):
+        assert at_150[name] == validation[name]
+    averaged = evaluate_run(str(run))
+    for name in ("bleu", "chrf", "exact_match"):
+        assert averaged[name] == record(run, "final_test")[name]
+    parts = [load_params(run, step) for step in (100, 150)]
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), load_params(run, None), mean
+    )
+
+
+def test_settings_may_differ_from_the_runs(run, tmp_path):
+    output = tmp_path / "out.txt"
+    values = evaluate_run(str(run), beam_size=1, bleu_tokenize="char", output=str(output))
+    assert "tok:char" in values["bleu_signature"]
+    hypotheses = output.read_text().splitlines()
+    references = (run.parent / "test.de").read_text().splitlines()
+    by_hand = score(hypotheses, references, bleu_tokenize="char")
+    assert values["bleu"] == by_hand.bleu.value
+    assert values["chrf"] == by_hand.chrf.value
+    with pytest.raises(UserError, match=r"evaluate\.beam_size is 0: give at least 1"):
+        evaluate_run(str(run), beam_size=0)
+
+
+def test_files_need_no_data_of_the_run(run, tmp_path):
+    for name in ("src", "ref"):
+        (tmp_path / f"{name}.txt").write_text("red dogs\n\n")
+    files = (str(tmp_path / "src.txt"), str(tmp_path / "ref.txt"))
+    values = evaluate_run(str(run), files=files, beam_size=1)
+    # The empty line is translated and scored too.
+    assert values["exact_match"] == 0.5
+
+
+def test_exact_match():
+    quality = score(["a b", "c", "", "d "], ["a b", "C", "", "d"])
+    assert quality.exact_match == 0.5
+    assert "exact match 50.0%" in str(quality)

@@ -94,8 +94,8 @@ def load_config(name: str) -> TrainConfig:
     path = Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
     if not path.is_file():
         near = difflib.get_close_matches(name, config_names(), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(config_names())}"
-        raise UserError(f"no configuration {name!r}: {hint} Or give a .py file")
+        hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(config_names())}"
+        raise UserError(f"no configuration {name!r}: {hint} (or give a .py file)")
     spec = importlib.util.spec_from_file_location(f"train.configs.{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -123,10 +123,7 @@ def override(config: TrainConfig, arguments: Sequence[str], prog: str) -> TrainC
         if not argument.startswith("--"):
             continue
         field = argument[2:].partition("=")[0].replace("-", "_")
-        negated = (
-            field.rpartition(".")[2].startswith("no_") and field.replace("no_", "", 1) in known
-        )
-        if field not in known and not negated and field != "help":
+        if field not in known and field != "help":
             near = difflib.get_close_matches(field, known, n=1)
             hint = f"did you mean --{near[0]}?" if near else "--help lists all fields"
             raise UserError(f"no field --{field}: {hint}")

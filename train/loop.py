@@ -21,7 +21,7 @@ from train.parallel import (
 )
 from train.prepare import RunData, prepare
 from train.progress import Progress
-from train.report import Report, describe, examples
+from train.report import Report, check_finite, describe, examples
 from train.state import create_state, make_optimizer, make_schedule
 from train.step import make_train_step
 
@@ -90,6 +90,7 @@ def fit(config: TrainConfig) -> Path:
 
                 began = time.monotonic()
                 losses = validation_loss(state.params)
+                check_finite("validation loss", losses["loss"], done)
                 quality, _ = _evaluate(
                     config, data, state.params, "validation", config.evaluate.validation_beam_size
                 )

@@ -56,12 +56,7 @@ class Report:
         steps = jax.device_get(self._pending)
         seconds = time.monotonic() - self._began
         for number, metrics in enumerate(steps, start=step - len(steps) + 1):
-            if not math.isfinite(metrics["loss"]):
-                raise UserError(
-                    f"the loss is {metrics['loss']} at step {number}: lower "
-                    "optimizer.peak_learning_rate or set optimizer.clip_norm; the checkpoints "
-                    "saved before are intact"
-                )
+            check_finite("loss", float(metrics["loss"]), number)
         tokens = np.array([metrics["tokens"] for metrics in steps], np.float64)
 
         def per_token(name: str) -> float:
@@ -83,6 +78,15 @@ class Report:
         self._progress.update(step, values)
         self._pending = []
         self.restart_clock()
+
+
+def check_finite(name: str, loss: float, step: int) -> None:
+    """Raise `UserError` if training has failed: a state after this one is not worth saving."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the {name} is {loss} at step {step}: lower optimizer.peak_learning_rate or set "
+            "optimizer.clip_norm; the checkpoints saved before are intact"
+        )
 
 
 def describe(config: TrainConfig, params: Any, batches: Batches, start: int) -> Iterator[str]:

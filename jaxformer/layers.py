@@ -105,12 +105,14 @@ class FeedForward(nn.Module):
       d_ff: F, width of the hidden layer.
       activation: act, as `TransformerConfig.activation`.
       dropout_rate: on the hidden layer.
+      output_gain: of the second kernel's initialisation, over Xavier's.
       dtype: of the computation; parameters are float32.
     """
 
     d_ff: int
     activation: Activation = "relu"
     dropout_rate: float = 0.0
+    output_gain: float = 1.0
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -119,15 +121,15 @@ class FeedForward(nn.Module):
     ) -> Float[Array, "B T D"]:
         """Apply the same two linear maps at every position."""
 
-        def dense(features: int, name: str) -> nn.Module:
-            init = nn.initializers.xavier_uniform()
+        def dense(features: int, name: str, gain: float = 1.0) -> nn.Module:
+            init = nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform")
             return nn.Dense(features, kernel_init=init, dtype=self.dtype, name=name)
 
         function, gated = activation_function(self.activation)
         hidden = dense(self.d_ff, "hidden")(x)
         hidden = function(dense(self.d_ff, "gate")(x)) * hidden if gated else function(hidden)
         hidden = Dropout(self.dropout_rate)(hidden, deterministic=deterministic)
-        return dense(x.shape[-1], "output")(hidden)
+        return dense(x.shape[-1], "output", self.output_gain)(hidden)
 
 
 class Residual(nn.Module):

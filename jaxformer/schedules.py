@@ -1,4 +1,4 @@
-"""The learning-rate schedule of the paper, as `optax.Schedule`s."""
+"""Learning rates as `optax.Schedule`s: the paper's, and an end for it."""
 
 import jax.numpy as jnp
 import optax
@@ -41,3 +41,24 @@ def warmup_inverse_sqrt(
         return highest * jnp.minimum((warmup_steps / step) ** 0.5, step / warmup_steps)
 
     return schedule
+
+
+def cooldown(schedule: optax.Schedule, *, steps: int, end: int) -> optax.Schedule:
+    """`schedule`, but in the last `steps` before `end` falling to 0 in a straight line.
+
+    A rate that never falls to 0 leaves the parameters jittering around where they could be; a
+    cool-down takes them there, at any step one wants to stop (Hägele et al. 2024).
+
+    Args:
+      schedule: the rate before, and what the line is a share of.
+      steps: length of the cool-down; 0 is none.
+      end: the count at which the rate is 0.
+    """
+    if steps == 0:
+        return schedule
+
+    def cooled(count: ArrayLike) -> Array:
+        left = (end - jnp.asarray(count, jnp.float32)) / steps
+        return jnp.asarray(schedule(count)) * jnp.clip(left, 0.0, 1.0)
+
+    return cooled

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformer.schedules import warmup_inverse_sqrt
+from jaxformer.schedules import cooldown, warmup_inverse_sqrt
 
 
 def paper_rate(step, d_model, warmup_steps):
@@ -53,3 +53,15 @@ def test_takes_the_traced_counts_that_optax_gives():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         warmup_inverse_sqrt(**arguments)
+
+
+def test_cooldown():
+    before = warmup_inverse_sqrt(peak=1e-3, warmup_steps=20)
+    cooled = cooldown(before, steps=40, end=100)
+    for count in (0, 20, 59, 60):
+        assert float(cooled(count)) == float(before(count))
+    for count in (61, 70, 99):
+        share = (100 - count) / 40
+        assert float(cooled(count)) == pytest.approx(share * float(before(count)), rel=1e-6)
+    assert float(cooled(100)) == float(cooled(120)) == 0.0
+    assert cooldown(before, steps=0, end=100) is before

@@ -291,8 +291,8 @@ def test_weight_decay_is_apart_from_the_gradient_and_times_the_learning_rate():
 
 
 def test_the_papers_peak_is_the_default():
-    assert make_schedule(OptimizerConfig(warmup_steps=40), 10)(40) == pytest.approx(
+    assert make_schedule(OptimizerConfig(warmup_steps=40), 10, 99)(40) == pytest.approx(
         1 / math.sqrt(400)
     )
-    own = make_schedule(OptimizerConfig(warmup_steps=40, peak_learning_rate=0.3), 10)
+    own = make_schedule(OptimizerConfig(warmup_steps=40, peak_learning_rate=0.3), 10, 99)
     assert own(40) == pytest.approx(0.3)

@@ -65,6 +65,8 @@ class OptimizerConfig:
     """highest learning rate; by default the paper's (d_model · warmup_steps)^-0.5"""
     warmup_steps: int = 4000
     """steps of linear warm-up, before decay with the inverse square root of the step"""
+    cooldown_steps: int = 0
+    """last steps, in which the rate falls to 0 in a straight line; 0 as in the paper"""
     beta1: float = 0.9
     beta2: float = 0.98
     epsilon: float = 1e-9
@@ -76,6 +78,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.warmup_steps < 1:
             raise UserError(f"optimizer.warmup_steps is {self.warmup_steps}: give at least 1")
+        if self.cooldown_steps < 0:
+            raise UserError(f"optimizer.cooldown_steps is {self.cooldown_steps}: give 0 or more")
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}: give 0 up to below 1")

@@ -47,7 +47,7 @@ def fit(config: TrainConfig) -> Path:
         mode="min" if metric == "loss" else "max",
     ) as checkpoints:
         model = Transformer(config.model)
-        schedule = make_schedule(config.optimizer, config.model.d_model)
+        schedule = make_schedule(config.optimizer, config.model.d_model, config.steps)
         optimizer = make_optimizer(config.optimizer, schedule)
         init_rng, dropout_rng = jax.random.split(jax.random.key(config.seed))
         state = replicate(create_state(model, optimizer, init_rng))
@@ -134,9 +134,7 @@ def _evaluate(
     config: TrainConfig, data: RunData, params: Any, split: str, beam_size: int
 ) -> tuple[Quality, list[str]]:
     """Translate a split and score it; every process does all of it, on its first device."""
-    translator = Translator(
-        config.model, on_one_device(params), data.source_tokenizer, data.target_tokenizer
-    )
+    translator = Translator(config.model, params, data.source_tokenizer, data.target_tokenizer)
     translate = decoder(translator, config.evaluate, beam_size=beam_size)
     hypotheses = translate(data.pairs[split]["source"][:])
     references = data.pairs[split]["target"][:]

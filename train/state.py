@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxformer.schedules import warmup_inverse_sqrt
+from jaxformer.schedules import cooldown, warmup_inverse_sqrt
 from jaxformer.transformer import Transformer
 from train.config import OptimizerConfig
 
@@ -27,11 +27,15 @@ class TrainState:
     opt_state: Any
 
 
-def make_schedule(config: OptimizerConfig, d_model: int) -> optax.Schedule:
-    """Return the learning rate as a function of the step."""
+def make_schedule(config: OptimizerConfig, d_model: int, steps: int) -> optax.Schedule:
+    """Return the learning rate as a function of the step, of which there are `steps`."""
     if config.peak_learning_rate is None:
-        return warmup_inverse_sqrt(warmup_steps=config.warmup_steps, d_model=d_model)
-    return warmup_inverse_sqrt(warmup_steps=config.warmup_steps, peak=config.peak_learning_rate)
+        schedule = warmup_inverse_sqrt(warmup_steps=config.warmup_steps, d_model=d_model)
+    else:
+        schedule = warmup_inverse_sqrt(
+            warmup_steps=config.warmup_steps, peak=config.peak_learning_rate
+        )
+    return cooldown(schedule, steps=config.cooldown_steps, end=steps)
 
 
 def make_optimizer(

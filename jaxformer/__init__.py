@@ -11,23 +11,21 @@ N heads, H head_dim, D d_model, F d_ff, V vocabulary, K beams, L layers.
 """
 
 from jaxformer.attention import MultiHeadAttention, attention_weights, dot_product_attention
-from jaxformer.cache import DecoderCache
+from jaxformer.beam import BeamSearch, gnmt_length_penalty, power_length_penalty
+from jaxformer.cache import DecoderCache, LayerCache
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID, PRESETS, UNK_ID, TransformerConfig
-from jaxformer.decoding import (
-    BeamResult,
-    beam_search,
-    gnmt_length_penalty,
-    greedy_search,
-    power_length_penalty,
-    sample,
-)
+from jaxformer.decoding import beam_search, greedy_search, sample
 from jaxformer.dropout import Dropout, dropout
 from jaxformer.errors import UserError
+from jaxformer.generation import GenerationConfig, Generator, generate
 from jaxformer.layers import Embedding, FeedForward, PositionalEncoding, Residual
 from jaxformer.losses import LossSums, cross_entropy, cross_entropy_sums
 from jaxformer.masks import causal_mask, padding_mask, segment_mask
 from jaxformer.positions import segment_positions, sinusoid
-from jaxformer.schedules import warmup_inverse_sqrt
+from jaxformer.sampling import Sampling
+from jaxformer.schedules import cooldown, warmup_inverse_sqrt
+from jaxformer.scoring import attention_alignment, token_log_probs
+from jaxformer.search import BeamResult
 from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
 from jaxformer.translator import Translator
@@ -41,6 +39,7 @@ __all__ = [
     "PRESETS",
     "UNK_ID",
     "BeamResult",
+    "BeamSearch",
     "Decoder",
     "DecoderCache",
     "DecoderLayer",
@@ -49,22 +48,29 @@ __all__ = [
     "Encoder",
     "EncoderLayer",
     "FeedForward",
+    "GenerationConfig",
+    "Generator",
+    "LayerCache",
     "LossSums",
     "MultiHeadAttention",
     "PositionalEncoding",
     "Residual",
+    "Sampling",
     "Tokenizer",
     "Transformer",
     "TransformerConfig",
     "Translator",
     "UserError",
+    "attention_alignment",
     "attention_weights",
     "beam_search",
     "causal_mask",
+    "cooldown",
     "cross_entropy",
     "cross_entropy_sums",
     "dot_product_attention",
     "dropout",
+    "generate",
     "gnmt_length_penalty",
     "greedy_search",
     "padding_mask",
@@ -73,5 +79,6 @@ __all__ = [
     "segment_mask",
     "segment_positions",
     "sinusoid",
+    "token_log_probs",
     "warmup_inverse_sqrt",
 ]

@@ -1,12 +1,26 @@
 """The `jaxformer` command."""
 
 import argparse
+import contextlib
+import dataclasses
 import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, repeat, tee
+from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
+from jaxformer.compilation import keep_compiled_programs
+from jaxformer.config import DType
 from jaxformer.errors import UserError
+from jaxformer.generation import GenerationConfig, PenaltyForm
+from jaxformer.terminal import Progress, write_line
+
+if TYPE_CHECKING:
+    from jaxformer.translator import Hypothesis, Translator
+
+# Lines that are printed, and aligned or scored, at a time.
+_WINDOW = 256
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +46,32 @@ def _parser() -> argparse.ArgumentParser:
         prog="jaxformer", description="Use trained encoder-decoder Transformers."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_translate(commands)
+    _add_score(commands)
+    _add_convert(commands)
+    return parser
+
+
+# What `GenerationConfig` has a field for, in the words of the command line.
+_GENERATION_HELP = {
+    "beam_size": "beams; 1 is greedy search; with --sampling, translations drawn",
+    "length_penalty": "alpha; more favours longer sentences",
+    "length_penalty_form": "gnmt is ((5 + length) / 6)^alpha, power is length^alpha",
+    "coverage_penalty": "beta; more favours sentences that leave nothing of the source out",
+    "early_stopping": "stop at as many finished hypotheses as beams: faster, nearly as good",
+    "max_length_ratio": "at most this times the source's length ...",
+    "max_length_extra": "... plus this, in pieces",
+    "min_length_ratio": "at least this times the source's length ...",
+    "min_length_extra": "... plus this, in pieces",
+    "no_repeat_ngram_size": "say no n pieces in a row twice; 0 is no limit",
+    "sampling": "draw translations at random instead of searching for the best",
+    "temperature": "of sampling: below 1 safer, above 1 wilder",
+    "top_k": "of sampling: draw from the k best pieces only",
+    "top_p": "of sampling: draw from the best pieces of this probability together",
+}
+
+
+def _add_translate(commands: Any) -> None:
     translate = commands.add_parser(
         "translate",
         help="translate standard input, line by line",
@@ -39,57 +79,282 @@ def _parser() -> argparse.ArgumentParser:
         "order. Example: jaxformer translate runs/multi30k < source.txt > translation.txt",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    translate.add_argument("run", metavar="RUN", help="directory that training wrote")
-    translate.add_argument("--beam-size", type=int, default=4, help="beams; 1 is greedy search")
-    translate.add_argument(
-        "--length-penalty", type=float, default=0.6, help="alpha; more favours longer sentences"
+    _add_model(translate)
+    types = {"beam_size": int, "top_k": int, "top_p": float}
+    search = translate.add_argument_group("search")
+    for field in dataclasses.fields(GenerationConfig):
+        flag, explanation = "--" + field.name.replace("_", "-"), _GENERATION_HELP[field.name]
+        if field.default is False:
+            search.add_argument(flag, action="store_true", help=explanation)
+        elif field.name == "length_penalty_form":
+            search.add_argument(
+                flag, choices=get_args(PenaltyForm), default=field.default, help=explanation
+            )
+        else:
+            kind = types.get(field.name, type(field.default))
+            search.add_argument(flag, type=kind, default=field.default, help=explanation)
+    search.add_argument("--seed", type=int, default=0, help="of sampling")
+    search.add_argument(
+        "--prefix", metavar="FILE", help="what each translation begins with, a line each"
     )
-    translate.add_argument(
-        "--length-penalty-form",
-        choices=("gnmt", "power"),
-        default="gnmt",
-        help="((5 + length) / 6)^alpha or length^alpha",
+    output = translate.add_argument_group("output")
+    output.add_argument(
+        "--n-best",
+        type=int,
+        metavar="N",
+        help="print N translations a line, each as: number of the line, from 0 ||| text ||| score",
     )
-    translate.add_argument(
-        "--checkpoint", help="average, best, last or a step; the first of these that is there"
+    output.add_argument(
+        "--alignment",
+        action="store_true",
+        help="after each translation a tab and the source word that each of its words comes from, "
+        "as 0-0 1-2: source-target, from 0",
     )
-    translate.add_argument(
-        "--batch-tokens", type=int, default=4096, help="source positions translated at once"
-    )
+    output.add_argument("--quiet", action="store_true", help="say nothing on standard error")
     translate.set_defaults(command=_translate)
-    return parser
+
+
+def _add_score(commands: Any) -> None:
+    score = commands.add_parser(
+        "score",
+        help="log-probability of given translations",
+        description="Print the natural logarithm of the probability that the model gives each "
+        "line of TARGET, end of sentence included, as translation of the line of SOURCE.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_model(score)
+    score.add_argument(
+        "--source", metavar="FILE", required=True, help="text file, a sentence a line"
+    )
+    score.add_argument("--target", metavar="FILE", required=True, help="its translation")
+    score.add_argument(
+        "--tokens", action="store_true", help="after it a tab and each piece with its own"
+    )
+    score.set_defaults(command=_score)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "run", metavar="RUN", nargs="+", help="directory that training wrote; several: an ensemble"
+    )
+    command.add_argument(
+        "--checkpoint",
+        nargs="+",
+        help="average, best, last or a step; by default the first of these that is there; "
+        "several: an ensemble",
+    )
+    command.add_argument(
+        "--dtype", choices=get_args(DType), help="of the computation, by default that of training"
+    )
+    command.add_argument(
+        "--batch-tokens", type=int, default=4096, help="source positions computed at once"
+    )
+
+
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="convert a model from or to another format",
+        description=_CONVERT_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument(
+        "source", metavar="SOURCE", help="directory that training wrote, or a Marian model"
+    )
+    convert.add_argument("destination", metavar="DESTINATION", help="new directory")
+    convert.add_argument(
+        "--to",
+        metavar="FORMAT",
+        choices=tuple(_CONVERT_OPTIONS),
+        default="jaxformer",
+        help="one of the above (default: jaxformer)",
+    )
+    convert.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help="of a trained model: average, best, last or a step "
+        "(default: the first of these that is there)",
+    )
+    ctranslate2 = convert.add_argument_group("with --to ctranslate2")
+    ctranslate2.add_argument(
+        "--quantization",
+        metavar="TYPE",
+        help="of the weights: int8, int8_float16, float16, bfloat16, ... (default: float32)",
+    )
+    stablehlo = convert.add_argument_group("with --to stablehlo")
+    for flag, kind, explanation in (
+        ("--batch-size", int, "sentences at once (default: open)"),
+        ("--source-length", int, "source pieces, eos and padding included (default: 128)"),
+        ("--beam-size", int, "beams (default: 4)"),
+        ("--length-penalty", float, "alpha; more favours longer sentences (default: 0.6)"),
+    ):
+        stablehlo.add_argument(flag, type=kind, metavar="N", help=explanation)
+    convert.set_defaults(command=_convert)
 
 
 def _translate(options: argparse.Namespace) -> None:
-    for name in ("beam_size", "batch_tokens"):
-        if getattr(options, name) < 1:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is {getattr(options, name)}: give at least 1")
-    if options.length_penalty < 0:
-        raise UserError(f"--length-penalty is {options.length_penalty}: give at least 0")
+    """Checks all that can be checked before the model is loaded."""
+    _check_at_least_one(options, "batch_tokens")
+    names = [field.name for field in dataclasses.fields(GenerationConfig)]
+    search = {name: getattr(options, name) for name in names}
+    try:
+        GenerationConfig(**search)
+    except UserError as error:
+        name, _, rest = str(error).partition(" ")
+        raise UserError(f"--{name.replace('_', '-')} {rest}") from error
+    n_best = options.n_best
+    if n_best is not None and not 1 <= n_best <= options.beam_size:
+        raise UserError(
+            f"--n-best is {n_best}: give 1 to {options.beam_size}, as many as --beam-size"
+        )
+    with contextlib.ExitStack() as stack:
+        prefixes = None
+        if options.prefix is not None:
+            prefixes = _lines(stack.enter_context(_open(options.prefix)), options.prefix)
+        translator = _load(options)
+        source, lines = tee(_lines(sys.stdin.buffer, "standard input"))
+        progress = Progress(sys.stderr, quiet=options.quiet)
+        found = translator.generate(
+            lines, prefixes=prefixes, batch_tokens=options.batch_tokens, seed=options.seed, **search
+        )
+        number = 0
+        while window := list(islice(found, _WINDOW)):
+            hypotheses = [line[: n_best or 1] for line in window]
+            source_lines = list(islice(source, len(window)))
+            links: Iterator[str] = repeat("")
+            if options.alignment:
+                links = iter(_links(translator, source_lines, hypotheses, options.batch_tokens))
+            for line in hypotheses:
+                for hypothesis in line:
+                    text = hypothesis.text + next(links)
+                    if n_best is not None:
+                        text = f"{number} ||| {text} ||| {hypothesis.score:.6f}"
+                    write_line(text)
+                number += 1
+                progress.add(len(line[0].tokens) + 1)
+        progress.close()
+
+
+def _links(
+    translator: "Translator",
+    source_lines: list[str],
+    hypotheses: "list[list[Hypothesis]]",
+    batch_tokens: int,
+) -> list[str]:
+    """A tab and the word alignment of each hypothesis."""
+    pairs = zip(source_lines, hypotheses, strict=True)
+    sources, targets = zip(*((s, h.text) for s, line in pairs for h in line), strict=True)
+    found = translator.align(sources, targets, batch_tokens=batch_tokens)
+    return ["\t" + " ".join(f"{s}-{t}" for s, t in alignment.words()) for alignment in found]
+
+
+def _score(options: argparse.Namespace) -> None:
+    _check_at_least_one(options, "batch_tokens")
+    counts = []
+    for name in (options.source, options.target):
+        with _open(name) as file:
+            counts.append(sum(1 for _ in file))
+    if counts[0] != counts[1]:
+        raise UserError(
+            f"{options.source} has {counts[0]} lines and {options.target} {counts[1]}: "
+            "give files of as many lines, each the translation of the other's"
+        )
+    translator = _load(options)
+    with _open(options.source) as source, _open(options.target) as target:
+        pairs = zip(_lines(source, options.source), _lines(target, options.target), strict=True)
+        while window := list(islice(pairs, _WINDOW)):
+            sources, targets = zip(*window, strict=True)
+            for score in translator.score(sources, targets, batch_tokens=options.batch_tokens):
+                each = zip(score.tokens, score.token_log_probs, strict=True)
+                pieces = " ".join(f"{token}:{value:.6f}" for token, value in each)
+                write_line(f"{score.log_prob:.6f}" + f"\t{pieces}" * options.tokens)
+
+
+def _load(options: argparse.Namespace) -> "Translator":
     from jaxformer.translator import Translator
 
-    translator = Translator.load(options.run, options.checkpoint)
-    output = sys.stdout.buffer
-    translations = translator.translate_stream(
-        _lines(sys.stdin.buffer),
-        beam_size=options.beam_size,
-        length_penalty=options.length_penalty,
-        length_penalty_form=options.length_penalty_form,
-        batch_tokens=options.batch_tokens,
-    )
-    for text in translations:
-        output.write(text.encode() + b"\n")
-    output.flush()
+    keep_compiled_programs()
+    return Translator.load(options.run, options.checkpoint, dtype=options.dtype)
 
 
-def _lines(file: Iterable[bytes]) -> Iterator[str]:
+def _check_at_least_one(options: argparse.Namespace, name: str) -> None:
+    if getattr(options, name) < 1:
+        raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give at least 1")
+
+
+# What --to can name, each with the options that it takes.
+_CONVERT_OPTIONS = {
+    "jaxformer": (),
+    "marian": ("checkpoint",),
+    "ctranslate2": ("checkpoint", "quantization"),
+    "stablehlo": ("checkpoint", "batch_size", "source_length", "beam_size", "length_penalty"),
+}
+
+_CONVERT_DESCRIPTION = """\
+Convert a model.
+
+  --to jaxformer    a Marian model of Hugging Face, such as those of OPUS-MT, becomes a directory
+                    for `jaxformer translate`
+  --to marian       a trained model, for Hugging Face's MarianMTModel
+  --to ctranslate2  a trained model, for CTranslate2: fast in C++, on CPUs and GPUs
+  --to stablehlo    a trained model, as functions that need JAX but none of this package's code
+
+examples:
+  jaxformer convert opus-mt-en-de runs/opus-mt-en-de
+  jaxformer convert runs/multi30k multi30k-ct2 --to ctranslate2 --quantization int8
+  jaxformer convert runs/multi30k multi30k-hlo --to stablehlo --source-length 64
+"""
+
+
+def _convert(options: argparse.Namespace) -> None:
+    """Each branch imports what it needs: some of these formats need packages of their own."""
+    source, destination = options.source, options.destination
+    names = {name for names in _CONVERT_OPTIONS.values() for name in names}
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    for name in sorted(given.keys() - _CONVERT_OPTIONS[options.to]):
+        takers = [to for to, names in _CONVERT_OPTIONS.items() if name in names]
+        raise UserError(
+            f"--{name.replace('_', '-')} means nothing to --to {options.to}: leave it out, "
+            f"or use --to {' or '.join(takers)}"
+        )
+    match options.to:
+        case "jaxformer":
+            from jaxformer.interop.marian import from_marian
+
+            from_marian(source, destination)
+            use = f"jaxformer translate {destination}"
+        case "marian":
+            from jaxformer.interop.marian import to_marian
+
+            to_marian(source, destination, **given)
+            use = f"transformers.MarianMTModel.from_pretrained({destination!r})"
+        case "ctranslate2":
+            from jaxformer.interop.ctranslate2 import to_ctranslate2
+
+            to_ctranslate2(source, destination, **given)
+            use = f"ctranslate2.Translator({destination!r})"
+        case "stablehlo":
+            from jaxformer.interop.stablehlo import to_stablehlo
+
+            to_stablehlo(source, destination, **given)
+            use = "jax.export.deserialize(…), as help(jaxformer.interop.stablehlo) shows"
+    print(f"wrote {destination}: use it with {use}", file=sys.stderr)
+
+
+def _open(name: str) -> BinaryIO:
+    try:
+        return open(name, "rb")
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}; give a text file") from error
+
+
+def _lines(file: Iterable[bytes], name: str) -> Iterator[str]:
     r"""Lines of UTF-8 that end in "\n" and nothing else, or one line in would not be one out."""
     for number, line in enumerate(file, start=1):
         try:
             yield line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise UserError(
-                f"standard input, line {number}: not UTF-8 (byte 0x{line[error.start]:02x}); "
+                f"{name}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x}); "
                 "convert it, for example with iconv"
             ) from error

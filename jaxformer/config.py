@@ -54,6 +54,7 @@ class TransformerConfig:
       max_length: longest sequence in tokens that learned positions hold, and where a
         `Translator` splits its input. Sinusoids themselves have no limit.
       attention_bias: whether the four attention projections add a bias; the paper's do not.
+      output_bias: whether the logits get a bias, Marian's `final_logits_bias`; the paper's do not.
       layer_norm_epsilon: added to the variance.
       dtype: of the computation. Parameters, softmax, logits, loss and LayerNorm statistics are
         float32 in any case.
@@ -84,6 +85,7 @@ class TransformerConfig:
     positions: Positions = "sinusoidal"
     max_length: int = 1024
     attention_bias: bool = False
+    output_bias: bool = False
     layer_norm_epsilon: float = 1e-6
     dtype: DType = "float32"
     remat: bool = False

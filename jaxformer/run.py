@@ -4,14 +4,16 @@
 run/
   config.json               {"version": 1, "model": {...}, ...}, as resolved when training began
   tokenizer.model           or tokenizer.source.model and tokenizer.target.model
+  vocabulary.json           or vocabulary.source.json and vocabulary.target.json: the piece of each
+                            id, only if the tokenizer's own numbering is not the model's
   metrics.jsonl             one JSON object per record; TensorBoard events lie beside it
   checkpoints/
     2000/                   params/, optimizer/ and, if it was evaluated, metrics/
     average/                params/ and info/, which names the steps that went in
 ```
 
-The trainer writes it and `Translator.load` reads it. Parameters can be read without the optimizer
-state and without knowing the model, the number of devices or of processes that saved them.
+The trainer or an import writes it and `Translator.load` reads it. Parameters can be read without
+the optimizer state and without knowing the model, or how many devices or processes saved them.
 """
 
 import json
@@ -21,7 +23,7 @@ from typing import Any
 
 from jaxformer.config import TransformerConfig
 from jaxformer.errors import UserError
-from jaxformer.tokenizer import Tokenizer
+from jaxformer.tokenizer import Tokenizer, VocabularyTokenizer
 
 CONFIG_VERSION = 1
 
@@ -29,6 +31,11 @@ CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.model"
 SOURCE_TOKENIZER_FILE = "tokenizer.source.model"
 TARGET_TOKENIZER_FILE = "tokenizer.target.model"
+_VOCABULARY_FILES = {
+    TOKENIZER_FILE: "vocabulary.json",
+    SOURCE_TOKENIZER_FILE: "vocabulary.source.json",
+    TARGET_TOKENIZER_FILE: "vocabulary.target.json",
+}
 METRICS_FILE = "metrics.jsonl"
 
 CHECKPOINTS_DIR = "checkpoints"
@@ -103,7 +110,7 @@ def load_tokenizers(run: str | Path) -> tuple[Tokenizer, Tokenizer]:
     """
     run = Path(run)
     if (run / TOKENIZER_FILE).is_file():
-        joint = Tokenizer.load(run / TOKENIZER_FILE)
+        joint = _load_tokenizer(run, TOKENIZER_FILE)
         return joint, joint
     pair = run / SOURCE_TOKENIZER_FILE, run / TARGET_TOKENIZER_FILE
     for path in pair:
@@ -112,7 +119,28 @@ def load_tokenizers(run: str | Path) -> tuple[Tokenizer, Tokenizer]:
                 f"{run} has no tokenizer: neither {TOKENIZER_FILE} nor {path.name} is there; "
                 "copy it from where the model was trained"
             )
-    return Tokenizer.load(pair[0]), Tokenizer.load(pair[1])
+    return _load_tokenizer(run, pair[0].name), _load_tokenizer(run, pair[1].name)
+
+
+def _load_tokenizer(run: Path, file: str) -> Tokenizer:
+    vocabulary = run / _VOCABULARY_FILES[file]
+    if vocabulary.is_file():
+        return VocabularyTokenizer.load_pair(run / file, vocabulary)
+    return Tokenizer.load(run / file)
+
+
+def save_tokenizers(run: Path, source: Tokenizer, target: Tokenizer) -> None:
+    """Write the tokenizers for `load_tokenizers` to read; the same object twice if it is joint."""
+    files = (
+        {TOKENIZER_FILE: source}
+        if source is target
+        else {SOURCE_TOKENIZER_FILE: source, TARGET_TOKENIZER_FILE: target}
+    )
+    for file, tokenizer in files.items():
+        (run / file).write_bytes(tokenizer.model)
+        if isinstance(tokenizer, VocabularyTokenizer):
+            text = json.dumps(tokenizer.vocabulary, ensure_ascii=False, indent=0)
+            (run / _VOCABULARY_FILES[file]).write_text(text + "\n", encoding="utf-8")
 
 
 def checkpoint_steps(run: str | Path) -> list[int]:
@@ -190,6 +218,21 @@ def load_params(run: str | Path, checkpoint: int | str | None = None) -> dict[st
       UserError: there is no such checkpoint, or it is damaged.
     """
     return read_arrays(find_checkpoint(run, checkpoint) / PARAMS)
+
+
+def save_params(run: str | Path, step: int, params: Mapping[str, Any]) -> None:
+    """Write a checkpoint of parameters alone: nested dictionaries of arrays.
+
+    Raises:
+      UserError: orbax is not installed.
+    """
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError as error:
+        raise UserError("writing a checkpoint needs orbax: pip install orbax-checkpoint") from error
+    path = Path(run).absolute() / CHECKPOINTS_DIR / str(step)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        writer.save(path, args=ocp.args.Composite(**{PARAMS: ocp.args.StandardSave(params)}))
 
 
 def read_arrays(path: Path) -> dict[str, Any]:

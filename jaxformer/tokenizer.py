@@ -1,7 +1,9 @@
 """Text to token ids and back, by a sentencepiece model."""
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,14 +23,7 @@ class Tokenizer:
     """
 
     def __init__(self, model: bytes, name: str = "tokenizer"):
-        import sentencepiece  # here, because most of the library works without it
-
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise UserError(
-                f"{name} is not a sentencepiece model: use the .model file of its training"
-            ) from error
+        self._processor = _processor(model, name)
         self.model = model
         self.vocab_size: int = self._processor.vocab_size()
         special = {
@@ -51,13 +46,7 @@ class Tokenizer:
         Raises:
           UserError: the file cannot be read, or see the class.
         """
-        try:
-            model = Path(path).read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"cannot read the tokenizer {path}: {error.strerror}; give a sentencepiece model"
-            ) from error
-        return cls(model, str(path))
+        return cls(_read(path), str(path))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without bos and eos; white space around it does not count."""
@@ -75,3 +64,88 @@ class Tokenizer:
     def pieces(self, ids: Iterable[int] | np.ndarray) -> list[str]:
         """Return the vocabulary's piece of each id; "▁" in it stands for a space."""
         return [self._processor.id_to_piece(int(i)) for i in ids]
+
+
+class VocabularyTokenizer(Tokenizer):
+    """A sentencepiece model whose pieces are numbered by a list of their own, as Marian's are.
+
+    Text becomes pieces and the list says their ids: what is not in it is unk. A language code such
+    as ">>deu<<", if a text begins with one, is one piece whatever the model makes of it.
+
+    Attributes:
+      model: the serialized model; its own numbering does not count.
+      vocabulary: the piece of each id, pad, bos, eos and unk first.
+      vocab_size: their number.
+
+    Raises:
+      UserError: `model` is no sentencepiece model.
+    """
+
+    def __init__(self, model: bytes, vocabulary: Sequence[str], name: str = "tokenizer"):
+        self._processor = _processor(model, name)
+        self.model = model
+        self.vocabulary = list(vocabulary)
+        self.vocab_size = len(self.vocabulary)
+        # Text cannot spell the special pieces: they have no entry.
+        self._ids = {piece: id for id, piece in enumerate(self.vocabulary) if id > UNK_ID}
+
+    @classmethod
+    def load_pair(cls, path: str | Path, vocabulary: str | Path) -> "VocabularyTokenizer":
+        """Return the tokenizer of a sentencepiece model file and a JSON list of pieces.
+
+        Raises:
+          UserError: a file cannot be read, or see the class.
+        """
+        try:
+            pieces = json.loads(_read(vocabulary))
+        except ValueError as error:
+            raise UserError(f"{vocabulary} is not valid JSON: {error}; restore the file") from error
+        if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
+            raise UserError(f"{vocabulary} is not a JSON list of strings: restore the file")
+        return cls(_read(path), pieces, str(path))
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        split = [_split_language_code(text) for text in texts]
+        pieces = self._processor.encode([text for _, text in split], out_type=str)
+        return [
+            [self._ids.get(piece, UNK_ID) for piece in (*code, *rest)]
+            for (code, _), rest in zip(split, pieces, strict=True)
+        ]
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        special = (PAD_ID, BOS_ID, EOS_ID)
+        text = self._processor.decode(self.pieces(i for i in ids if int(i) not in special))
+        # The model leaves pieces as they are that it does not know.
+        return text.replace("▁", " ").strip()
+
+    def pieces(self, ids: Iterable[int] | np.ndarray) -> list[str]:
+        return [self.vocabulary[int(i)] for i in ids]
+
+
+def _split_language_code(text: str) -> tuple[list[str], str]:
+    """Take a language code off: ">>deu<< Hello" -> [">>deu<<"], " Hello"."""
+    code, end, rest = text.partition("<<")
+    return ([code + end], rest) if end and code.startswith(">>") else ([], text)
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"cannot read the tokenizer {path}: {error.strerror}; give a sentencepiece model"
+        ) from error
+
+
+def _processor(model: bytes, name: str) -> Any:
+    import sentencepiece  # here, because most of the library works without it
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise UserError(
+            f"{name} is not a sentencepiece model: use the .model file of its training"
+        ) from error

@@ -1,14 +1,16 @@
 """The encoder-decoder Transformer (§3, Figure 1)."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.attention import MultiHeadAttention
-from jaxformer.cache import DecoderCache, write
+from jaxformer.cache import DecoderCache, LayerCache
 from jaxformer.config import TransformerConfig
 from jaxformer.dropout import Dropout
 from jaxformer.layers import (
@@ -23,19 +25,37 @@ from jaxformer.losses import LossSums, cross_entropy_sums
 from jaxformer.masks import causal_mask, padding_mask, segment_mask
 
 
-def _attention(config: TransformerConfig) -> MultiHeadAttention:
+def _output_gain(num_sublayers: int) -> float:
+    """How large the sub-layers of a stack start, so that together they add what comes in.
+
+    With 1 for each, attention's averages outweigh the residual stream before they mean anything.
+    Normalised after each sub-layer, the positions of a sentence then all look alike to the decoder
+    (of the encoder's standard deviation, 0.33 is left inside a sentence, where 4 layers are tiny),
+    its attention to them goes flat, and it takes thousands of steps to find out what it is for.
+    """
+    return num_sublayers**-0.5
+
+
+def _attention(config: TransformerConfig, output_gain: float) -> MultiHeadAttention:
     return MultiHeadAttention(
         num_heads=config.num_heads,
         head_dim=config.query_key_dim,
         value_dim=config.head_value_dim,
         dropout_rate=config.attention_dropout,
         use_bias=config.attention_bias,
+        output_gain=output_gain,
         dtype=config.dtype,
     )
 
 
-def _feed_forward(config: TransformerConfig) -> FeedForward:
-    return FeedForward(config.d_ff, config.activation, config.activation_dropout, config.dtype)
+def _feed_forward(config: TransformerConfig, output_gain: float) -> FeedForward:
+    return FeedForward(
+        config.d_ff,
+        config.activation,
+        config.activation_dropout,
+        output_gain=output_gain,
+        dtype=config.dtype,
+    )
 
 
 def _residual(config: TransformerConfig) -> Residual:
@@ -48,9 +68,10 @@ class EncoderLayer(nn.Module):
     config: TransformerConfig
 
     def setup(self) -> None:
-        self.self_attention = _attention(self.config)
+        gain = _output_gain(2 * self.config.encoder_layers)
+        self.self_attention = _attention(self.config, gain)
         self.self_attention_residual = _residual(self.config)
-        self.feed_forward = _feed_forward(self.config)
+        self.feed_forward = _feed_forward(self.config, gain)
         self.feed_forward_residual = _residual(self.config)
 
     def __call__(
@@ -75,11 +96,12 @@ class DecoderLayer(nn.Module):
     config: TransformerConfig
 
     def setup(self) -> None:
-        self.self_attention = _attention(self.config)
+        gain = _output_gain(3 * self.config.decoder_layers)
+        self.self_attention = _attention(self.config, gain)
         self.self_attention_residual = _residual(self.config)
-        self.cross_attention = _attention(self.config)
+        self.cross_attention = _attention(self.config, gain)
         self.cross_attention_residual = _residual(self.config)
-        self.feed_forward = _feed_forward(self.config)
+        self.feed_forward = _feed_forward(self.config, gain)
         self.feed_forward_residual = _residual(self.config)
 
     def __call__(
@@ -101,37 +123,22 @@ class DecoderLayer(nn.Module):
     def decode_step(
         self,
         x: Float[Array, "B K D"],
-        layer_cache: dict[str, Array],
+        cache: LayerCache,
         index: Int[Array, ""],
-        written: Bool[Array, "1 1 1 T"],
+        self_mask: Bool[Array, "B 1 K KT"],
         cross_mask: Bool[Array, "B 1 1 S"],
-    ) -> tuple[Float[Array, "B K D"], dict[str, Array]]:
-        """One position of K beams a sentence; returns its output and the cache written at `index`.
+    ) -> tuple[Float[Array, "B K D"], LayerCache]:
+        """Position `index` of K beams a sentence; returns its output and the cache, written.
 
-        Beams are rows of their own to self-attention, where each has its own past, and query
-        positions of one row to cross-attention, where they share the sentence.
+        To both attentions the beams are K query positions of one row: they share the sentence,
+        and among all that the beams have written the mask shows each its own past.
         """
         y = self.self_attention_residual.enter(x)
-        key, value = self.self_attention.project_key_value(y)
-        layer_cache = layer_cache | {
-            "self_key": write(layer_cache["self_key"], key, index),
-            "self_value": write(layer_cache["self_value"], value, index),
-        }
-
-        def beams_as_rows(past: Array) -> Array:
-            return past.reshape(-1, *past.shape[2:])
-
-        y = self.self_attention.attend(
-            beams_as_rows(y[:, :, None]),
-            beams_as_rows(layer_cache["self_key"]),
-            beams_as_rows(layer_cache["self_value"]),
-            written,
-        ).reshape(y.shape)
+        cache = cache.write(*self.self_attention.project_key_value(y), index)
+        y = self.self_attention.attend(y, *cache.self_key_value(), self_mask)
         x = self.self_attention_residual.leave(x, y)
-        x = self._cross_attend_and_feed(
-            x, layer_cache["cross_key"], layer_cache["cross_value"], cross_mask, deterministic=True
-        )
-        return x, layer_cache
+        x = self._cross_attend_and_feed(x, *cache.cross_key_value(), cross_mask, deterministic=True)
+        return x, cache
 
     def _cross_attend_and_feed(self, x, key, value, cross_mask, deterministic):
         y = self.cross_attention_residual.enter(x)
@@ -143,14 +150,9 @@ class DecoderLayer(nn.Module):
 
 
 def _run_stack(
-    config: TransformerConfig,
-    layers: nn.Module,
-    num_layers: int,
-    layer: Callable,
-    x,
-    per_layer=None,
-):
-    """Apply `layer(module, x, per_layer[l]) -> (x, out[l])` for l = 0 … L-1, parameters [L, …].
+    config: TransformerConfig, layers: nn.Module, num_layers: int, layer: Callable, x: Array
+) -> Array:
+    """Apply `layer(module, x) -> x` for l = 0 … L-1, with parameters stacked [L, …].
 
     Looped or unrolled, it is one `nn.scan`: only the length of the unrolling differs, so that the
     parameters are laid out alike and a checkpoint fits both.
@@ -159,13 +161,13 @@ def _run_stack(
         # Inside a compiled loop nothing is left for XLA to merge with the forward pass.
         layer = nn.remat(layer, prevent_cse=not config.scan_layers)
     scanned = nn.scan(
-        layer,
+        lambda module, x, _: (layer(module, x), None),
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
         length=num_layers,
         unroll=1 if config.scan_layers else num_layers,
     )
-    return scanned(layers, x, per_layer)
+    return scanned(layers, x, None)[0]
 
 
 class Encoder(nn.Module):
@@ -190,10 +192,10 @@ class Encoder(nn.Module):
     ) -> Float[Array, "B S D"]:
         """Map [B, S, D] to [B, S, D]."""
 
-        def layer(module, x, _):
-            return module(x, mask, deterministic=deterministic), None
+        def layer(module, x):
+            return module(x, mask, deterministic=deterministic)
 
-        x, _ = _run_stack(self.config, self.layers, self.config.encoder_layers, layer, x)
+        x = _run_stack(self.config, self.layers, self.config.encoder_layers, layer, x)
         return self.layer_norm(x) if self.config.norm == "pre" else x
 
 
@@ -207,12 +209,6 @@ class Decoder(nn.Module):
         if self.config.norm == "pre":
             self.layer_norm = layer_norm(self.config.layer_norm_epsilon, self.config.dtype)
 
-    def _run(self, layer, x, per_layer=None):
-        x, out = _run_stack(
-            self.config, self.layers, self.config.decoder_layers, layer, x, per_layer
-        )
-        return (self.layer_norm(x) if self.config.norm == "pre" else x), out
-
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -224,10 +220,11 @@ class Decoder(nn.Module):
     ) -> Float[Array, "B T D"]:
         """Map [B, T, D] to [B, T, D], all positions at once."""
 
-        def layer(module, x, _):
-            return module(x, encoded, self_mask, cross_mask, deterministic=deterministic), None
+        def layer(module, x):
+            return module(x, encoded, self_mask, cross_mask, deterministic=deterministic)
 
-        return self._run(layer, x)[0]
+        x = _run_stack(self.config, self.layers, self.config.decoder_layers, layer, x)
+        return self.layer_norm(x) if self.config.norm == "pre" else x
 
     def init_cache(
         self,
@@ -239,33 +236,67 @@ class Decoder(nn.Module):
     ) -> DecoderCache:
         """Project the encoder output to every layer's cross-attention keys and values, once."""
 
-        def layer(module, carry, _):
-            return carry, module.cross_attention.project_key_value(encoded)
+        def layer_cache(layer: DecoderLayer) -> LayerCache:
+            key, value = layer.cross_attention.project_key_value(encoded)
+            return LayerCache.init(key, value, beam_size=beam_size, max_length=max_length)
 
-        num_layers = self.config.decoder_layers
-        _, (key, value) = _run_stack(self.config, self.layers, num_layers, layer, None)
-        return DecoderCache.init(key, value, cross_mask, beam_size=beam_size, max_length=max_length)
+        layers = tuple(
+            layer.apply(params, method=layer_cache) for layer, params in self._each_layer()
+        )
+        return DecoderCache.init(tuple(layers), cross_mask)
 
     def decode_step(
         self, x: Float[Array, "B K D"], cache: DecoderCache
     ) -> tuple[Float[Array, "B K D"], DecoderCache]:
-        """Decode the position `cache.index` of every beam."""
-        written = cache.written()
+        """Decode the position `cache.index` of every beam.
 
-        def layer(module, x, layer_cache):
-            return module.decode_step(x, layer_cache, cache.index, written, cache.cross_mask)
+        Sows, if asked, "cross_attention": the weights [B, N, K, S] of each layer.
+        """
+        cache = cache.begin_position()
+        self_mask, layers = cache.past(), []
+        for (layer, params), past in zip(self._each_layer(), cache.layers, strict=True):
+            (x, past), sown = layer.apply(
+                params,
+                x,
+                past,
+                cache.index,
+                self_mask,
+                cache.cross_mask,
+                method="decode_step",
+                mutable="intermediates",
+            )
+            layers.append(past)
+            (weights,) = sown["intermediates"]["cross_attention"]["attention_weights"]
+            self.sow("intermediates", "cross_attention", weights)
+        cache = dataclasses.replace(cache, layers=tuple(layers), index=cache.index + 1)
+        return (self.layer_norm(x) if self.config.norm == "pre" else x), cache
 
-        per_layer = {
-            name: getattr(cache, name)
-            for name in ("self_key", "self_value", "cross_key", "cross_value")
-        }
-        x, per_layer = self._run(layer, x, per_layer)
-        return x, dataclasses.replace(
-            cache,
-            self_key=per_layer["self_key"],
-            self_value=per_layer["self_value"],
-            index=cache.index + 1,
-        )
+    def _each_layer(self) -> Iterator[tuple[DecoderLayer, dict]]:
+        """Each layer as a module of its own, with its variables.
+
+        Decoding is a loop of its own, with a cache to update, and does not want the layers in
+        another: it unrolls them.
+        """
+        stacked = self.variables["params"]["layers"]
+        if not isinstance(stacked, tuple):
+            stacked = _unstack(stacked)
+        for params in stacked:
+            yield DecoderLayer(self.config, parent=None), {"params": params}
+
+
+def unstack_decoder(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a `Transformer` with those of each decoder layer apart.
+
+    `init_cache` and `decode_step` take either form. Inside a compiled loop this one saves them
+    from slicing [L, …] arrays at each step, as XLA does not move a slice out of a loop.
+    """
+    layers = params["decoder"]["layers"]
+    return {**params, "decoder": {**params["decoder"], "layers": _unstack(layers)}}
+
+
+def _unstack(layers: Any) -> tuple[Any, ...]:
+    leaves, structure = jax.tree.flatten(layers)
+    return tuple(structure.unflatten(layer) for layer in zip(*leaves, strict=True))
 
 
 class Transformer(nn.Module):
@@ -297,6 +328,10 @@ class Transformer(nn.Module):
             if config.embeddings == "separate"
             else self.embedding
         )
+        if config.output_bias:
+            self.output_bias = self.param(
+                "output_bias", nn.initializers.zeros, (config.vocab_size,)
+            )
         self.source_positions = PositionalEncoding(config.positions, config.max_length)
         self.target_positions = PositionalEncoding(config.positions, config.max_length)
         self.dropout = Dropout(config.dropout)
@@ -306,6 +341,13 @@ class Transformer(nn.Module):
     @nn.nowrap
     def _embedding(self, vocab_size: int) -> Embedding:
         return Embedding(vocab_size, self.config.d_model, self.config.dtype)
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """What the softmax layer makes of `hidden`'s output, float32."""
+        logits = self.output_embedding.logits(hidden)
+        if not self.config.output_bias:
+            return logits
+        return logits + jnp.broadcast_to(self.output_bias, logits.shape)
 
     def __call__(
         self,
@@ -324,7 +366,7 @@ class Transformer(nn.Module):
             target_segment_ids=target_segment_ids,
             deterministic=deterministic,
         )
-        return self.output_embedding.logits(hidden)
+        return self.logits(hidden)
 
     def hidden(
         self,
@@ -369,11 +411,14 @@ class Transformer(nn.Module):
             target_segment_ids=target_segment_ids,
             deterministic=deterministic,
         )
+        embedding = self.output_embedding.embedding
+        if self.config.output_bias:
+            # h · e + b = [h, 1] · [e, b]
+            one = jnp.ones((*hidden.shape[:-1], 1), hidden.dtype)
+            hidden = jnp.concatenate([hidden, one], axis=-1)
+            embedding = jnp.concatenate([embedding, self.output_bias[:, None]], axis=-1)
         return cross_entropy_sums(
-            hidden,
-            self.output_embedding.embedding,
-            labels,
-            label_smoothing=self.config.label_smoothing,
+            hidden, embedding, labels, label_smoothing=self.config.label_smoothing
         )
 
     def encode(
@@ -444,4 +489,4 @@ class Transformer(nn.Module):
             self.embedding(tokens), jnp.broadcast_to(cache.index, (1, tokens.shape[1]))
         )
         x, cache = self.decoder.decode_step(x, cache)
-        return self.output_embedding.logits(x), cache
+        return self.logits(x), cache

@@ -2,40 +2,68 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxformer.config import EOS_ID, PAD_ID, TransformerConfig
-from jaxformer.decoding import BeamResult, beam_search, gnmt_length_penalty, power_length_penalty
+from jaxformer.batching import batches, pad
+from jaxformer.config import EOS_ID, DType, TransformerConfig
 from jaxformer.errors import UserError
+from jaxformer.generation import GenerationConfig, Generator
 from jaxformer.run import load_params, load_tokenizers, read_model_config
+from jaxformer.sampling import fold_in_rows
+from jaxformer.scoring import attention_alignment, token_log_probs
 from jaxformer.tokenizer import Tokenizer
-from jaxformer.transformer import Transformer
-
-PenaltyForm = Literal["gnmt", "power"]
-
-#: §6.1: "We set the maximum output length during inference to input length + 50."
-EXTRA_LENGTH = 50
 
 # Lines that are read, sorted by length and translated together: enough to fill batches with
 # sentences of like length, few enough that memory stays flat and output soon begins.
 _WINDOW = 4096
 
-# Batches have a few fixed shapes, so that a few compiled programs serve any input.
-_SMALL_BATCHES = (1, 8)
+
+class Hypothesis(NamedTuple):
+    """One translation of a line."""
+
+    text: str
+    score: float  # log_prob over the length penalty: what hypotheses are ranked by
+    log_prob: float  # of its tokens and eos, natural logarithm
+    tokens: list[str]  # pieces of the vocabulary, without eos
 
 
-class _Piece(NamedTuple):
+class Score(NamedTuple):
+    """What the model thinks of a translation that it was given."""
+
+    log_prob: float  # the sum of `token_log_probs`, natural logarithm
+    tokens: list[str]  # pieces of the vocabulary, eos last
+    token_log_probs: list[float]
+
+
+class Alignment(NamedTuple):
+    """Where the model looks when it writes a given translation."""
+
+    source_tokens: list[str]  # S pieces, eos last
+    target_tokens: list[str]  # T pieces, eos last
+    weights: np.ndarray  # [T, S], rows sum to 1
+
+    def words(self) -> list[tuple[int, int]]:
+        """The source word that each target word looked at most, as (source, target) from 0."""
+        source, target = map(_word_numbers, (self.source_tokens[:-1], self.target_tokens[:-1]))
+        if not source or not target:
+            return []
+        weights = np.zeros((target[-1] + 1, source[-1] + 1))
+        np.add.at(weights, np.ix_(target, source), self.weights[:-1, :-1])
+        return [(int(row.argmax()), index) for index, row in enumerate(weights)]
+
+
+class _Part(NamedTuple):
     """A sentence, or a part of one that is too long for the model."""
 
-    line: int
+    line: int  # in the window
     ids: list[int]
+    prefix: list[int]
+    key: tuple[int, int]  # number of the line and of its part
 
 
 def _print_warning(message: str) -> None:
@@ -43,7 +71,7 @@ def _print_warning(message: str) -> None:
 
 
 class Translator:
-    """Translates lines of text with a trained model.
+    """Translates lines of text with a trained model, or with several as an ensemble.
 
         Translator.load("runs/multi30k").translate(["Two men are outside."], beam_size=4)
 
@@ -51,6 +79,8 @@ class Translator:
       config: of the model.
       params: its parameters.
       source_tokenizer, target_tokenizer: the same object if the vocabulary is joint.
+      others: further members (config, params) of an ensemble, of the same vocabulary.
+      devices: where to translate, by default on all devices of this process.
     """
 
     def __init__(
@@ -59,107 +89,210 @@ class Translator:
         params: Any,
         source_tokenizer: Tokenizer,
         target_tokenizer: Tokenizer,
+        *,
+        others: Sequence[tuple[TransformerConfig, Any]] = (),
+        devices: list[jax.Device] | None = None,
     ) -> None:
         self.config = config
         self.params = params
         self.source_tokenizer = source_tokenizer
         self.target_tokenizer = target_tokenizer
+        self._configs = (config, *(config for config, _ in others))
+        self._params = (params, *(params for _, params in others))
+        self._devices = jax.local_devices() if devices is None else devices
+        self._generators: dict[GenerationConfig, Generator] = {}
 
     @classmethod
-    def load(cls, run: str | Path, checkpoint: str | int | None = None) -> "Translator":
-        """Load a run directory.
+    def load(
+        cls,
+        run: str | Path | Sequence[str | Path],
+        checkpoint: str | int | Sequence[str | int] | None = None,
+        *,
+        dtype: DType | None = None,
+        devices: list[jax.Device] | None = None,
+    ) -> "Translator":
+        """Load a run directory, or an ensemble.
 
         Args:
-          run: the directory that training wrote.
+          run: the directory that training wrote, or several with the same tokenizers.
           checkpoint: "average", "best", "last" or a step; by default the average, unless training
-            went on after it was made, otherwise the best, otherwise the last.
+            went on after it was made, otherwise the best, otherwise the last. Of several, each is
+            a member of the ensemble, for each run.
+          dtype: of the computation; by default that of training.
+          devices: as for the class.
 
         Raises:
-          UserError: the directory is incomplete or damaged; the message says what is missing.
+          UserError: a directory is incomplete or damaged, or two do not fit together; the message
+            says what is missing.
         """
-        config = read_model_config(run)
-        source, target = load_tokenizers(run)
-        for name, expected, tokenizer in (
-            ("source", config.source_vocab_size or config.vocab_size, source),
-            ("target", config.vocab_size, target),
-        ):
-            if tokenizer.vocab_size != expected:
+        runs = [run] if isinstance(run, str | Path) else list(run)
+        one = checkpoint is None or isinstance(checkpoint, str | int)
+        checkpoints = [checkpoint] if one else list(checkpoint)
+        members, tokenizers = [], []
+        for directory in runs:
+            config = read_model_config(directory)
+            config = config if dtype is None else config.replace(dtype=dtype)
+            tokenizers.append(_load_tokenizers(directory, config))
+            if any(map(_differ, tokenizers[0], tokenizers[-1])):
                 raise UserError(
-                    f"{run}: the {name} tokenizer has {tokenizer.vocab_size} pieces and the model "
-                    f"{expected}: copy the tokenizer that the model was trained with"
+                    f"{directory} has other tokenizers than {runs[0]}: an ensemble needs the same"
                 )
-        params = jax.device_put(load_params(run, checkpoint))
-        return cls(config, params, source, target)
+            for name in checkpoints:
+                members.append((config, jax.device_put(load_params(directory, name))))
+        return cls(*members[0], *tokenizers[0], others=members[1:], devices=devices)
 
     def translate(self, lines: Sequence[str], **options: Any) -> list[str]:
         """Translate lines; the result has as many, in the same order.
 
         Args:
           lines: one sentence each. An empty one gives an empty one.
-          **options: as for `translate_stream`.
+          **options: as for `generate`.
         """
         return list(self.translate_stream(lines, **options))
 
-    def translate_stream(
+    def translate_stream(self, lines: Iterable[str], **options: Any) -> Iterator[str]:
+        """Translate lines as they come, a window at a time: input may be of any size.
+
+        Yields one translation for each line, in order; see `generate` for the options.
+        """
+        for hypotheses in self.generate(lines, **options):
+            yield hypotheses[0].text
+
+    def generate(
         self,
         lines: Iterable[str],
         *,
-        beam_size: int = 4,
-        length_penalty: float = 0.6,
-        length_penalty_form: PenaltyForm = "gnmt",
+        prefixes: Iterable[str] | None = None,
         batch_tokens: int = 4096,
+        seed: int = 0,
         warn: Callable[[str], None] = _print_warning,
-    ) -> Iterator[str]:
-        """Translate lines as they come, a window at a time: input may be of any size.
+        **options: Any,
+    ) -> Iterator[list[Hypothesis]]:
+        """Find the best translations of each line, or draw some.
 
         Args:
           lines: one sentence each.
-          beam_size: K; 1 is greedy search.
-          length_penalty: alpha; higher favours longer translations.
-          length_penalty_form: "gnmt", ((5 + length) / 6)^alpha (§6.1), or "power", length^alpha.
-          batch_tokens: source positions that are translated at once.
+          prefixes: what the translation of each line begins with, as many as lines; the first
+            piece after it may go on with its last word.
+          batch_tokens: source positions that are translated at once, on all devices.
+          seed: of the noise, if `sampling`; a line's follows from this and its number alone.
           warn: called with a message that names the line if a line is longer than
             `config.max_length` pieces and so translated in parts.
+          **options: fields of `GenerationConfig`, `beam_size=4` and `length_penalty=0.6` among
+            them.
 
         Yields:
-          One translation for each line, in order.
+          `beam_size` hypotheses for each line, best first, fewer if no more exist; in order. An
+          empty line has one, empty.
         """
-        decode = partial(
-            _translate_batch,
-            self.params,
-            config=self.config,
-            beam_size=beam_size,
-            length_penalty=float(length_penalty),
-            length_penalty_form=length_penalty_form,
-        )
-        lines = iter(lines)
+        generator = self._generator(GenerationConfig(**options))
+        pairs = _with_prefixes(lines, prefixes)
         first_line = 1
-        while window := list(islice(lines, _WINDOW)):
-            parts = self._pieces(window, first_line, warn)
-            texts: list[list[str]] = [[] for _ in window]
-            translations = self._translate_pieces(
-                decode, [part.ids for part in parts], batch_tokens
-            )
-            for part, text in zip(parts, translations, strict=True):
-                texts[part.line].append(text)
-            yield from (" ".join(text) for text in texts)
+        while window := list(islice(pairs, _WINDOW)):
+            parts = self._parts(window, first_line, warn)
+            found: list[list[list[Hypothesis]]] = [[] for _ in window]
+            results = self._search(generator, parts, batch_tokens, seed)
+            for part, hypotheses in zip(parts, results, strict=True):
+                found[part.line].append(hypotheses)
+            yield from map(_join, found)
             first_line += len(window)
 
-    def _pieces(
-        self, lines: list[str], first_line: int, warn: Callable[[str], None]
-    ) -> list[_Piece]:
+    def score(
+        self, sources: Sequence[str], targets: Sequence[str], *, batch_tokens: int = 4096
+    ) -> list[Score]:
+        """Log-probability of each target as the translation of its source.
+
+        The numbers are those that `generate` ranks by, if it finds the same pieces.
+
+        Raises:
+          UserError: the lines are not as many, or one is longer than learned positions reach.
+        """
+        source_ids, target_ids = self._pairs(sources, targets)
+        scores: list[Score] = [Score(0.0, [], [])] * len(source_ids)
+        for chosen, source, target in _pair_batches(source_ids, target_ids, batch_tokens):
+            log_probs = token_log_probs(self._configs, self._params, source, target)
+            for index, row in zip(chosen, np.asarray(log_probs), strict=False):
+                values = [float(value) for value in row[: len(target_ids[index])]]
+                tokens = self.target_tokenizer.pieces(target_ids[index])
+                scores[index] = Score(float(np.sum(row, dtype=np.float64)), tokens, values)
+        return scores
+
+    def align(
+        self,
+        sources: Sequence[str],
+        targets: Sequence[str],
+        *,
+        layer: int | None = None,
+        batch_tokens: int = 4096,
+    ) -> list[Alignment]:
+        """How much each target piece looked at each source piece, by the (first) model.
+
+        Args:
+          sources, targets: sentences and their translations, the model's own or not.
+          layer: decoder layer, from 0; by default the last but one.
+          batch_tokens: positions at once.
+
+        Raises:
+          UserError: as for `score`.
+        """
+        source_ids, target_ids = self._pairs(sources, targets)
+        found: list[Any] = [None] * len(source_ids)
+        for chosen, source, target in _pair_batches(source_ids, target_ids, batch_tokens):
+            weights = attention_alignment(self.config, self.params, source, target, layer)
+            for index, row in zip(chosen, np.asarray(weights), strict=False):
+                found[index] = Alignment(
+                    self.source_tokenizer.pieces(source_ids[index]),
+                    self.target_tokenizer.pieces(target_ids[index]),
+                    row[: len(target_ids[index]), : len(source_ids[index])],
+                )
+        return found
+
+    def _generator(self, options: GenerationConfig) -> Generator:
+        if options not in self._generators:
+            self._generators[options] = Generator(
+                self._configs, self._params, options, self._devices
+            )
+        return self._generators[options]
+
+    def _pairs(
+        self, sources: Sequence[str], targets: Sequence[str]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        if len(sources) != len(targets):
+            raise UserError(f"{len(sources)} sources but {len(targets)} targets: give pairs")
+        pairs = []
+        for name, tokenizer, lines in (
+            ("source", self.source_tokenizer, sources),
+            ("target", self.target_tokenizer, targets),
+        ):
+            ids = [[*line, EOS_ID] for line in tokenizer.encode_batch(lines)]
+            for number, line in enumerate(ids, start=1):
+                for config in self._configs:
+                    if config.positions == "learned" and len(line) > config.max_length:
+                        raise UserError(
+                            f"{name} line {number} has {len(line)} pieces, the model has "
+                            f"{config.max_length} positions: shorten it"
+                        )
+            pairs.append(ids)
+        return pairs[0], pairs[1]
+
+    def _parts(
+        self, window: list[tuple[str, str]], first_line: int, warn: Callable[[str], None]
+    ) -> list[_Part]:
         """Token ids of each line without eos: none if it is empty, several if it is too long."""
-        limit = self.config.max_length - 1  # and eos
-        pieces = []
-        for index, ids in enumerate(self.source_tokenizer.encode_batch(lines)):
+        limit = min(config.max_length for config in self._configs) - 1  # and eos
+        parts = []
+        encoded = self.source_tokenizer.encode_batch([line for line, _ in window])
+        prefixes = self.target_tokenizer.encode_batch([prefix for _, prefix in window])
+        for index, (ids, prefix) in enumerate(zip(encoded, prefixes, strict=True)):
+            number = first_line + index
             if len(ids) > limit:
                 warn(
-                    f"line {first_line + index} has {len(ids)} pieces, more than the model's "
-                    f"{limit}: translated in parts"
+                    f"line {number} has {len(ids)} pieces, more than the model's {limit}: "
+                    "translated in parts"
                 )
-            for part in self._split(ids, limit):
-                pieces.append(_Piece(index, part))
-        return pieces
+            for part, piece in enumerate(self._split(ids, limit)):
+                parts.append(_Part(index, piece, [] if part else prefix, (number, part)))
+        return parts
 
     def _split(self, ids: list[int], limit: int) -> Iterator[list[int]]:
         """Cut at the last beginning of a word before the limit, or else at the limit."""
@@ -175,89 +308,104 @@ class Translator:
         if ids:
             yield ids
 
-    def _translate_pieces(
-        self, decode: Callable[..., BeamResult], sources: list[list[int]], batch_tokens: int
-    ) -> list[str]:
-        """Translate token ids, the longest first, in batches of like length."""
-        texts = [""] * len(sources)
-        order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
-        while order:
-            length = min(_bucket(len(sources[order[0]]) + 1), self.config.max_length)
-            rows = _rows(len(order), max(1, batch_tokens // length))
-            chosen, order = order[:rows], order[rows:]
-            source_ids = np.full((rows, length), PAD_ID, np.int32)
-            limits = np.zeros(rows, np.int32)
-            for row, index in enumerate(chosen):
-                ids = [*sources[index], EOS_ID]
-                source_ids[row, : len(ids)] = ids
-                limits[row] = len(ids) + EXTRA_LENGTH
-            result = decode(source_ids, limits)
-            best = np.asarray(result.sequences[:, 0])
-            for row, index in enumerate(chosen):
-                texts[index] = self.target_tokenizer.decode(best[row])
-        return texts
+    def _search(
+        self, generator: Generator, parts: list[_Part], batch_tokens: int, seed: int
+    ) -> list[list[Hypothesis]]:
+        """The hypotheses of each part."""
+        sources = [[*part.ids, EOS_ID] for part in parts]
+        prefixes = [part.prefix for part in parts]
+        keys = None
+        if generator.options.sampling and parts:
+            keys = _sentence_keys(seed, np.array([part.key for part in parts], np.int32))
+        results = generator.sentences(
+            sources,
+            batch_tokens=batch_tokens,
+            prefixes=prefixes if any(prefixes) else None,
+            keys=keys,
+        )
+        return [self._hypotheses(*result) for result in results]
+
+    def _hypotheses(
+        self, sequences: np.ndarray, scores: np.ndarray, log_probs: np.ndarray, lengths: np.ndarray
+    ) -> list[Hypothesis]:
+        hypotheses = []
+        for ids, score, log_prob, length in zip(sequences, scores, log_probs, lengths, strict=True):
+            if np.isfinite(log_prob):
+                ids = [int(token) for token in ids[:length] if token != EOS_ID]
+                text, pieces = self.target_tokenizer.decode(ids), self.target_tokenizer.pieces(ids)
+                hypotheses.append(Hypothesis(text, float(score), float(log_prob), pieces))
+        return hypotheses
 
 
-def _bucket(length: int) -> int:
-    """The least of 8, 12, 16, 24, 32, 48, … that holds `length` source tokens."""
-    power = 8
-    while True:
-        if length <= power:
-            return power
-        if length <= power * 3 // 2:
-            return power * 3 // 2
-        power *= 2
+def _with_prefixes(
+    lines: Iterable[str], prefixes: Iterable[str] | None
+) -> Iterator[tuple[str, str]]:
+    if prefixes is None:
+        yield from ((line, "") for line in lines)
+        return
+    for number, pair in enumerate(zip_longest(lines, prefixes), start=1):
+        if None in pair:
+            missing = "prefix" if pair[1] is None else "line"
+            raise UserError(f"there is no {missing} {number}: give as many prefixes as lines")
+        yield pair
 
 
-def _rows(waiting: int, full: int) -> int:
-    """Rows of the next batch: full ones while there are enough, then one that fits the rest."""
-    for rows in _SMALL_BATCHES:
-        if waiting <= rows <= full:
-            return rows
-    return full
+def _load_tokenizers(run: str | Path, config: TransformerConfig) -> tuple[Tokenizer, Tokenizer]:
+    source, target = load_tokenizers(run)
+    for name, expected, tokenizer in (
+        ("source", config.source_vocab_size or config.vocab_size, source),
+        ("target", config.vocab_size, target),
+    ):
+        if tokenizer.vocab_size != expected:
+            raise UserError(
+                f"{run}: the {name} tokenizer has {tokenizer.vocab_size} pieces and the model "
+                f"{expected}: copy the tokenizer that the model was trained with"
+            )
+    return source, target
 
 
-@partial(jax.jit, static_argnames=("config", "beam_size", "length_penalty", "length_penalty_form"))
-def _translate_batch(
-    params: Any,
-    source_ids: jax.Array,
-    length_limits: jax.Array,
-    *,
-    config: TransformerConfig,
-    beam_size: int,
-    length_penalty: float,
-    length_penalty_form: PenaltyForm,
-) -> BeamResult:
-    """Beam search over the Transformer. Rows of limit 0 are filling and cost no step."""
-    model = Transformer(config)
-    variables = {"params": params}
-    batch_size, source_length = source_ids.shape
-    max_length = source_length + EXTRA_LENGTH
-    if config.positions == "learned":
-        max_length = min(max_length, config.max_length)  # there are no more
-    encoded = model.apply(variables, source_ids, method="encode")
-    cache = model.apply(
-        variables,
-        encoded,
-        source_ids,
-        beam_size=beam_size,
-        max_length=max_length,
-        method="init_cache",
-    )
+def _differ(one: Tokenizer, other: Tokenizer) -> bool:
+    pieces = (tokenizer.pieces(range(tokenizer.vocab_size)) for tokenizer in (one, other))
+    return one.model != other.model or list.__ne__(*pieces)
 
-    def step(tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        logits, cache = model.apply(variables, tokens, cache, method="decode_step")
-        # The model can score pad as it can any id, but it stands for nothing.
-        return logits.at[:, :, PAD_ID].set(-jnp.inf), cache
 
-    penalty = gnmt_length_penalty if length_penalty_form == "gnmt" else power_length_penalty
-    return beam_search(
-        step,
-        cache,
-        batch_size=batch_size,
-        beam_size=beam_size,
-        max_length=max_length,
-        length_limits=length_limits,
-        length_penalty=penalty(length_penalty),
-        reorder=lambda cache, beams: cache.reorder(beams),
-    )
+def _join(parts: list[list[Hypothesis]]) -> list[Hypothesis]:
+    """Hypotheses of a line: the best of each part together, then the second best, and so on."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return [Hypothesis("", 0.0, 0.0, [])]
+    return [
+        Hypothesis(
+            text=" ".join(part.text for part in joined),
+            score=sum(part.score for part in joined),
+            log_prob=sum(part.log_prob for part in joined),
+            tokens=[token for part in joined for token in part.tokens],
+        )
+        for joined in zip(*parts, strict=False)
+    ]
+
+
+@jax.jit
+def _sentence_keys(seed: int, numbers: jax.Array) -> jax.Array:
+    lines = fold_in_rows(jax.random.key(seed), numbers[:, 0])
+    return jax.vmap(jax.random.fold_in)(lines, numbers[:, 1])
+
+
+def _pair_batches(
+    sources: list[list[int]], targets: list[list[int]], batch_tokens: int
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Indices of pairs of like length and their ids [B, S] and [B, T]."""
+    lengths = [max(map(len, pair)) for pair in zip(sources, targets, strict=True)]
+    for chosen, rows, length in batches(lengths, batch_tokens):
+        source, target = ([side[index] for index in chosen] for side in (sources, targets))
+        yield chosen, pad(source, rows, length), pad(target, rows, length)
+
+
+def _word_numbers(pieces: list[str]) -> list[int]:
+    """The number of the word that each piece belongs to: ▁a b ▁c -> 0 0 1."""
+    numbers, word = [], -1
+    for piece in pieces:
+        word += piece.startswith("▁") or word < 0
+        numbers.append(word)
+    return numbers

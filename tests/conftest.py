@@ -12,6 +12,9 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # A test that asks the hub for something fails at once, with or without a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# What a test compiles it compiles itself, and nothing stays behind.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
+
 import hypothesis
 from jaxtyping import install_import_hook
 

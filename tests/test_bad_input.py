@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from jaxformer.errors import UserError
+from jaxformer.run import load_tokenizers
 from small_run import small_config, write_corpus
 from train.__main__ import config_names, load_config, main, override
 from train.config import TrainConfig, flatten
@@ -146,6 +148,15 @@ def test_run_directory_of_another_configuration(capsys, folder, run):
     overrides = ["--data.path", folder, "--data.source", "en", "--data.target", "de", "--run", run]
     line = error_of(capsys, "fit", "multi30k", *overrides)
     assert "holds a run with" in line and "another --run" in line
+
+
+def test_a_run_that_failed_at_its_start_takes_a_mended_configuration(folder, tmp_path):
+    once = {"run": str(tmp_path / "run"), "steps": 1, "evaluate__every": 1}
+    with pytest.raises(UserError):  # after the tokenizer is learned: no pair fits into a row
+        fit(small_config(folder, data__target_length=2, **once))
+    assert load_tokenizers(tmp_path / "run")[0].vocab_size == 64
+    fit(small_config(folder, model__vocab_size=60, **once))
+    assert load_tokenizers(tmp_path / "run")[0].vocab_size == 60
 
 
 def test_evaluate_a_split_and_two_files_alike(capsys, run, folder, tmp_path):

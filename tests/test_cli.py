@@ -1,18 +1,33 @@
-"""`jaxformer translate`: a filter like any other."""
+"""`jaxformer translate`, a filter like any other, and `jaxformer score`."""
 
+import dataclasses
 import io
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from jaxformer.cli import main
-from jaxformer.translator import Translator
+from jaxformer.generation import GenerationConfig
+from jaxformer.terminal import Progress
+from jaxformer.translator import Alignment, Hypothesis, Score, Translator
 from small_run import trained_run
 
 ROOT = Path(__file__).parent.parent
+
+
+DEFAULTS = dataclasses.asdict(GenerationConfig()) | {
+    "prefixes": None,
+    "batch_tokens": 4096,
+    "seed": 0,
+}
 
 
 class Uppercase:
@@ -21,30 +36,51 @@ class Uppercase:
     def __init__(self):
         self.options = {}
 
-    def translate_stream(self, lines, **options):
+    def generate(self, lines, **options):
         self.options = options
-        return (line.upper() for line in lines)
+        prefixes = options["prefixes"] or iter(lambda: "", None)
+        for line, prefix in zip(lines, prefixes, strict=False):
+            best = prefix + line.upper()
+            yield [
+                Hypothesis(best, -1.0, -2.0, best.split()),
+                Hypothesis(best.lower(), -1.5, -3.0, best.split()),
+            ][: options["beam_size"]]
+
+    def align(self, sources, targets, **_):
+        return [
+            Alignment(["▁x"] * 2 + ["</s>"], [f"▁{word}" for word in text.split()] + ["</s>"], eye)
+            for text in targets
+            for eye in [np.eye(len(text.split()) + 1, 3)]
+        ]
+
+    def score(self, sources, targets, **_):
+        return [
+            Score(-float(len(source)), ["▁a", "</s>"], [-0.5, -float(len(target))])
+            for source, target in zip(sources, targets, strict=True)
+        ]
 
 
 @pytest.fixture
 def translator(monkeypatch):
     translator = Uppercase()
     loaded = []
-    monkeypatch.setattr(Translator, "load", lambda *args: loaded.append(args) or translator)
+    monkeypatch.setattr(
+        Translator, "load", lambda *args, **options: loaded.append((*args, options)) or translator
+    )
     translator.loaded = loaded
     return translator
 
 
 @pytest.fixture
-def run_with(monkeypatch, capsysbinary):
+def run_with(monkeypatch, capfdbinary):
     """Run `jaxformer translate RUN …` on some input: exit status, standard output and error."""
 
     def run_with(text: bytes, *arguments: str):
         # As under LC_ALL=C, where Python itself would read and write no more than ASCII.
         stdin = io.TextIOWrapper(io.BytesIO(text), encoding="ascii")
         monkeypatch.setattr(sys, "stdin", stdin)
-        status = main(["translate", "RUN", *arguments])
-        output, error = capsysbinary.readouterr()
+        status = main(["translate", "RUN", "--quiet", *arguments])
+        output, error = capfdbinary.readouterr()
         return status, output, error.decode()
 
     return run_with
@@ -68,21 +104,101 @@ def test_one_line_in_one_line_out(translator, run_with, text, expected):
 
 def test_options(translator, run_with):
     run_with(b"one\n")
-    assert translator.options == {
-        "beam_size": 4,
-        "length_penalty": 0.6,
-        "length_penalty_form": "gnmt",
-        "batch_tokens": 4096,
-    }
-    options = "--beam-size 2 --length-penalty 1 --length-penalty-form power --batch-tokens 99"
-    run_with(b"one\n", *options.split(), "--checkpoint", "best")
-    assert translator.options == {
+    assert translator.options == DEFAULTS
+    options = (
+        "--beam-size 2 --length-penalty 1 --length-penalty-form power --batch-tokens 99 --top-k 3 "
+        "--sampling --early-stopping --no-repeat-ngram-size 4 --max-length-ratio 1.5 --seed 7"
+    )
+    run_with(b"one\n", *options.split(), "--checkpoint", "best", "--dtype", "bfloat16")
+    assert translator.options == DEFAULTS | {
         "beam_size": 2,
         "length_penalty": 1.0,
         "length_penalty_form": "power",
         "batch_tokens": 99,
+        "top_k": 3,
+        "sampling": True,
+        "early_stopping": True,
+        "no_repeat_ngram_size": 4,
+        "max_length_ratio": 1.5,
+        "seed": 7,
     }
-    assert translator.loaded == [("RUN", None), ("RUN", "best")]
+    assert translator.loaded == [
+        (["RUN"], None, {"dtype": None}),
+        (["RUN"], ["best"], {"dtype": "bfloat16"}),
+    ]
+
+
+def test_several_translations_of_a_line(translator, run_with):
+    assert run_with(b"one\n\n", "--n-best", "2")[1].decode().splitlines() == [
+        "0 ||| ONE ||| -1.000000",
+        "0 ||| one ||| -1.500000",
+        "1 |||  ||| -1.000000",
+        "1 |||  ||| -1.500000",
+    ]
+
+
+def test_alignment(translator, run_with):
+    output = run_with(b"one two\n\n", "--alignment")[1]
+    assert output == b"ONE TWO\t0-0 1-1\n\t\n"
+
+
+def test_prefixes(translator, run_with, tmp_path):
+    prefixes = tmp_path / "prefixes"
+    prefixes.write_text("a \n\n")
+    assert run_with(b"one\ntwo\n", "--prefix", str(prefixes))[1] == b"a ONE\nTWO\n"
+    status, _, error = run_with(b"one\n", "--prefix", "nowhere")
+    assert (status, error) == (
+        1,
+        "error: cannot read nowhere: No such file or directory; give a text file\n",
+    )
+
+
+def test_how_fast_it_was(translator, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one two\n\n")))
+    assert main(["translate", "RUN"]) == 0
+    output, error = capfd.readouterr()
+    assert output == "ONE TWO\n\n"
+    pattern = r"2 lines in [\d.]+ s, compilation included: [\d.,]+ lines/s, [\d.,]+ tokens/s\n"
+    assert re.fullmatch(pattern, error)
+
+
+def test_progress_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    file = Terminal()
+    progress = Progress(file)
+    for now[0] in (0.1, 1.0, 1.1, 2.0):
+        progress.add(10)
+    progress.close()
+    first, second, last = file.getvalue().split("\r")[1:]
+    assert first.startswith("2 lines in 1.0 s") and "2.0 lines/s, 20 tokens/s" in first
+    assert second.startswith("4 lines in 2.0 s") and last == second + "\n"
+
+
+def score(capfd, source, target, *options):
+    status = main(["score", "RUN", "--source", str(source), "--target", str(target), *options])
+    return status, *capfd.readouterr()
+
+
+def test_score(translator, tmp_path, capfd):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_text("ab\n\n")
+    target.write_text("a\nabc\n")
+    assert score(capfd, source, target) == (0, "-2.000000\n-0.000000\n", "")
+    _, output, _ = score(capfd, source, target, "--tokens")
+    assert output.splitlines()[0] == "-2.000000\t▁a:-0.500000 </s>:-1.000000"
+    target.write_text("a\n")
+    status, output, error = score(capfd, source, target)
+    assert (status, output) == (1, "")
+    assert error == (
+        f"error: {source} has 2 lines and {target} 1: give files of as many lines, "
+        "each the translation of the other's\n"
+    )
+    assert len(translator.loaded) == 2, "that could have been said at once"
 
 
 def test_a_line_that_is_not_utf8_is_named(translator, run_with):
@@ -99,6 +215,8 @@ def test_a_line_that_is_not_utf8_is_named(translator, run_with):
         (["--beam-size", "0"], "--beam-size is 0: give at least 1"),
         (["--batch-tokens", "-5"], "--batch-tokens is -5: give at least 1"),
         (["--length-penalty", "-1"], "--length-penalty is -1.0: give at least 0"),
+        (["--top-p", "2"], "--top-p is 2.0: give more than 0, at most 1"),
+        (["--n-best", "5"], "--n-best is 5: give 1 to 4, as many as --beam-size"),
     ],
 )
 def test_impossible_options(translator, run_with, arguments, message):
@@ -127,10 +245,25 @@ def test_interrupting_is_no_error_of_the_program(translator, run_with, monkeypat
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(translator, "translate_stream", interrupted)
+    monkeypatch.setattr(translator, "generate", interrupted)
     status, _, error = run_with(b"one\n")
     assert status == 130
     assert "Traceback" not in error
+
+
+def test_ctrl_c_leaves_whole_lines(translator, monkeypatch, capfd):
+    """It comes in the middle of a line and takes effect after it."""
+    write = os.write
+
+    def slow_write(file, data):
+        if data[:1] == b"T":
+            signal.raise_signal(signal.SIGINT)
+        return write(file, data[:1])
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\nthree\n")))
+    monkeypatch.setattr(os, "write", slow_write)
+    assert main(["translate", "RUN", "--quiet"]) == 130
+    assert capfd.readouterr().out == "ONE\nTWO\n"
 
 
 def test_a_reader_that_leaves_is_no_error(translator, run_with, monkeypatch):
@@ -152,7 +285,7 @@ def test_the_command_on_a_trained_run(tmp_path_factory, tmp_path):
             sys.executable,
             "-c",
             "from jaxformer.cli import main; raise SystemExit(main())",
-            *("translate", str(run), "--beam-size", "1"),
+            *("translate", str(run), "--beam-size", "1", "--quiet"),
         ],
         input="\r\n".join(lines).encode(),
         capture_output=True,
@@ -163,4 +296,6 @@ def test_the_command_on_a_trained_run(tmp_path_factory, tmp_path):
     assert (result.returncode, result.stderr.decode()) == (0, "")
     translations = result.stdout.decode().split("\n")
     assert translations[-1] == ""
-    assert translations[:-1] == Translator.load(run).translate(lines, beam_size=1)
+    assert translations[:-1] == Translator.load(run, devices=jax.devices()[:1]).translate(
+        lines, beam_size=1
+    )

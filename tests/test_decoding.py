@@ -10,15 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxformer import decoding
+from jaxformer.beam import gnmt_length_penalty, power_length_penalty
 from jaxformer.config import EOS_ID, PAD_ID
-from jaxformer.decoding import (
-    beam_search,
-    gnmt_length_penalty,
-    greedy_search,
-    power_length_penalty,
-    sample,
-)
+from jaxformer.decoding import beam_search, greedy_search, sample
+from jaxformer.search import top_k
 
 NODES = 1009
 PAPER = gnmt_length_penalty(0.6)
@@ -418,9 +413,9 @@ def test_top_k_in_chunks_is_top_k(size, k):
     rng = np.random.default_rng(0)
     normal = rng.normal(size=(B, K, size)).astype(np.float32)
     mostly_impossible = np.where(rng.random(normal.shape) < 0.998, -np.inf, normal)
-    top_k = jax.jit(decoding._top_k, static_argnums=1)
+    jitted = jax.jit(top_k, static_argnums=1)
     for values in (normal, np.round(normal * 2), mostly_impossible):
-        assert_bit_equal(top_k(values, k), jax.lax.top_k(values, k))
+        assert_bit_equal(jitted(values, k), jax.lax.top_k(values, k))
 
 
 @pytest.mark.parametrize(
@@ -519,3 +514,113 @@ def misshapen_step(tokens, state):
 def test_unusable_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---------------------------------------------------------------------------------------------
+# What may be asked of a sentence
+# ---------------------------------------------------------------------------------------------
+
+
+def plain_early_stopping(log_probs, beam_size, limit, penalty):
+    """The rule of fairseq and CTranslate2 on Python lists: K finished hypotheses are enough."""
+    live, finished = [((), 0.0, 0)], []
+    for _ in range(limit):
+        extensions = [
+            ((*tokens, token), total + log_probs[node, token], node)
+            for tokens, total, node in live
+            for token in range(log_probs.shape[-1])
+        ]
+        extensions.sort(key=lambda extension: -extension[1])
+        extensions = extensions[: 2 * beam_size]
+        for tokens, total, _ in extensions[:beam_size]:
+            if tokens[-1] == EOS_ID:
+                finished.append((tokens, total / penalty(len(tokens))))
+        live = [
+            (tokens, total, next_node(node, tokens[-1], log_probs.shape[-1]))
+            for tokens, total, node in extensions
+            if tokens[-1] != EOS_ID
+        ][:beam_size]
+        if len(finished) >= beam_size:
+            break
+    finished.sort(key=lambda hypothesis: -hypothesis[1])
+    unfinished = [(tokens, total / penalty(len(tokens))) for tokens, total, _ in live]
+    return (finished[:beam_size] + unfinished)[:beam_size]
+
+
+@functools.partial(jax.jit, static_argnames=("beam_size", "options"))
+def search_with(table, beam_size=K, options=(), **arrays):
+    step_fn, init_state = table_model(table)
+    return beam_search(
+        step_fn,
+        init_state(beam_size),
+        batch_size=len(table),
+        beam_size=beam_size,
+        max_length=T,
+        **dict(options),
+        **arrays,
+    )
+
+
+@pytest.mark.parametrize("beam_size", [2, 3])
+@pytest.mark.parametrize("seed", range(5))
+def test_early_stopping(beam_size, seed):
+    table = random_table(seed, eos_bonus=1.5)
+    result = search_with(table, beam_size, (("early_stopping", True),))
+    exact = search_with(table, beam_size)
+    for row, log_probs in enumerate(log_probs_of(table)):
+        expected = plain_early_stopping(log_probs, beam_size, T, PAPER)
+        assert_same_hypotheses(hypotheses(result, row), expected)
+        assert float(exact.scores[row, 0]) >= float(result.scores[row, 0]) - 1e-6
+
+
+def test_minimum_lengths():
+    table = random_table(3, eos_bonus=4)
+    minimum = jnp.array([0, 3, 6], jnp.int32)
+    result, free = search_with(table, min_lengths=minimum), search_with(table)
+    assert (np.asarray(result.lengths) >= np.asarray(minimum)[:, None]).all()
+    assert (np.asarray(free.lengths)[1:, 0] < np.asarray(minimum)[1:]).all()
+    assert_bit_equal(row_of(result, 0), row_of(free, 0))
+
+
+def test_a_prefix_is_as_if_the_model_wanted_nothing_else():
+    table = random_table(5)
+    prefix = jnp.array([[3, 4, 0], [4, 0, 0], [0, 0, 0]], jnp.int32)
+    result = search_with(table, prefix=prefix)
+    forced = np.array(table)
+    forced[0, 0, [0, 1, 2, 4]] = -np.inf
+    forced[0, next_node(0, 3), [0, 1, 2, 3]] = -np.inf
+    forced[1, 0, [0, 1, 2, 3]] = -np.inf
+    expected = search_with(forced)
+    np.testing.assert_array_equal(result.sequences, expected.sequences)
+    # But its log-probabilities are the model's, not 1 for what was forced.
+    log_probs = log_probs_of(table)
+    lost = [log_probs[0, 0, 3] + log_probs[0, next_node(0, 3), 4], log_probs[1, 0, 4], 0.0]
+    np.testing.assert_allclose(
+        result.log_probs, expected.log_probs + np.array(lost, np.float32)[:, None], rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_ngrams_occur_once(size):
+    table = random_table(8, eos_bonus=-9)
+    result = search_with(table, options=(("no_repeat_ngram_size", size),))
+    free = search_with(table)
+
+    def repeats(result):
+        count = 0
+        for row in range(B):
+            for tokens, _ in hypotheses(result, row):
+                grams = [tokens[i : i + size] for i in range(len(tokens) - size + 1)]
+                count += len(grams) - len(set(grams))
+        return count
+
+    assert repeats(result) == 0 and repeats(free) > 0
+
+
+def test_wrong_shapes_of_what_is_asked():
+    with pytest.raises(ValueError, match=r"the shape of min_lengths is \(2,\): make it \[3\]"):
+        search_with(random_table(0), min_lengths=jnp.zeros(2, jnp.int32))
+    with pytest.raises(ValueError, match=r"the shape of prefix is \(2, 4\): make it \[3, P\]"):
+        search_with(random_table(0), prefix=jnp.zeros((2, 4), jnp.int32))
+    with pytest.raises(ValueError, match="no_repeat_ngram_size is -1"):
+        search_with(random_table(0), options=(("no_repeat_ngram_size", -1),))

@@ -87,6 +87,8 @@ def to_torch_names(tree, config):
 
     tree = jax.tree.map(np.asarray, tree)
     out["embedding"] = tree["embedding"]["embedding"]
+    if config.output_bias:
+        out["output_bias"] = tree["output_bias"]
     for stack, layers in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers)):
         for i in range(layers):
             ours = jax.tree.map(lambda leaf, i=i: leaf[i], tree[stack]["layers"])
@@ -167,8 +169,8 @@ def assert_close(actual, expected, name=""):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"norm": "pre", "activation": "gelu", "scan_layers": True}],
-    ids=["post", "pre"],
+    [{}, {"norm": "pre", "activation": "gelu", "scan_layers": True}, {"output_bias": True}],
+    ids=["post", "pre", "output bias"],
 )
 def test_transformer_and_its_gradients(changes):
     config = CONFIG.replace(**changes)
@@ -188,9 +190,12 @@ def test_transformer_and_its_gradients(changes):
 
     module = torch_transformer(config)
     weights = {name: torch.tensor(leaf) for name, leaf in to_torch_names(params, config).items()}
-    embedding = weights.pop("embedding").requires_grad_()
+    outside = {
+        name: weights.pop(name).requires_grad_() for name in weights.keys() - module.state_dict()
+    }
     module.load_state_dict(weights, strict=True)
-    expected = torch_logits(module, embedding, source_ids, target_ids)
+    expected = torch_logits(module, outside["embedding"], source_ids, target_ids)
+    expected = expected + outside.get("output_bias", 0.0)
     expected_loss = torch.nn.functional.cross_entropy(
         expected.flatten(0, 1),
         torch.from_numpy(labels).long().flatten(),
@@ -204,9 +209,10 @@ def test_transformer_and_its_gradients(changes):
     assert_close(logits[real], expected.detach()[torch.from_numpy(real)])
     assert float(loss) == pytest.approx(expected_loss.item(), rel=1e-6)
     ours = to_torch_names(gradients, config)
-    theirs = {name: parameter.grad for name, parameter in module.named_parameters()}
-    assert set(ours) == {"embedding", *theirs}
-    assert_close(ours.pop("embedding"), embedding.grad, "embedding")
+    theirs = {
+        name: parameter.grad for name, parameter in [*module.named_parameters(), *outside.items()]
+    }
+    assert set(ours) == set(theirs)
     for name, gradient in ours.items():
         assert_close(gradient, theirs[name], name)
 
@@ -249,7 +255,7 @@ def test_adam_with_the_warmup_schedule(options):
     scales = 10.0 ** rng.uniform(-9, 1, size=(7, 5))
     gradients = (rng.normal(size=(updates, 7, 5)) * scales).astype(np.float32)
 
-    optimizer = make_optimizer(config, make_schedule(config, d_model))
+    optimizer = make_optimizer(config, make_schedule(config, d_model, 99))
     params, state = jnp.asarray(start), optimizer.init(jnp.asarray(start))
     update = jax.jit(optimizer.update)
 

@@ -6,8 +6,8 @@ import pytest
 import sentencepiece
 
 from jaxformer.errors import UserError
-from jaxformer.run import load_tokenizers
-from jaxformer.tokenizer import Tokenizer
+from jaxformer.run import load_tokenizers, save_tokenizers
+from jaxformer.tokenizer import Tokenizer, VocabularyTokenizer
 from train.data import tokenizer as learning
 from train.data.tokenizer import learn_tokenizers
 
@@ -130,3 +130,64 @@ def test_model_with_sentencepiece_default_ids_is_refused(tmp_path):
     )
     with pytest.raises(UserError, match=r"pad_id=-1, unk_id=0: .*--pad_id=0"):
         Tokenizer(model.getvalue())
+
+
+# A vocabulary of its own: pieces that the model lacks, and not all of those that it has.
+VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", ">>kor<<", "at", "▁", "▁the", "▁개", "c", "t", "a"]
+
+
+@pytest.fixture(scope="module")
+def renumbered(tokenizer):
+    return VocabularyTokenizer(tokenizer.model, VOCABULARY)
+
+
+def test_a_vocabulary_numbers_the_pieces_of_the_model(tokenizer, renumbered):
+    assert renumbered.vocab_size == len(VOCABULARY)
+    texts = ["the cat", "", "개 the dog", " the\tcat "]
+    expected = [
+        [VOCABULARY.index(piece) if piece in VOCABULARY else 3 for piece in pieces]
+        for pieces in map(tokenizer.pieces, tokenizer.encode_batch(texts))
+    ]
+    assert renumbered.encode_batch(texts) == expected
+    assert [renumbered.encode(text) for text in texts] == expected
+    assert 7 in expected[0] and 3 in expected[2]
+    assert renumbered.pieces(range(len(VOCABULARY))) == VOCABULARY
+
+
+def test_a_vocabulary_joins_pieces_that_the_model_lacks(renumbered):
+    assert renumbered.decode(np.array([1, 7, 8, 9, 5, 2, 0], np.int32)) == "the 개cat"
+    assert renumbered.decode([]) == ""
+    assert renumbered.decode([3, 7]).split() == ["⁇", "the"]
+
+
+def test_a_language_code_is_one_piece_at_the_beginning_alone(renumbered):
+    the = renumbered.encode("the")
+    assert renumbered.encode(">>kor<< the") == [4, *the]
+    assert renumbered.encode(">>kor<<the") == [4, *the]
+    assert renumbered.encode(">>deu<< the") == [3, *the]
+    assert 4 not in renumbered.encode("the >>kor<<")
+    assert 4 not in renumbered.encode(" >>kor<< the")
+    assert 4 not in renumbered.encode(">>kor the")
+
+
+def test_text_does_not_spell_the_special_pieces_of_a_vocabulary(renumbered):
+    for text in ("<pad>", "</s> the", "<s>", "<unk> the"):
+        assert not {0, 1, 2} & set(renumbered.encode(text))
+
+
+def test_a_run_directory_holds_vocabularies(tmp_path, tokenizer, renumbered):
+    save_tokenizers(tmp_path, renumbered, renumbered)
+    source, target = load_tokenizers(tmp_path)
+    assert source is target
+    assert (source.model, source.vocabulary) == (tokenizer.model, VOCABULARY)
+    pair = tmp_path / "pair"
+    pair.mkdir()
+    save_tokenizers(pair, tokenizer, renumbered)
+    source, target = load_tokenizers(pair)
+    assert (source.vocab_size, target.vocab_size) == (90, len(VOCABULARY))
+    for damage in ("[", '{"a": 1}', "[1, 2]"):
+        (pair / "vocabulary.target.json").write_text(damage)
+        with pytest.raises(
+            UserError, match=r"vocabulary\.target\.json is not .*: restore|; restore"
+        ):
+            load_tokenizers(pair)

@@ -42,6 +42,7 @@ CONFIGS = {
         positions="sinusoidal_concat",
         activation="gelu",
         attention_bias=True,
+        output_bias=True,
         encoder_layers=1,
         decoder_layers=2,
         remat=True,
@@ -264,12 +265,30 @@ def test_initialisation():
                 fan_in = 12 if heads else math.prod(leaf.shape[1:-1])
                 fan_out = leaf[0].size // fan_in
                 limit = (6 / (fan_in + fan_out)) ** 0.5
+                if path[-2].key == "output":  # 2 sub-layers a layer, or 3
+                    sublayers = {"encoder": 2, "decoder": 3}[path[0].key] * len(leaf)
+                    limit *= sublayers**-0.5
                 assert 0.9 * limit < np.max(np.abs(leaf)) <= limit, path
             case "embedding":
                 assert np.std(leaf) == pytest.approx(12**-0.5, rel=0.15), path
     kernels = [params["encoder"]["layers"]["feed_forward"]["hidden"]["kernel"]]
     kernels.append(other["encoder"]["layers"]["feed_forward"]["hidden"]["kernel"])
     assert np.all(kernels[0] != kernels[1])
+
+
+@pytest.mark.parametrize("layers", [4, 12])
+def test_positions_stay_apart_in_a_new_encoder(layers):
+    """Or the decoder's attention would find nothing to tell them apart by, and learn nothing."""
+    config = TransformerConfig(
+        vocab_size=500, d_model=64, d_ff=96, num_heads=4, encoder_layers=layers, decoder_layers=1
+    )
+    draw = np.random.default_rng(0)
+    ids = jnp.asarray(draw.integers(4, 500, size=(3, 17)), jnp.int32)
+    model = Transformer(config)
+    params = model.init(jax.random.key(0), ids, ids)["params"]
+    encoded = np.asarray(model.apply({"params": params}, ids, method="encode"))
+    inside = encoded - encoded.mean(axis=1, keepdims=True)
+    assert np.mean(inside**2) > 0.4 * np.mean(encoded**2)
 
 
 # What may influence what

@@ -4,7 +4,6 @@ import itertools
 import json
 import random
 import shutil
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,9 +11,10 @@ import pytest
 
 import jaxformer.translator as module
 from compiles import count_compiles
-from jaxformer.config import EOS_ID, PAD_ID
 from jaxformer.errors import UserError
-from jaxformer.translator import EXTRA_LENGTH, Translator
+from jaxformer.generation import GenerationConfig
+from jaxformer.translator import Translator
+from random_run import CONFIG, write_random_run
 from small_run import LEXICON, sentence_pairs, trained_run
 
 
@@ -25,7 +25,8 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def translator(run):
-    return Translator.load(run)
+    # One device: the programs of eight take long to compile, and test_generation has them.
+    return Translator.load(run, devices=jax.devices()[:1])
 
 
 def greedy(translator, lines, **options):
@@ -179,51 +180,6 @@ def test_a_word_without_end_is_cut_at_the_limit(translator):
 # ---------------------------------------------------------------------------------------------
 
 
-def shapes_and_sources(translator, sources, batch_tokens):
-    """Return the shapes of the batches and, read back out of them, the sources."""
-    shapes, seen = [], []
-
-    def decode(source_ids, limits):
-        shapes.append(source_ids.shape)
-        for ids, limit in zip(source_ids, limits, strict=True):
-            length = np.count_nonzero(ids)
-            assert not ids[length:].any()
-            if length == 0:
-                assert limit == 0, "a row of filling must cost no step"
-                continue
-            assert ids[length - 1] == EOS_ID and limit == length + EXTRA_LENGTH
-            seen.append(ids[: length - 1].tolist())
-        # A "translation" that tells which source it is of.
-        sequences = np.full((len(source_ids), 1, 3), PAD_ID)
-        sequences[:, 0, 0] = source_ids[:, 0]
-        return SimpleNamespace(sequences=sequences)
-
-    texts = translator._translate_pieces(decode, sources, batch_tokens)
-    assert texts == [translator.target_tokenizer.decode(ids[:1]) for ids in sources]
-    return shapes, seen
-
-
-def test_batches_have_few_shapes_and_every_sentence_once(translator):
-    draw = random.Random(3)
-    all_shapes = set()
-    for number in range(1, 60):
-        sources = [
-            [draw.randrange(4, 64) for _ in range(draw.randint(1, 31))] for _ in range(number)
-        ]
-        shapes, seen = shapes_and_sources(translator, sources, batch_tokens=256)
-        assert sorted(seen) == sorted(sources)
-        all_shapes.update(shapes)
-    rows, lengths = zip(*all_shapes, strict=True)
-    assert set(lengths) == {8, 12, 16, 24, 32}
-    assert max(np.multiply(rows, lengths)) <= 256
-    assert len(all_shapes) <= 3 * 5
-
-
-def test_a_sentence_longer_than_a_batch_has_one_of_its_own(translator):
-    shapes, _ = shapes_and_sources(translator, [[5] * 30, [6] * 30], batch_tokens=10)
-    assert shapes == [(1, 32), (1, 32)]
-
-
 def test_the_same_shapes_compile_nothing_again(translator):
     expected = greedy(translator, SENTENCES[:5])
     with count_compiles() as compiled:
@@ -237,31 +193,103 @@ def test_the_same_shapes_compile_nothing_again(translator):
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def searches(monkeypatch):
-    """The options that reach the search, which is not run."""
-    calls = []
-
-    def search(params, source_ids, limits, **options):
-        calls.append(options)
-        return SimpleNamespace(sequences=np.zeros((len(source_ids), 1, 1), np.int32))
-
-    monkeypatch.setattr(module, "_translate_batch", search)
-    return calls
-
-
-def test_options_reach_the_search(translator, searches):
-    translator.translate(["red dogs"])
-    translator.translate(["red dogs"], beam_size=7, length_penalty=1.0, length_penalty_form="power")
-    assert searches == [
-        {
-            "config": translator.config,
-            "beam_size": beam_size,
-            "length_penalty": length_penalty,
-            "length_penalty_form": form,
-        }
-        for beam_size, length_penalty, form in ((4, 0.6, "gnmt"), (7, 1.0, "power"))
+def test_options_reach_the_search(translator, monkeypatch):
+    made = []
+    monkeypatch.setattr(translator, "_generators", {})
+    monkeypatch.setattr(module, "Generator", lambda *args: made.append(args))
+    monkeypatch.setattr(translator, "_search", lambda *args: [])
+    translator.translate([])
+    translator.translate([], beam_size=7, length_penalty=1.0, length_penalty_form="power")
+    translator.translate([], beam_size=7, length_penalty=1.0, length_penalty_form="power")
+    assert [options for _, _, options, _ in made] == [
+        GenerationConfig(),
+        GenerationConfig(beam_size=7, length_penalty=1.0, length_penalty_form="power"),
     ]
+
+
+def test_n_best(translator):
+    for hypotheses in translator.generate(SENTENCES[:3], beam_size=3, batch_tokens=128):
+        assert len(hypotheses) == 3
+        scores = [hypothesis.score for hypothesis in hypotheses]
+        assert scores == sorted(scores, reverse=True)
+        assert len({tuple(hypothesis.tokens) for hypothesis in hypotheses}) == 3
+        for text, score, log_prob, tokens in hypotheses:
+            assert text == "".join(tokens).replace("▁", " ").strip()
+            length = len(tokens) + 1
+            assert score == pytest.approx(log_prob / ((5 + length) / 6) ** 0.6, rel=1e-5)
+    (empty,) = translator.generate([""])
+    assert [(h.text, h.score, h.log_prob, h.tokens) for h in empty] == [("", 0.0, 0.0, [])]
+
+
+def test_prefixes(translator):
+    expected = greedy(translator, SENTENCES[:2])
+    prefixes = ["", greedy(translator, [SENTENCES[5]])[0].split()[0]]
+    found = greedy(translator, SENTENCES[:2], prefixes=prefixes)
+    assert found[0] == expected[0]
+    assert found[1].startswith(prefixes[1]) and found[1] != expected[1]
+    with pytest.raises(UserError, match="there is no prefix 2: give as many prefixes as lines"):
+        greedy(translator, SENTENCES[:2], prefixes=["a"])
+    with pytest.raises(UserError, match="there is no line 2"):
+        greedy(translator, SENTENCES[:1], prefixes=["a", "b"])
+
+
+def test_samples_depend_on_seed_and_line_alone(translator):
+    def draw(lines, seed):
+        return translator.translate(
+            lines, beam_size=1, sampling=True, temperature=2.0, batch_tokens=128, seed=seed
+        )
+
+    together = draw(SENTENCES, seed=1)
+    assert draw([*SENTENCES[:4], "red dogs"], seed=1)[:4] == together[:4]
+    assert draw(SENTENCES, seed=2) != together
+
+
+# ---------------------------------------------------------------------------------------------
+# Scores and alignments of given translations
+# ---------------------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_the_search(translator):
+    found = [line[0] for line in translator.generate(SENTENCES, beam_size=2, batch_tokens=128)]
+    scores = translator.score(SENTENCES, [hypothesis.text for hypothesis in found])
+    compared = 0
+    for hypothesis, score in zip(found, scores, strict=True):
+        assert score.log_prob == pytest.approx(sum(score.token_log_probs), rel=1e-5)
+        assert len(score.tokens) == len(score.token_log_probs)
+        if score.tokens[:-1] == hypothesis.tokens:  # the text may be cut into other pieces
+            assert score.log_prob == pytest.approx(hypothesis.log_prob, rel=1e-4)
+            compared += 1
+    assert compared > len(SENTENCES) // 2
+    wrong = translator.score(SENTENCES, list(reversed([hypothesis.text for hypothesis in found])))
+    assert sum(score.log_prob for score in wrong) < sum(score.log_prob for score in scores)
+
+
+def test_alignments(translator):
+    targets = greedy(translator, SENTENCES)
+    for source, target, alignment in zip(
+        SENTENCES, targets, translator.align(SENTENCES, targets), strict=True
+    ):
+        shape = len(alignment.target_tokens), len(alignment.source_tokens)
+        assert alignment.weights.shape == shape
+        np.testing.assert_allclose(alignment.weights.sum(1), 1.0, rtol=1e-5)
+        words = alignment.words()
+        assert [t for _, t in words] == list(range(len(target.split())))
+        assert all(0 <= s < len(source.split()) for s, _ in words)
+
+
+def test_words_are_aligned_by_the_sum_of_their_pieces():
+    alignment = module.Alignment(
+        ["▁a", "b", "▁c", "</s>"],
+        ["▁x", "▁y", "z", "</s>"],
+        np.array([[0.2, 0.3, 0.4, 0.1], [0, 0, 0.3, 0.7], [0.2, 0, 0.1, 0.7], [0, 0, 0, 1]]),
+    )
+    assert alignment.words() == [(0, 0), (1, 1)]
+    assert module.Alignment(["</s>"], ["▁x", "</s>"], np.ones((2, 1))).words() == []
+
+
+def test_pairs_are_needed(translator):
+    with pytest.raises(UserError, match="2 sources but 1 targets: give pairs"):
+        translator.score(["a", "b"], ["c"])
 
 
 def test_a_length_penalty_prefers_long_translations(translator):
@@ -283,6 +311,27 @@ def test_checkpoints_by_name_and_step(run, translator):
         return all(jax.tree.leaves(jax.tree.map(np.array_equal, params, translator.params)))
 
     assert same("average") and not same(150) and not same("last")
+
+
+def test_an_ensemble_of_checkpoints_and_runs(run, translator):
+    one = jax.devices()[:1]
+    alone = Translator.load(run, "average", devices=one)
+    twice = Translator.load([run, run], "average", devices=one)
+    assert greedy(twice, SENTENCES[:4]) == greedy(alone, SENTENCES[:4])
+    several = Translator.load(run, ["average", "last"], devices=one)
+    assert several._configs == (translator.config,) * 2
+    (mixed,), (average,), (last,) = (
+        member.score(SENTENCES[:1], SENTENCES[1:2])
+        for member in (several, alone, Translator.load(run, "last", devices=one))
+    )
+    mean = np.logaddexp(average.token_log_probs, last.token_log_probs) - np.log(2)
+    np.testing.assert_allclose(mixed.token_log_probs, mean, rtol=1e-4)
+
+
+def test_an_ensemble_needs_one_vocabulary(run, tmp_path):
+    write_random_run(tmp_path / "other", CONFIG)
+    with pytest.raises(UserError, match=r"has other tokenizers than .*: an ensemble"):
+        Translator.load([run, tmp_path / "other"])
 
 
 def test_only_config_tokenizer_and_checkpoints_are_needed(run, translator, tmp_path):

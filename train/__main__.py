@@ -11,9 +11,11 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 
+from jaxformer.compilation import keep_compiled_programs
 from jaxformer.errors import UserError
 from train.config import TrainConfig, flatten
 
@@ -23,6 +25,7 @@ CONFIGS = Path(__file__).parent / "configs"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options, overrides = _parser().parse_known_args(arguments)
+    keep_compiled_programs()
     try:
         options.command(options, overrides)
     except UserError as error:
@@ -77,7 +80,40 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output", help="file to write the translations to")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(command=_evaluate)
+    _add_benchmark(commands)
     return parser
+
+
+def _add_benchmark(commands: Any) -> None:
+    benchmark = commands.add_parser("benchmark", help="measure how fast it is")
+    kinds = benchmark.add_subparsers(required=True, metavar="WHAT")
+    decode = kinds.add_parser(
+        "decode",
+        help="translation, beside another engine with the same weights",
+        description="Measure sentences and tokens a second, compilation apart, beside another "
+        "engine with the same weights that takes turns in the same process.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    decode.add_argument(
+        "run", metavar="RUN", help="directory that training wrote, or a preset such as base"
+    )
+    decode.add_argument("--source", metavar="FILE", help="sentences to translate, with a run")
+    decode.add_argument("--sentences", type=int, default=0, help="at most; 0 is all, or 128 random")
+    decode.add_argument("--vocab-size", type=int, default=32_000, help="of a preset")
+    decode.add_argument("--length", type=int, default=25, help="tokens, with a preset")
+    decode.add_argument("--beam-size", type=int, default=4, help="1 is greedy search")
+    decode.add_argument("--length-penalty", type=float, default=1.0, help="alpha of length^alpha")
+    decode.add_argument("--batch-tokens", type=int, default=4096, help="source positions at once")
+    decode.add_argument("--dtypes", nargs="+", default=["float32"], help="float32 and bfloat16")
+    decode.add_argument("--one-by-one", action="store_true", help="each sentence alone")
+    decode.add_argument("--peer", choices=("ctranslate2",), help="the other engine")
+    decode.add_argument(
+        "--peer-types", nargs="+", default=["float32"], help="its types, such as float32 and int8"
+    )
+    decode.add_argument("--peer-batch", type=int, default=32, help="sentences it takes at once")
+    decode.add_argument("--rounds", type=int, default=5, help="measurements of each")
+    decode.add_argument("--output", metavar="FILE", help="add the results, as JSON lines")
+    decode.set_defaults(command=_benchmark_decode)
 
 
 def config_names() -> list[str]:
@@ -201,6 +237,20 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     print(f"BLEU {values['bleu']:.2f} ({values['bleu_signature']})")
     print(f"chrF2 {values['chrf']:.2f} ({values['chrf_signature']})")
     print(f"exact match {values['exact_match']:.1%}")
+
+
+def _benchmark_decode(options: argparse.Namespace, overrides: list[str]) -> None:
+    if overrides:
+        raise UserError(f"unknown argument {overrides[0]}: see python -m train benchmark --help")
+    from train.benchmark import DecodeBenchmark, benchmark_decode, table, write_records
+
+    names = [field.name for field in dataclasses.fields(DecodeBenchmark)]
+    values = {name: getattr(options, name) for name in names}
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    records = benchmark_decode(DecodeBenchmark(**values | lists))
+    print(table(records))
+    if options.output is not None:
+        write_records(options.output, records)
 
 
 if __name__ == "__main__":

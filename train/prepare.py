@@ -11,7 +11,9 @@ from jaxformer.errors import UserError
 from jaxformer.run import (
     CONFIG_FILE,
     SOURCE_TOKENIZER_FILE,
+    TARGET_TOKENIZER_FILE,
     TOKENIZER_FILE,
+    checkpoint_steps,
     load_tokenizers,
     read_config,
     write_config,
@@ -98,8 +100,12 @@ def rows_per_batch(config: TrainConfig) -> int:
 
 
 def _check_same_run(config: TrainConfig, run: Path) -> None:
-    """A run directory holds one experiment: refuse to go on with another one in it."""
-    if not (run / CONFIG_FILE).exists():
+    """A run directory holds one experiment: refuse to go on with another one in it.
+
+    Without a checkpoint there is nothing to go on with, and what is there is written anew: a run
+    that failed at its start takes a configuration that is mended.
+    """
+    if not (run / CONFIG_FILE).exists() or not checkpoint_steps(run):
         return
     saved = read_config(run)
     saved.pop("version")
@@ -120,9 +126,10 @@ def _check_same_run(config: TrainConfig, run: Path) -> None:
 def _tokenizers(
     config: TrainConfig, run: Path, train: "datasets.Dataset"
 ) -> tuple[Tokenizer, Tokenizer]:
-    """Load the run's tokenizers; if it has none, one process learns them for all."""
-    first = TOKENIZER_FILE if config.data.joint_vocabulary else SOURCE_TOKENIZER_FILE
-    if jax.process_index() == 0 and not (run / first).exists():
+    """Load the run's tokenizers; if it has no checkpoint yet, one process learns them for all."""
+    if jax.process_index() == 0 and not checkpoint_steps(run):
+        for name in (TOKENIZER_FILE, SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE):
+            (run / name).unlink(missing_ok=True)
         learn_tokenizers(
             train,
             run,

@@ -1,0 +1,218 @@
+"""Beam search with a length penalty (§6.1)."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
+from jaxformer.search import (
+    BeamResult,
+    Search,
+    Sentences,
+    State,
+    StepFn,
+    constrain,
+    log_normalizer,
+    next_logits,
+    no_hypotheses,
+    require,
+    require_ngram_size,
+    take,
+    top_k,
+)
+
+Reorder = Callable[[State, Int[Array, "B K"]], State]
+LengthPenalty = Callable[[Any], Any]
+
+
+def gnmt_length_penalty(alpha: float) -> LengthPenalty:
+    """((5 + length) / 6) ** alpha: Wu et al. (2016), eq. 14. The paper's §6.1 uses alpha = 0.6."""
+    require(alpha >= 0, "alpha", alpha, "use 0 (no penalty) or more")
+    return lambda length: ((5 + length) / 6) ** alpha
+
+
+def power_length_penalty(alpha: float) -> LengthPenalty:
+    """Length ** alpha: fairseq and Marian. With alpha = 1 the score is the mean log-probability."""
+    require(alpha >= 0, "alpha", alpha, "use 0 (no penalty) or more")
+    return lambda length: length**alpha
+
+
+def gather_beams(state: State, beams: Int[Array, "B K"]) -> State:
+    """The default `reorder`: beam k of each leaf [B, K, …] becomes what beam beams[b, k] was.
+
+    Leaves [] and [B] have no beams and stay. Any other shape raises ValueError rather than be
+    taken for shared or, where an axis happens to be K long, be mixed up.
+    """
+
+    def gather(leaf: Array) -> Array:
+        fits = leaf.ndim < 2 or leaf.shape[:2] == beams.shape
+        require(
+            fits, "the shape of a state leaf", leaf.shape, "make it [B, K, …], or pass reorder="
+        )
+        return take(leaf, beams) if leaf.ndim >= 2 else leaf
+
+    return jax.tree.map(gather, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class BeamSearch:
+    """The K best sequences that beam search finds (§6.1).
+
+    A step ranks all one-token extensions of the K live beams by log-probability and looks at the
+    best 2K. Those that end in eos join the K best finished hypotheses, ranked by score; the K best
+    others live on, so eos never narrows the beam. With `beam_size` 1 a step looks at the best one
+    only, which makes it greedy search. Ties go to the lower beam, then to the lower token id.
+
+    A sentence is done at its length limit, or as soon as no live beam can enter its K finished
+    ones: log-probabilities only fall, so the best score in reach of a beam is its log-probability
+    now over the penalty at the sentence's limit. With `early_stopping` it is done when K hypotheses
+    have finished, and only an eos among the best K of a step finishes one, as in fairseq,
+    CTranslate2 and Hugging Face's `early_stopping=True`: fewer steps, no guarantee.
+
+    Finished hypotheses rank before unfinished ones; live beams cut off at the limit, scored like
+    the rest, only fill up the K when too few finished.
+
+    Attributes:
+      beam_size: K.
+      length_penalty: float32 lengths -> divisors, positive from length 1 on, that never fall.
+      early_stopping: see above.
+      no_repeat_ngram_size: n-grams of this many tokens occur once in a hypothesis; 0 is no limit.
+      bonus: state -> [B, K], not above 0, added to the score of a hypothesis (a coverage penalty).
+      reorder: (state, beams [B, K]) -> the state in which beam k continues what was beam
+        beams[b, k]. Not called if K is 1.
+      bos_id, eos_id, pad_id: first input, end and filling of the sequences.
+    """
+
+    beam_size: int
+    length_penalty: LengthPenalty = dataclasses.field(
+        default_factory=lambda: gnmt_length_penalty(0.6)
+    )
+    early_stopping: bool = False
+    no_repeat_ngram_size: int = 0
+    bonus: Callable[[State], Float[Array, "B K"]] | None = None
+    reorder: Reorder = gather_beams
+    bos_id: int = BOS_ID
+    eos_id: int = EOS_ID
+    pad_id: int = PAD_ID
+
+    def __post_init__(self) -> None:
+        require(self.beam_size >= 1, "beam_size", self.beam_size, "use 1 or more")
+        require_ngram_size(self.no_repeat_ngram_size)
+
+    def start(self, sentences: Sentences, max_length: int, state: State) -> Search:
+        """Nothing generated yet, room for `max_length` tokens."""
+        batch_size = len(sentences.max_lengths)
+        none = no_hypotheses(batch_size, self.beam_size, max_length, self.pad_id)
+        # All beams start equal, so only the first may live, or the beam would hold K copies of it.
+        first = jnp.arange(self.beam_size) == 0
+        start = jnp.where(jnp.broadcast_to(first, none.scores.shape), 0.0, none.scores)
+        return Search(
+            step=jnp.int32(0),
+            done=sentences.max_lengths <= 0,
+            tokens=jnp.full((batch_size, self.beam_size), self.bos_id, jnp.int32),
+            hypotheses=(none._replace(scores=start, log_probs=start), none),
+            sentences=sentences,
+            state=state,
+        )
+
+    def advance(self, step_fn: StepFn, search: Search) -> Search:
+        """One token more for every live beam."""
+        old_live, old_finished = search.hypotheses
+        logits, state = next_logits(step_fn, search, self.beam_size)
+        normalizer = log_normalizer(logits)
+        logits = constrain(self, logits, search, old_live.sequences)
+        # A second candidate would outlive an eos of the first and could still win by its length.
+        num_candidates = 2 * self.beam_size if self.beam_size > 1 else 1
+        log_probs, beams, tokens = _extend(old_live.log_probs, logits, normalizer, num_candidates)
+        positions = jnp.arange(old_live.sequences.shape[2], dtype=jnp.int32)
+        sequences = jnp.where(
+            positions == search.step, tokens[:, :, None], take(old_live.sequences, beams)
+        )
+        lengths = jnp.full_like(tokens, search.step + 1)
+        scores = self._normalize(log_probs, lengths)
+        if self.bonus is not None:
+            scores += take(self.bonus(state), beams)
+        candidates = BeamResult(sequences, scores, log_probs, lengths)
+        ended = tokens == self.eos_id
+        counted = ended & (jnp.arange(ended.shape[1]) < self.beam_size)
+
+        live, kept = _best(_only(candidates, ~ended), self.beam_size, by="log_probs")
+        beams, tokens = take(beams, kept), take(tokens, kept)
+        # Older hypotheses come first and so win ties, as the stop rule below assumes.
+        ended = _only(candidates, counted if self.early_stopping else ended)
+        finished, _ = _best(_concat(old_finished, ended), self.beam_size, by="scores")
+        if self.beam_size > 1:
+            state = self.reorder(state, beams)
+
+        def unless_done(old: Array, new: Array) -> Array:
+            return jnp.where(jnp.expand_dims(search.done, range(1, old.ndim)), old, new)
+
+        frozen = search.tokens, old_live, old_finished
+        tokens, live, finished = jax.tree.map(unless_done, frozen, (tokens, live, finished))
+        limits = search.sentences.max_lengths
+        step = search.step + 1
+        if self.early_stopping:
+            enough = finished.scores[:, -1] > -jnp.inf
+            # With one beam nothing is left to go on with after an eos.
+            enough |= live.log_probs[:, 0] == -jnp.inf
+        else:
+            in_reach = self._normalize(live.log_probs[:, 0], limits)
+            enough = finished.scores[:, -1] >= in_reach
+        done = search.done | (step >= limits) | enough
+        return Search(step, done, tokens, (live, finished), search.sentences, state)
+
+    def result(self, search: Search) -> BeamResult:
+        """The hypotheses, best first."""
+        live, finished = search.hypotheses
+        slots = jnp.arange(self.beam_size, dtype=jnp.int32)[None, :]
+        num_finished = jnp.sum(finished.scores > -jnp.inf, axis=1, dtype=jnp.int32)[:, None]
+        order = jnp.where(slots < num_finished, slots, self.beam_size + slots - num_finished)
+        ranked = _concat(finished, live)
+        ranked = jax.tree.map(lambda leaf: take(leaf, order), ranked)
+        exists = ranked.log_probs > -jnp.inf
+        return ranked._replace(
+            sequences=jnp.where(exists[:, :, None], ranked.sequences, self.pad_id),
+            lengths=jnp.where(exists, ranked.lengths, 0),
+        )
+
+    def _normalize(self, log_probs: Array, lengths: Array) -> Array:
+        return log_probs / self.length_penalty(lengths.astype(jnp.float32))
+
+
+def _extend(
+    log_probs: Array, logits: Array, normalizer: Array, count: int
+) -> tuple[Array, Array, Array]:
+    """The `count` best one-token extensions of all beams, or all that exist if they are fewer.
+
+    Args: log_probs [B, K] of the beams, logits [B, K, V] and normalizer [B, K, 1] of the next.
+    Returns: log_probs, beams and tokens of the extensions, each [B, count], best first.
+    """
+    # The best tokens of a beam are those of the largest logits: no [B, K, V] of log-probabilities.
+    values, tokens = top_k(logits, min(count, logits.shape[-1]))
+    batch_size, beam_size, per_beam = values.shape
+    totals = log_probs[:, :, None] + (values - normalizer)
+    totals = totals.reshape(batch_size, -1)
+    totals, flat = jax.lax.top_k(totals, min(count, beam_size * per_beam))
+    return totals, flat // per_beam, take(tokens.reshape(batch_size, -1), flat)
+
+
+def _best(hypotheses: BeamResult, count: int, *, by: str) -> tuple[BeamResult, Array]:
+    """The `count` of the highest `by`, best first, and their indices [B, count]."""
+    _, index = jax.lax.top_k(getattr(hypotheses, by), count)
+    return jax.tree.map(lambda leaf: take(leaf, index), hypotheses), index
+
+
+def _only(hypotheses: BeamResult, mask: Array) -> BeamResult:
+    """Hypotheses outside the mask [B, N] become impossible."""
+    return hypotheses._replace(
+        scores=jnp.where(mask, hypotheses.scores, -jnp.inf),
+        log_probs=jnp.where(mask, hypotheses.log_probs, -jnp.inf),
+    )
+
+
+def _concat(first: BeamResult, second: BeamResult) -> BeamResult:
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, second)

@@ -1,0 +1,17 @@
+"""Compiled programs that outlive the process."""
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def keep_compiled_programs() -> None:
+    """Keep what XLA compiles in ~/.cache/jaxformer, so that the next process need not compile it.
+
+    JAX_COMPILATION_CACHE_DIR names another directory, JAX_ENABLE_COMPILATION_CACHE=0 keeps nothing.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "jaxformer"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,258 @@
+"""Marian's tensors: reading them, and ours from and to them."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxformer.config import TransformerConfig
+from jaxformer.errors import UserError
+from jaxformer.positions import sinusoid
+from jaxformer.transformer import Transformer
+
+Tensors = dict[str, np.ndarray]
+
+#: PyTorch's default, which Marian's LayerNorms have without a choice.
+LAYER_NORM_EPSILON = 1e-5
+
+# Our embeddings by `TransformerConfig.embeddings`; of each the name that it is saved under, and
+# names of tied tensors that older files hold as well.
+_EMBEDDINGS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "shared": {
+        "embedding": (
+            "model.shared.weight",
+            "model.encoder.embed_tokens.weight",
+            "model.decoder.embed_tokens.weight",
+            "lm_head.weight",
+        ),
+    },
+    "target": {
+        "source_embedding": ("model.encoder.embed_tokens.weight",),
+        "embedding": ("model.decoder.embed_tokens.weight", "lm_head.weight"),
+    },
+    "separate": {
+        "source_embedding": ("model.encoder.embed_tokens.weight",),
+        "embedding": ("model.decoder.embed_tokens.weight",),
+        "output_embedding": ("lm_head.weight",),
+    },
+}
+
+# The modules of a layer.
+_MODULES = {
+    "self_attention/query": "self_attn.q_proj",
+    "self_attention/key": "self_attn.k_proj",
+    "self_attention/value": "self_attn.v_proj",
+    "self_attention/output": "self_attn.out_proj",
+    "self_attention_residual/layer_norm": "self_attn_layer_norm",
+    "cross_attention/query": "encoder_attn.q_proj",
+    "cross_attention/key": "encoder_attn.k_proj",
+    "cross_attention/value": "encoder_attn.v_proj",
+    "cross_attention/output": "encoder_attn.out_proj",
+    "cross_attention_residual/layer_norm": "encoder_attn_layer_norm",
+    "feed_forward/hidden": "fc1",
+    "feed_forward/output": "fc2",
+    "feed_forward_residual/layer_norm": "final_layer_norm",
+}
+
+
+class _Leaf(NamedTuple):
+    """A parameter of all layers of a stack: one array here, one tensor a layer there."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]  # [L, …]
+    names: list[str]  # theirs, layer by layer
+    their_shape: tuple[int, ...]  # [outputs, inputs] of a linear map
+
+
+def _layer_leaves(config: TransformerConfig) -> Iterator[_Leaf]:
+    model = Transformer(config.replace(attention_bias=True))  # Marian's have them always
+    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), ids, ids)["params"]
+    for path, leaf in flatten_dict(shapes).items():
+        if path[0] not in ("encoder", "decoder"):
+            continue
+        stack, _, *module, kind = path
+        name = _MODULES["/".join(module)]
+        layers, *shape = leaf.shape
+        their_shape: tuple[int, ...] = (math.prod(shape),)
+        if kind == "kernel":  # [D, N, H], [N, H, D], [D, F] or [F, D]
+            inputs = 2 if name.endswith("out_proj") else 1
+            their_shape = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+        suffix = "bias" if kind == "bias" else "weight"
+        names = [f"model.{stack}.layers.{i}.{name}.{suffix}" for i in range(layers)]
+        yield _Leaf(path, leaf.shape, names, their_shape)
+
+
+def import_params(
+    tensors: Tensors, path: Path, config: TransformerConfig, orders: Mapping[str, np.ndarray]
+) -> tuple[TransformerConfig, dict[str, Any]]:
+    """Return our parameters, and `config` with `output_bias` if the logits have one.
+
+    Args:
+      tensors: theirs by name.
+      path: of the file that they are from.
+      config: our configuration.
+      orders: their id of each of ours, of the "source" and the "target" vocabulary.
+
+    Raises:
+      UserError: a tensor is missing, one too many or of another shape.
+    """
+    left = dict(tensors)
+
+    def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name not in left:
+            raise UserError(f"{path} has no tensor {name}: download the model again")
+        tensor = left.pop(name)
+        if tensor.shape != shape or tensor.dtype.kind != "f":
+            raise UserError(
+                f"{path} has {name} as {tensor.dtype.name} {list(tensor.shape)}, config.json means "
+                f"float {list(shape)}: use the files of one model"
+            )
+        return tensor.astype(np.float32)
+
+    flat: dict[tuple[str, ...], np.ndarray] = {}
+    for ours, names in _EMBEDDINGS[config.embeddings].items():
+        order = orders[_side(ours)]
+        present = [name for name in names if name in left] or names[:1]
+        table, *copies = [take(name, (_size(order), config.d_model)) for name in present]
+        if not all(np.array_equal(table, copy) for copy in copies):
+            raise UserError(f"{path}: {' and '.join(present)} differ, but config.json ties them")
+        flat[ours, "embedding"] = table[order]
+
+    if "final_logits_bias" in left:
+        order = orders["target"]
+        (bias,) = take("final_logits_bias", (1, _size(order)))
+        if np.any(bias):
+            config = config.replace(output_bias=True)
+            flat[("output_bias",)] = bias[order]
+    for stack in ("encoder", "decoder"):
+        # Older files hold what is computed today.
+        if (name := f"model.{stack}.embed_positions.weight") in left:
+            positions = jnp.arange(config.max_length)
+            expected = np.asarray(sinusoid(positions, config.d_model, interleaved=False))
+            if not np.allclose(take(name, expected.shape), expected, rtol=0, atol=1e-3):
+                raise UserError(f"{path}: {name} is no sinusoid, which cannot be imported")
+
+    for leaf in _layer_leaves(config):
+        layers = [take(name, leaf.their_shape) for name in leaf.names]
+        flat[leaf.path] = np.stack([x.T.reshape(leaf.shape[1:]) for x in layers])
+    if left:
+        raise UserError(f"{path} has a tensor {min(left)}, which cannot be imported")
+    return config, unflatten_dict(flat)
+
+
+def export_params(
+    params: Mapping[str, Any], config: TransformerConfig, orders: Mapping[str, np.ndarray]
+) -> Tensors:
+    """Return their tensors of our parameters; biases that the model lacks are 0.
+
+    Args: as for `import_params`.
+    """
+    flat = flatten_dict(params)
+
+    def reorder(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
+        out = np.empty((_size(order), *rows.shape[1:]), rows.dtype)
+        # Where pad and bos are one to them, it is bos, the later one, that stays: nothing ever
+        # depends on pad.
+        out[order] = rows
+        return out
+
+    tensors = {
+        names[0]: reorder(flat[ours, "embedding"], orders[_side(ours)])
+        for ours, names in _EMBEDDINGS[config.embeddings].items()
+    }
+    bias = flat.get(("output_bias",), np.zeros(config.vocab_size, np.float32))
+    tensors["final_logits_bias"] = reorder(bias, orders["target"])[None]
+    for leaf in _layer_leaves(config):
+        stacked = flat.get(leaf.path, np.zeros(leaf.shape, np.float32))
+        for name, layer in zip(leaf.names, stacked, strict=True):
+            tensors[name] = layer.reshape(leaf.their_shape[::-1]).T
+    return tensors
+
+
+def _side(embedding: str) -> str:
+    return "source" if embedding == "source_embedding" else "target"
+
+
+def _size(order: np.ndarray) -> int:
+    return int(order.max()) + 1
+
+
+def fit_residual_stream(tensors: Tensors, config: TransformerConfig) -> Tensors:
+    """Change exported weights so that Marian's positions and LayerNorm leave the logits alone.
+
+    Positions: the paper's sinusoid alternates sines and cosines, Marian's has all sines first. It
+    permutes the D axis, and so does this in every tensor that reads or writes the residual stream.
+
+    LayerNorm: Marian adds 1e-5 to the variance, the model ε. But
+    LayerNorm_ε(x) = LayerNorm_{c²ε}(c · x), so the stream is scaled by c = √(1e-5 / ε): what writes
+    it is multiplied, what reads it divided by c. Only positions cannot be scaled; hence neither
+    is the beginning of a stack up to its first LayerNorm, whose output is then off by a factor of
+    1 - (1e-5 - ε) / 2σ². With the variance σ² of embeddings + positions, about 1, that is 5e-6.
+    The last LayerNorm is not scaled either, for the logits are made from it.
+    """
+    order = np.arange(config.d_model)
+    if config.positions == "sinusoidal":
+        order = np.concatenate([order[0::2], order[1::2]])
+    scale = np.float32((LAYER_NORM_EPSILON / config.layer_norm_epsilon) ** 0.5)
+    last = f"decoder.layers.{config.decoder_layers - 1}.final_layer_norm."
+
+    def fit(name: str, tensor: np.ndarray) -> np.ndarray:
+        if name == "final_logits_bias":
+            return tensor
+        if ".layers." not in name:  # an embedding
+            return tensor[:, order]
+        c = 1 if ".layers.0.self_attn." in name or last in name else scale
+        module, kind = name.split(".")[-2:]
+        if module in ("out_proj", "fc2") or module.endswith("layer_norm"):
+            return tensor[order] * c
+        return tensor[:, order] / c if kind == "weight" else tensor
+
+    return {name: fit(name, tensor) for name, tensor in tensors.items()}
+
+
+def read_tensors(directory: Path) -> tuple[Path, Tensors]:
+    """Return the file of a model's weights and its tensors by name.
+
+    Raises:
+      UserError: there is none, it is damaged, or what reads it is not installed.
+    """
+    path = directory / "model.safetensors"
+    if path.is_file():
+        read = _read_safetensors
+    elif (path := directory / "pytorch_model.bin").is_file():
+        read = _read_pickle
+    else:
+        raise UserError(
+            f"{directory} has neither model.safetensors nor pytorch_model.bin: "
+            "download the model again"
+        )
+    try:
+        return path, read(path)
+    except ImportError as error:
+        raise UserError(
+            f'{path} needs {error.name}: pip install torch, or "jaxformer[interop]" for safetensors'
+        ) from error
+    except Exception as error:  # zipfile, pickle, torch and safetensors each have their own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"cannot read {path}: {reason}; download it again, or save it in float32"
+        ) from error
+
+
+def _read_safetensors(path: Path) -> Tensors:
+    from safetensors.numpy import load_file
+
+    return load_file(path)
+
+
+def _read_pickle(path: Path) -> Tensors:
+    import torch
+
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    return {name: tensor.numpy() for name, tensor in tensors.items()}

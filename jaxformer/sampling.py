@@ -1,0 +1,123 @@
+"""Sampling with a temperature, of the best k tokens or the best of probability p."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
+from jaxformer.search import (
+    BeamResult,
+    Search,
+    Sentences,
+    State,
+    StepFn,
+    constrain,
+    log_normalizer,
+    next_logits,
+    no_hypotheses,
+    require,
+    require_ngram_size,
+    top_k,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Sequences drawn token by token, `num_samples` (K) a sentence, in the order drawn.
+
+    The logits are divided by the temperature, then only the `top_k` best are kept, then the
+    smallest set of the best that holds `top_p` of what is left (Holtzman et al. 2020). The noise
+    of a token follows from the sentence's key and the step alone.
+
+    Attributes:
+      num_samples: K.
+      temperature: below 1 sharpens, above 1 flattens; 0 is greedy search.
+      top_k: tokens to choose from, of equal ones the lower ids; None is all, 1 is greedy search.
+      top_p: probability to choose from, above 0 up to 1, at least the best token; None is all.
+      no_repeat_ngram_size, bos_id, eos_id, pad_id: as for `BeamSearch`.
+    """
+
+    num_samples: int = 1
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    no_repeat_ngram_size: int = 0
+    bos_id: int = BOS_ID
+    eos_id: int = EOS_ID
+    pad_id: int = PAD_ID
+
+    def __post_init__(self) -> None:
+        top_k, top_p = self.top_k, self.top_p
+        require(self.num_samples >= 1, "num_samples", self.num_samples, "use 1 or more")
+        require(self.temperature >= 0, "temperature", self.temperature, "use 0 (greedy) or more")
+        require(top_k is None or top_k >= 1, "top_k", top_k, "use 1 or more, or None for all")
+        require(
+            top_p is None or 0 < top_p <= 1, "top_p", top_p, "use more than 0, at most 1, or None"
+        )
+        require_ngram_size(self.no_repeat_ngram_size)
+
+    def start(self, sentences: Sentences, max_length: int, state: State) -> Search:
+        """Nothing drawn yet, room for `max_length` tokens."""
+        shape = len(sentences.max_lengths), self.num_samples
+        none = no_hypotheses(*shape, max_length, self.pad_id)
+        zeros = jnp.zeros(shape, jnp.float32)
+        done = sentences.max_lengths <= 0
+        return Search(
+            step=jnp.int32(0),
+            done=done,
+            tokens=jnp.full(shape, self.bos_id, jnp.int32),
+            hypotheses=(
+                none._replace(scores=zeros, log_probs=zeros),
+                jnp.broadcast_to(done[:, None], shape),
+            ),
+            sentences=sentences,
+            state=state,
+        )
+
+    def advance(self, step_fn: StepFn, search: Search) -> Search:
+        """One token more for every sample that has no eos yet."""
+        (sequences, log_probs, _, lengths), ended = search.hypotheses
+        step = search.step
+        logits, state = next_logits(step_fn, search, self.num_samples)
+        normalizer = log_normalizer(logits)
+        logits = constrain(self, logits, search, sequences)
+        tokens = jnp.where(ended, search.tokens, self._draw(logits, search))
+        chosen = jnp.take_along_axis(logits, tokens[:, :, None], axis=-1)
+        gains = (chosen - normalizer)[:, :, 0]
+        log_probs = jnp.where(ended, log_probs, log_probs + gains)
+        positions = jnp.arange(sequences.shape[2], dtype=jnp.int32)
+        here = (positions == step) & ~ended[:, :, None]
+        sequences = jnp.where(here, tokens[:, :, None], sequences)
+        lengths = jnp.where(ended, lengths, step + 1)
+        at_limit = step + 1 >= search.sentences.max_lengths
+        ended = ended | (tokens == self.eos_id) | at_limit[:, None]
+        drawn = BeamResult(sequences, log_probs, log_probs, lengths)
+        done = jnp.all(ended, axis=1)
+        return Search(step + 1, done, tokens, (drawn, ended), search.sentences, state)
+
+    def result(self, search: Search) -> BeamResult:
+        """The samples; their log_probs are the model's own, at temperature 1, as are the scores."""
+        return search.hypotheses[0]
+
+    def _draw(self, logits: Array, search: Search) -> Array:
+        vocab_size = logits.shape[-1]
+        keep = min(self.top_k or vocab_size, vocab_size) if self.temperature > 0 else 1
+        if keep < vocab_size or self.top_p is not None:
+            logits, ids = top_k(logits, keep)
+        else:
+            ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)  # all of them, unsorted
+        logits = logits / (self.temperature or 1.0)
+        if self.top_p is not None:
+            probs = jax.nn.softmax(logits, axis=-1)
+            better = jnp.cumsum(probs, axis=-1) - probs  # what the tokens before this one hold
+            logits = jnp.where(better < self.top_p, logits, -jnp.inf)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(search.sentences.keys, search.step)
+        choice = jax.vmap(jax.random.categorical)(keys, logits)
+        return jnp.take_along_axis(ids, choice[:, :, None], axis=-1)[:, :, 0]
+
+
+def fold_in_rows(rng: Array, numbers: Int[Array, "B"]) -> Array:
+    """A key for each number."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, numbers)

@@ -1,0 +1,84 @@
+"""What a model thinks of a given translation: log-probabilities, and which word is from which."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxformer.config import BOS_ID, PAD_ID, TransformerConfig
+from jaxformer.transformer import Transformer
+
+
+@partial(jax.jit, static_argnums=0)
+def token_log_probs(
+    configs: tuple[TransformerConfig, ...],
+    params: tuple[Any, ...],
+    source_ids: Int[Array, "B S"],
+    target: Int[Array, "B T"],
+) -> Float[Array, "B T"]:
+    """Log-probability of each target token given those before it; 0 at padding.
+
+    Their sum is `BeamResult.log_probs` of a hypothesis that is the same tokens: pad and bos have no
+    probability. Logits exist for one sentence at a time.
+
+    Args:
+      configs, params: of one model, or of several whose probabilities are averaged.
+      source_ids, target: sentences with eos, then padding.
+    """
+
+    def member(config: TransformerConfig, variables: Any) -> Array:
+        model = Transformer(config).bind({"params": variables})
+        hidden = model.hidden(source_ids, shift_right(target))
+
+        def sentence(row: tuple[Array, Array]) -> Array:
+            hidden, labels = row
+            log_probs = jax.nn.log_softmax(speakable(model.logits(hidden)))
+            return jnp.take_along_axis(log_probs, labels[:, None], axis=1)[:, 0]
+
+        return jax.lax.map(sentence, (hidden, target))
+
+    members = jnp.stack(list(map(member, configs, params)))
+    mean = jax.nn.logsumexp(members, axis=0) - jnp.log(len(configs))
+    return jnp.where(target != PAD_ID, mean, 0.0)
+
+
+def speakable(logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    """Logits without pad and bos: the model can score them as it can any id, but not say them."""
+    return logits.at[..., jnp.array([PAD_ID, BOS_ID])].set(-jnp.inf)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def attention_alignment(
+    config: TransformerConfig,
+    params: Any,
+    source_ids: Int[Array, "B S"],
+    target: Int[Array, "B T"],
+    layer: int | None = None,
+) -> Float[Array, "B T S"]:
+    """How much each target token looked at each source token when it was written, heads averaged.
+
+    Args:
+      source_ids, target: sentences with eos, then padding.
+      layer: decoder layer, from 0; by default the last but one, whose attention agrees best with
+        word alignments made by people (Garg et al. 2019).
+    """
+    if layer is None:
+        layer = max(0, config.decoder_layers - 2)
+    _, sown = Transformer(config).apply(
+        {"params": params},
+        source_ids,
+        shift_right(target),
+        method="hidden",
+        mutable="intermediates",
+    )
+    decoder = sown["intermediates"]["decoder"]["layers"]
+    (weights,) = decoder["cross_attention"]["attention_weights"]  # [L, B, N, T, S]
+    # Position t of the input writes token t, so row t is where the model looked to write it.
+    return jnp.mean(weights[layer], axis=1)
+
+
+def shift_right(target: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The decoder's input: bos, then the target without its last token."""
+    return jnp.pad(target, ((0, 0), (1, 0)), constant_values=BOS_ID)[:, :-1]

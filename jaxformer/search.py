@@ -1,0 +1,162 @@
+"""What every search is made of: its state, the loop that advances it, and a step's first half."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxformer.constraints import delay_eos, forbid_repeated_ngrams, force_prefix
+
+State = Any
+StepFn = Callable[[Int[Array, "B K"], State], tuple[Float[Array, "B K V"], State]]
+
+
+class BeamResult(NamedTuple):
+    """K hypotheses for each of B sentences.
+
+    A slot for which no hypothesis exists (there are fewer than K of non-zero probability) has
+    scores and log_probs -inf, length 0 and nothing but padding.
+    """
+
+    sequences: Int[Array, "B K T"]  # without bos; eos last if finished, then padding
+    scores: Float[Array, "B K"]  # log_probs / length penalty + bonus, float32
+    log_probs: Float[Array, "B K"]  # summed over the tokens with eos, natural logarithm, float32
+    lengths: Int[Array, "B K"]  # tokens, eos counted
+
+
+class Sentences(NamedTuple):
+    """What is asked of each sentence, beside the model's state."""
+
+    max_lengths: Int[Array, "B"]  # of 0 costs no step: its one hypothesis is the empty one
+    min_lengths: Int[Array, "B"] | None = None
+    prefix: Int[Array, "B P"] | None = None  # first tokens of every hypothesis, then padding
+    keys: Array | None = None  # [B] keys of the noise, if hypotheses are drawn
+
+
+class Search(NamedTuple):
+    """Where a search stands after `step` tokens. All but `step` and `state` is [B, …]."""
+
+    step: Int[Array, ""]
+    done: Bool[Array, "B"]
+    tokens: Int[Array, "B K"]  # the last ones
+    hypotheses: Any  # what the method keeps of them
+    sentences: Sentences
+    state: State
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A way to choose the next tokens: `BeamSearch` or `Sampling`."""
+
+    @property
+    def no_repeat_ngram_size(self) -> int:
+        """Tokens in a row that occur once at most; 0 is no limit."""
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends a hypothesis."""
+
+    @property
+    def pad_id(self) -> int:
+        """The filling of sequences."""
+
+    def start(self, sentences: Sentences, max_length: int, state: State) -> Search:
+        """Nothing generated yet, room for `max_length` tokens."""
+
+    def advance(self, step_fn: StepFn, search: Search) -> Search:
+        """One token more."""
+
+    def result(self, search: Search) -> BeamResult:
+        """The hypotheses as they stand."""
+
+
+def run(
+    method: Method,
+    step_fn: StepFn,
+    search: Search,
+    *,
+    until: int | Int[Array, ""] = 0,
+    max_step: int | None = None,
+) -> Search:
+    """Advance until at most `until` sentences are under way, or `max_step` tokens are there."""
+
+    def goes_on(search: Search) -> Bool[Array, ""]:
+        waiting = jnp.sum(~search.done, dtype=jnp.int32) > until
+        return waiting if max_step is None else waiting & (search.step < max_step)
+
+    return jax.lax.while_loop(goes_on, lambda search: method.advance(step_fn, search), search)
+
+
+def next_logits(step_fn: StepFn, search: Search, num_hypotheses: int) -> tuple[Array, State]:
+    """Logits [B, K, V] of the next tokens, float32, and the new state."""
+    logits, state = step_fn(search.tokens, search.state)
+    shape = (len(search.done), num_hypotheses)
+    fits = logits.ndim == 3 and logits.shape[:2] == shape
+    require(fits, "the shape of the logits", logits.shape, f"make step_fn return {[*shape, 'V']}")
+    return logits.astype(jnp.float32), state
+
+
+def constrain(method: Method, logits: Array, search: Search, sequences: Array) -> Array:
+    """What is asked of the sentences. A prefix goes before the rest."""
+    _, min_lengths, prefix, _ = search.sentences
+    constrained = logits
+    if min_lengths is not None:
+        constrained = delay_eos(constrained, search.step, min_lengths, method.eos_id)
+    if size := method.no_repeat_ngram_size:
+        constrained = forbid_repeated_ngrams(constrained, sequences, search.step, size)
+    if prefix is not None:
+        constrained = force_prefix(logits, constrained, search.step, prefix, method.pad_id)
+    return constrained
+
+
+def top_k(values: Array, k: int) -> tuple[Array, Array]:
+    """`lax.top_k` over the last axis of [B, K, V], bit for bit, several times faster on CPU.
+
+    Only the k chunks of the largest maxima can hold the k largest: an element of any other chunk
+    has k chunks before it, each with a value at least as large (and, if equal, at a lower index).
+    """
+    size = values.shape[-1]
+    # Whole chunks, if the vocabulary has a divisor of that size: padding copies all the logits.
+    chunk = next((chunk for chunk in range(64, 129) if size % chunk == 0), 64)
+    if size < 2 * k * chunk:
+        top, index = jax.lax.top_k(values, k)
+        return top, index
+    padding = [(0, 0), (0, 0), (0, -size % chunk)]
+    chunks = jnp.pad(values, padding, constant_values=-jnp.inf)
+    chunks = chunks.reshape(*values.shape[:2], -1, chunk)
+    _, best = jax.lax.top_k(jnp.max(chunks, axis=-1), k)
+    best = jnp.sort(best, axis=-1)  # back in order of index, for the ties
+    found = jnp.take_along_axis(chunks, best[:, :, :, None], axis=2)
+    top, flat = jax.lax.top_k(found.reshape(*values.shape[:2], -1), k)
+    return top, jnp.take_along_axis(best, flat // chunk, axis=-1) * chunk + flat % chunk
+
+
+def log_normalizer(logits: Array) -> Array:
+    """Log-sum-exp over the last axis, kept; 0 where all are -inf, whose log-probs stay -inf."""
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return jnp.where(jnp.isfinite(total), total, 0.0)
+
+
+def take(leaf: Array, index: Array) -> Array:
+    """leaf[b, index[b, k]] for each b and k: leaf [B, N, …], index [B, K] -> [B, K, …]."""
+    return jax.vmap(lambda row, i: row[i])(leaf, index)
+
+
+def no_hypotheses(batch_size: int, beam_size: int, max_length: int, pad_id: int) -> BeamResult:
+    """Return K slots without a hypothesis for each sentence."""
+    impossible = jnp.full((batch_size, beam_size), -jnp.inf, jnp.float32)
+    sequences = jnp.full((batch_size, beam_size, max_length), pad_id, jnp.int32)
+    return BeamResult(sequences, impossible, impossible, jnp.zeros(impossible.shape, jnp.int32))
+
+
+def require(condition: bool, name: str, value: object, fix: str) -> None:
+    """Raise ValueError, naming argument, value and fix, unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{name} is {value}: {fix}")
+
+
+def require_ngram_size(size: int) -> None:
+    """Raise ValueError if `size` is no `no_repeat_ngram_size`."""
+    require(size >= 0, "no_repeat_ngram_size", size, "use 1 or more, or 0 for no limit")

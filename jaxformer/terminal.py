@@ -1,0 +1,61 @@
+"""Whole lines to standard output, and how fast they come to standard error."""
+
+import io
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+
+def write_line(text: str) -> None:
+    """Write a line to standard output, at once and whole: Ctrl-C waits until it is out."""
+    interrupted = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        interrupted.append((number, frame))
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        data = memoryview(text.encode() + b"\n")
+        while data:
+            data = data[os.write(sys.stdout.fileno(), data) :]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted and callable(before):
+        before(*interrupted[0])
+
+
+class Progress:
+    """Counts lines and tokens; shows them if it has a terminal, and in the end says how fast."""
+
+    def __init__(self, file: io.TextIOBase, *, quiet: bool = False) -> None:
+        self._file = file
+        self._quiet = quiet
+        self._live = not quiet and file.isatty()
+        self._began = self._shown = time.monotonic()
+        self._lines = self._tokens = 0
+
+    def add(self, tokens: int) -> None:
+        """Count a line of so many tokens."""
+        self._lines += 1
+        self._tokens += tokens
+        now = time.monotonic()
+        if self._live and now - self._shown > 0.5:
+            self._shown = now
+            self._file.write(f"\r{self._summary(now)}\x1b[K")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Say the sums."""
+        if not self._quiet:
+            start = "\r" if self._live else ""
+            end = "\x1b[K" if self._live else ""
+            self._file.write(f"{start}{self._summary(time.monotonic())}{end}\n")
+
+    def _summary(self, now: float) -> str:
+        seconds = max(now - self._began, 1e-9)
+        return (
+            f"{self._lines:,} lines in {seconds:.1f} s, compilation included: "
+            f"{self._lines / seconds:,.1f} lines/s, {self._tokens / seconds:,.0f} tokens/s"
+        )

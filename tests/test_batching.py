@@ -1,0 +1,60 @@
+"""Batches have few shapes, and every sentence is in one of them."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxformer.batching import SMALLEST, batches, bucket, pad
+from jaxformer.config import PAD_ID
+
+
+@given(
+    st.lists(st.integers(1, 100), max_size=300),
+    st.integers(1, 5000),
+    st.sampled_from([1, 2, 3, 8]),
+)
+def test_every_sentence_is_in_one_batch(lengths, batch_tokens, devices):
+    seen = []
+    for chosen, rows, length in batches(lengths, batch_tokens, devices=devices):
+        assert 0 < len(chosen) <= rows
+        assert rows % devices == 0
+        per_device = rows // devices
+        assert per_device < SMALLEST or per_device % SMALLEST == 0
+        assert max(lengths[index] for index in chosen) <= length
+        # One row a device is the least there is.
+        assert rows * length <= max(batch_tokens, devices * length)
+        seen += chosen
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_shapes_are_few():
+    draw = np.random.default_rng(0)
+    shapes = set()
+    for number in range(1, 400):
+        lengths = draw.integers(1, 65, size=number).tolist()
+        shapes |= {(rows, length) for _, rows, length in batches(lengths, 4096)}
+    assert {length for _, length in shapes} == {16, 32, 64}
+    assert {rows for rows, _ in shapes} <= {1, 16, 32, 64, 128, 256}
+
+
+def test_like_lengths_are_together():
+    lengths = [3, 60, 4, 61, 5, 62]
+    first, second = batches(lengths, 3 * 64)
+    assert sorted(first[0]) == [1, 3, 5] and first[1:] == (3, 64)
+    assert sorted(second[0]) == [0, 2, 4] and second[2] == 16
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [(1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (1000, 1024)]
+)
+def test_bucket(length, expected):
+    assert bucket(length) == expected
+
+
+def test_pad():
+    assert pad([[5, 6], [7]], 3, 4).tolist() == [
+        [5, 6, PAD_ID, PAD_ID],
+        [7, PAD_ID, PAD_ID, PAD_ID],
+        [PAD_ID] * 4,
+    ]

@@ -1,0 +1,97 @@
+"""`python -m train benchmark decode`: what it reports, not how fast it is."""
+
+import json
+
+import pytest
+
+from jaxformer.errors import UserError
+from random_run import CONFIG
+from small_run import sentence_pairs, trained_run
+from train import benchmark
+from train.__main__ import main
+from train.benchmark import DecodeBenchmark, benchmark_decode
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return str(trained_run(tmp_path_factory))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("source") / "source.txt"
+    path.write_text("".join(f"{source}\n" for source, _ in sentence_pairs(9)))
+    return str(path)
+
+
+def test_table_and_records(run, source, tmp_path, capsys):
+    output = tmp_path / "results.jsonl"
+    arguments = [
+        "benchmark",
+        "decode",
+        run,
+        "--source",
+        source,
+        "--sentences",
+        "6",
+        "--rounds",
+        "2",
+    ]
+    arguments += ["--beam-size", "2", "--batch-tokens", "128", "--dtypes", "float32", "bfloat16"]
+    assert main([*arguments, "--output", str(output)]) == 0
+    header, first, second = capsys.readouterr().out.splitlines()
+    assert "sentences/s" in header and "jaxformer float32 is faster by" in header
+    assert first.startswith("jaxformer float32") and "1.00x (1.00 to 1.00)" in first
+    assert second.startswith("jaxformer bfloat16")
+    for line in output.read_text().splitlines():
+        record = json.loads(line)
+        assert record["sentences"] == 6 and len(record["seconds"]) == 2
+        assert record["tokens"] > 6 * 2
+        rate = record["tokens"] / record["seconds_median"]
+        assert record["tokens_per_second"] == pytest.approx(rate)
+        assert record["settings"]["beam_size"] == 2 and record["machine"]["cores"] > 0
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_the_peer_says_the_same(run, source, one_by_one):
+    pytest.importorskip("ctranslate2")
+    ours, theirs = benchmark_decode(
+        DecodeBenchmark(
+            run,
+            source,
+            sentences=4 if one_by_one else 0,
+            beam_size=3,
+            batch_tokens=128,
+            peer="ctranslate2",
+            one_by_one=one_by_one,
+            rounds=1,
+        )
+    )
+    assert (ours["engine"], theirs["engine"]) == ("jaxformer float32", "ctranslate2 float32")
+    assert theirs["same_as_first"] == 1.0
+    assert theirs["tokens"] == ours["tokens"]
+
+
+def test_a_preset_has_random_words_and_translations_of_one_length(monkeypatch):
+    monkeypatch.setattr(benchmark, "PRESETS", {"toy": CONFIG})
+    (record,) = benchmark_decode(
+        DecodeBenchmark("toy", vocab_size=40, sentences=5, length=6, beam_size=2, rounds=1)
+    )
+    assert record["sentences"] == 5
+    assert record["tokens"] == 5 * (6 + 1)  # eos is counted, though never said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {},
+            "needs --source FILE, the sentences to translate; without it give a preset: tiny, base",
+        ),
+        ({"source": "nowhere"}, "cannot read nowhere"),
+        ({"rounds": 0}, "rounds is 0: give at least 1"),
+    ],
+)
+def test_wrong_arguments(run, changes, message):
+    with pytest.raises(UserError, match=message):
+        benchmark_decode(DecodeBenchmark(run, **changes))

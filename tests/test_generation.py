@@ -1,0 +1,357 @@
+"""The search over a Transformer: against the uncached model, in stages, alone and in company."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxformer.generation as module
+from compiles import count_compiles
+from jaxformer.beam import power_length_penalty
+from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
+from jaxformer.decoding import beam_search, sample
+from jaxformer.errors import UserError
+from jaxformer.generation import GenerationConfig, Generator, generate, prepare
+from jaxformer.scoring import attention_alignment, token_log_probs
+from jaxformer.transformer import Transformer
+from random_run import CONFIG as DEEP
+from random_run import random_params
+
+# Compiles faster, and says more than what it has just said.
+CONFIG = DEEP.replace(encoder_layers=1, decoder_layers=2, embeddings="separate")
+B, S, K = 5, 7, 3
+OPTIONS = GenerationConfig(beam_size=K, max_length_extra=4)
+T = S + 4
+
+
+@functools.cache
+def params_of(config=CONFIG):
+    return jax.tree.map(jnp.asarray, random_params(config))
+
+
+def sources(batch=B, length=S, seed=0):
+    draw = np.random.default_rng(seed)
+    ids = draw.integers(4, CONFIG.vocab_size, size=(batch, length)).astype(np.int32)
+    for row in range(batch):
+        real = int(draw.integers(2, length + 1)) if row else length
+        ids[row, real - 1] = EOS_ID
+        ids[row, real:] = PAD_ID
+    return jnp.asarray(ids)
+
+
+SOURCE = sources()
+
+
+def search(options=OPTIONS, source=SOURCE, params=None, configs=(CONFIG,), **arguments):
+    params = (params_of(),) if params is None else params
+    return generate(configs, params, source, options, **arguments)
+
+
+def uncached(source, members):
+    """A step function that computes everything anew from all tokens so far."""
+
+    def step_fn(tokens, state):
+        index, written = state["index"], state["written"]
+        written = written.at[:, :, index].set(tokens)
+        flat = written.reshape(-1, T)
+
+        def logits_of(config, params):
+            logits = Transformer(config).apply(
+                {"params": params}, jnp.repeat(source, tokens.shape[1], axis=0), flat
+            )
+            return logits[:, index].reshape(*tokens.shape, -1)
+
+        unspoken = jnp.array([PAD_ID, BOS_ID])
+        probs = [
+            jax.nn.softmax(logits_of(*member).at[:, :, unspoken].set(-jnp.inf))
+            for member in members
+        ]
+        return jnp.log(sum(probs) / len(members)), {"index": index + 1, "written": written}
+
+    return step_fn
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def search_uncached(configs, params, source):
+    lengths = jnp.sum(source != PAD_ID, axis=1)
+    written = jnp.zeros((len(source), K, T), jnp.int32)
+    return beam_search(
+        uncached(source, list(zip(configs, params, strict=True))),
+        {"index": jnp.int32(0), "written": written},
+        batch_size=len(source),
+        beam_size=K,
+        max_length=T,
+        length_limits=lengths + 4,
+        reorder=lambda state, beams: {
+            "index": state["index"],
+            "written": jnp.take_along_axis(state["written"], beams[:, :, None], axis=1),
+        },
+    )
+
+
+def assert_same(left, right, rtol=1e-4):
+    np.testing.assert_array_equal(left.sequences, right.sequences)
+    np.testing.assert_array_equal(left.lengths, right.lengths)
+    np.testing.assert_allclose(left.scores, right.scores, rtol=rtol)
+    np.testing.assert_allclose(left.log_probs, right.log_probs, rtol=rtol)
+
+
+def assert_bit_equal(left, right):
+    for a, b in zip(left, right, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_it_is_beam_search_over_the_whole_model(members):
+    configs = (CONFIG, CONFIG.replace(norm="pre"))[:members]
+    params = tuple(params_of(config) for config in configs)
+    found = search(configs=configs, params=params)
+    assert_same(found, search_uncached(configs, params, SOURCE))
+    assert len({tuple(row) for row in np.asarray(found.sequences[:, 0])}) == B, "one for all"
+    lengths = np.asarray(found.lengths)
+    assert lengths.min() < lengths.max()
+
+
+def test_an_ensemble_of_one_model_twice_is_that_model():
+    twice = search(configs=(CONFIG, CONFIG), params=(params_of(), params_of()))
+    assert_same(twice, search())
+
+
+@pytest.mark.parametrize("beam_size", [1, K])
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_stages_and_devices_do_not_show(monkeypatch, beam_size, num_devices):
+    """Half of the rows go as soon as they are done, and the caches grow."""
+    monkeypatch.setattr(module, "SMALLEST", 2)
+    options = GenerationConfig(
+        beam_size=beam_size, max_length_ratio=2.0, max_length_extra=1, min_length_ratio=1.6
+    )
+    source = sources(batch=16, seed=1)
+    shapes = []
+    keep = module._keep
+
+    def spy(search, rows, room, sharding):
+        shapes.append((len(rows), room))
+        return keep(search, rows, room, sharding)
+
+    monkeypatch.setattr(module, "_keep", spy)
+    generator = Generator((CONFIG,), (params_of(),), options, jax.devices()[:num_devices])
+    found = generator(np.asarray(source))
+    assert_same(found, search(options, source))
+    rows, rooms = zip(*shapes, strict=True)
+    assert min(rows) <= 8 and set(rooms) == {S * 3 // 2, 2 * S + 1}
+
+
+def test_a_second_batch_compiles_nothing():
+    generator = Generator((CONFIG,), (params_of(),), OPTIONS, jax.devices()[:1])
+    generator(np.asarray(SOURCE))
+    with count_compiles() as compiled:
+        generator(np.asarray(SOURCE)[::-1])
+        Generator((CONFIG,), (params_of(),), OPTIONS, jax.devices()[:1])(np.asarray(SOURCE))
+    assert compiled == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_neither_order_nor_company_changes_a_bit(seed):
+    draw = np.random.default_rng(seed)
+    order = draw.permutation(B)
+    assert_bit_equal(search(source=SOURCE[order]), jax.tree.map(lambda x: x[order], search()))
+    row = int(draw.integers(B))
+    others = sources(seed=seed + 10).at[row].set(SOURCE[row])
+    assert_bit_equal(
+        jax.tree.map(lambda x: x[row], search(source=others)),
+        jax.tree.map(lambda x: x[row], search()),
+    )
+
+
+def test_a_row_of_padding_has_the_empty_translation():
+    result = search(source=SOURCE.at[2].set(PAD_ID))
+    assert not np.asarray(result.sequences[2]).any()
+    assert result.log_probs[2, 0] == 0.0 and result.lengths[2, 0] == 0
+    assert result.log_probs[2, 1] == -np.inf
+
+
+def flat_pairs(result, source=SOURCE):
+    """Every hypothesis beside its source, as if it had been given."""
+    target = result.sequences.reshape(-1, result.sequences.shape[-1])
+    return jnp.repeat(source, result.sequences.shape[1], axis=0), target
+
+
+def test_scores_of_a_given_translation_are_those_of_decoding():
+    configs, params = (CONFIG, CONFIG.replace(norm="pre")), None
+    params = tuple(params_of(config) for config in configs)
+    result = search(configs=configs, params=params)
+    log_probs = token_log_probs(configs, params, *flat_pairs(result))
+    np.testing.assert_allclose(jnp.sum(log_probs, axis=1), result.log_probs.ravel(), rtol=1e-5)
+    assert (np.asarray(log_probs)[np.asarray(flat_pairs(result)[1]) == PAD_ID] == 0).all()
+
+
+def test_coverage_penalty():
+    options = GenerationConfig(
+        beam_size=K, max_length_extra=4, coverage_penalty=0.7, length_penalty_form="power"
+    )
+    result = search(options)
+    source, target = flat_pairs(result)
+    layer = CONFIG.decoder_layers - 1
+    weights = attention_alignment(CONFIG, params_of(), source, target, layer)
+    covered = jnp.sum(jnp.where((target != PAD_ID)[:, :, None], weights, 0.0), axis=1)
+    logs = jnp.where(source != PAD_ID, jnp.log(jnp.clip(covered, 1e-9, 1.0)), 0.0)
+    lengths = result.lengths.ravel().astype(jnp.float32)
+    expected = result.log_probs.ravel() / power_length_penalty(0.6)(lengths)
+    expected += 0.7 * jnp.sum(logs, axis=1)
+    np.testing.assert_allclose(result.scores.ravel(), expected, rtol=1e-4)
+
+
+def test_attention_rows_are_distributions_over_the_source():
+    source, target = flat_pairs(search())
+    weights = np.asarray(attention_alignment(CONFIG, params_of(), source, target))
+    np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
+    assert (weights[np.broadcast_to((source == PAD_ID)[:, None], weights.shape)] == 0).all()
+
+
+def test_lengths_follow_the_source():
+    options = GenerationConfig(
+        beam_size=K,
+        max_length_ratio=1.5,
+        max_length_extra=2,
+        min_length_ratio=1.0,
+        min_length_extra=2,
+    )
+    result = search(options)
+    real = np.sum(np.asarray(SOURCE) != PAD_ID, axis=1)[:, None]
+    lengths = np.asarray(result.lengths)
+    assert (lengths <= np.floor(1.5 * real) + 2).all()
+    assert (lengths >= real + 2).all()
+    options = GenerationConfig(beam_size=K, max_length_ratio=1.5, max_length_extra=2)
+    assert (np.asarray(search(options).lengths) < real + 2).any(), "the minimum changed nothing"
+
+
+def ngrams(tokens, size):
+    return [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+def test_no_ngram_occurs_twice(sampling):
+    options = {"beam_size": K, "max_length_extra": 40, "min_length_extra": 40}
+    options |= {"sampling": sampling, "top_k": 2}
+    keys = jax.random.split(jax.random.key(0), B)
+    repeated = []
+    for size in (0, 2):
+        config = GenerationConfig(no_repeat_ngram_size=size, **options)
+        result = search(config, keys=keys if sampling else None)
+        lists = [
+            ngrams(row[:length], 2)
+            for rows, lengths in zip(
+                np.asarray(result.sequences).tolist(), np.asarray(result.lengths), strict=True
+            )
+            for row, length in zip(rows, lengths, strict=True)
+        ]
+        repeated.append(sum(len(found) - len(set(found)) for found in lists))
+    assert repeated[0] > 0 and repeated[1] == 0
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+def test_a_prefix_is_kept_and_counted(sampling):
+    prefix = jnp.array([[9, 11, 13], [9, 0, 0], [0, 0, 0], [17, 18, 0], [20, 21, 22]], jnp.int32)
+    keys = jax.random.split(jax.random.key(0), B)
+    options = GenerationConfig(beam_size=K, sampling=sampling)
+    arguments = {"keys": keys} if sampling else {}
+    result = search(options, prefix=prefix, **arguments)
+    for row in range(B):
+        forced = [int(token) for token in prefix[row] if token]
+        for hypothesis in np.asarray(result.sequences[row]).tolist():
+            assert hypothesis[: len(forced)] == forced
+    log_probs = token_log_probs((CONFIG,), (params_of(),), *flat_pairs(result))
+    np.testing.assert_allclose(jnp.sum(log_probs, axis=1), result.log_probs.ravel(), rtol=1e-4)
+    free = search(options, **arguments)
+    assert_bit_equal(jax.tree.map(lambda x: x[2], result), jax.tree.map(lambda x: x[2], free))
+
+
+def test_samples_follow_their_keys():
+    options = GenerationConfig(beam_size=4, sampling=True)
+    keys = jax.random.split(jax.random.key(3), B)
+    result = search(options, keys=keys)
+    order = np.array([3, 1, 4, 0, 2])
+    moved = search(options, source=SOURCE[order], keys=keys[order])
+    assert_bit_equal(moved, jax.tree.map(lambda x: x[order], result))
+    other = search(options, keys=jax.random.split(jax.random.key(4), B))
+    assert (np.asarray(other.sequences) != np.asarray(result.sequences)).any()
+    assert len({tuple(row) for row in np.asarray(result.sequences[0]).tolist()}) > 1
+
+
+def test_samples_at_temperature_zero_are_greedy():
+    keys = jax.random.split(jax.random.key(3), B)
+    drawn = search(GenerationConfig(beam_size=1, sampling=True, temperature=0.0), keys=keys)
+    greedy = search(GenerationConfig(beam_size=1))
+    np.testing.assert_array_equal(drawn.sequences, greedy.sequences)
+    np.testing.assert_allclose(drawn.log_probs, greedy.log_probs, rtol=1e-6)
+
+
+def test_bfloat16_weights_are_cast_once():
+    config = CONFIG.replace(dtype="bfloat16")
+    (params,) = prepare((config,), (params_of(),))
+    assert isinstance(params["decoder"]["layers"], tuple)
+    dtypes = {
+        path[-1].key: leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    assert dtypes["kernel"] == dtypes["embedding"] == jnp.bfloat16
+    assert dtypes["scale"] == dtypes["bias"] == jnp.float32
+    half = search(GenerationConfig(beam_size=1), configs=(config,))
+    whole = search(GenerationConfig(beam_size=1))
+    same = np.asarray(half.sequences[:, 0, 0]) == np.asarray(whole.sequences[:, 0, 0])
+    assert same.mean() > 0.5
+
+
+def test_learned_positions_end_a_translation():
+    config = CONFIG.replace(positions="learned", max_length=9)
+    result = search(configs=(config,), params=(params_of(config),))
+    assert result.sequences.shape[-1] == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beam_size": 0}, "beam_size is 0: give at least 1"),
+        ({"length_penalty": -1.0}, "length_penalty is -1.0: give at least 0"),
+        ({"top_p": 1.5}, "top_p is 1.5: give more than 0, at most 1"),
+        ({"top_k": 0}, "top_k is 0: give at least 1"),
+        ({"temperature": float("nan")}, "temperature is nan: give at least 0"),
+    ],
+)
+def test_impossible_options(changes, message):
+    with pytest.raises(UserError) as raised:
+        GenerationConfig(**changes)
+    assert str(raised.value) == message
+
+
+def test_sampling_is_the_sampling_of_the_decoding_module():
+    """The same keys, folded in by row, give the same draws as `sample` over the same model."""
+    rng = jax.random.key(11)
+    options = GenerationConfig(beam_size=2, sampling=True, temperature=0.8, top_k=7, top_p=0.9)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, jnp.arange(B))
+    found = search(options, keys=keys)
+    params = prepare((CONFIG,), (params_of(),))
+    model = Transformer(CONFIG).bind({"params": params[0]})
+    cache = model.init_cache(model.encode(SOURCE), SOURCE, beam_size=2, max_length=S + 50)
+
+    def step_fn(tokens, cache):
+        logits, cache = Transformer(CONFIG).apply(
+            {"params": params[0]}, tokens, cache, method="decode_step"
+        )
+        return logits.at[:, :, jnp.array([PAD_ID, BOS_ID])].set(-jnp.inf), cache
+
+    lengths = jnp.sum(SOURCE != PAD_ID, axis=1)
+    expected = sample(
+        step_fn,
+        cache,
+        rng,
+        batch_size=B,
+        max_length=S + 50,
+        length_limits=lengths + 50,
+        num_samples=2,
+        temperature=0.8,
+        top_k=7,
+        top_p=0.9,
+    )
+    np.testing.assert_array_equal(found.sequences, expected.sequences)

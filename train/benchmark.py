@@ -1,0 +1,278 @@
+"""How fast a model translates, beside another engine with the same weights.
+
+    python -m train benchmark decode runs/multi30k --source test.en --beam-size 5 --peer ctranslate2
+    python -m train benchmark decode base --vocab-size 32000 --length 25 --peer ctranslate2
+
+Strings in, strings out, on both sides. The engines take turns, so that what else the machine does
+disturbs them alike, and their ratio is that of neighbouring rounds. Loading, compiling and one
+round to warm up are left out.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxformer.config import PRESETS, DType, TransformerConfig
+from jaxformer.errors import UserError
+from jaxformer.run import save_params, save_tokenizers, write_config
+from jaxformer.tokenizer import Tokenizer
+from jaxformer.transformer import Transformer
+from jaxformer.translator import Translator
+
+Translate = Callable[[Sequence[str]], list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeBenchmark:
+    """What is measured.
+
+    Attributes:
+      run: a run directory, or the name of a preset: its parameters are then random, and so are
+        the sentences.
+      source: text file with the sentences; needed with a run directory.
+      sentences: how many, at most; 0 is all of the file.
+      vocab_size: of a preset.
+      length: tokens of random sentences and of their translations.
+      beam_size, length_penalty: as for `Translator.generate`; the penalty is length^alpha, and a
+        sentence ends with its K-th finished hypothesis, for both engines.
+      batch_tokens: source positions we translate at once.
+      dtypes: ours.
+      one_by_one: translate each sentence alone, and report milliseconds a sentence.
+      peer: "ctranslate2" or None.
+      peer_types: its compute types, such as float32 and int8.
+      peer_batch: sentences it translates at once.
+      rounds: measurements of each engine.
+    """
+
+    run: str
+    source: str | None = None
+    sentences: int = 0
+    vocab_size: int = 32_000
+    length: int = 25
+    beam_size: int = 4
+    length_penalty: float = 1.0
+    batch_tokens: int = 4096
+    dtypes: tuple[DType, ...] = ("float32",)
+    one_by_one: bool = False
+    peer: str | None = None
+    peer_types: tuple[str, ...] = ("float32",)
+    peer_batch: int = 32
+    rounds: int = 5
+
+
+def benchmark_decode(settings: DecodeBenchmark) -> list[dict[str, Any]]:
+    """Measure, and return a record for each engine, ours first.
+
+    Raises:
+      UserError: the run, the file or the peer cannot be used.
+    """
+    if settings.rounds < 1:
+        raise UserError(f"rounds is {settings.rounds}: give at least 1")
+    with tempfile.TemporaryDirectory() as scratch:
+        run, fixed = settings.run, None
+        if settings.run in PRESETS:
+            run, fixed = f"{scratch}/run", settings.length
+            config = PRESETS[settings.run].replace(vocab_size=settings.vocab_size)
+            _write_random_run(Path(run), config)
+            lines = _random_lines(config, settings.sentences or 128, settings.length)
+        else:
+            lines = _read_lines(settings)
+        engines = {
+            f"jaxformer {dtype}": _ours(run, dtype, settings, fixed) for dtype in settings.dtypes
+        }
+        if settings.peer is not None:
+            for kind in settings.peer_types:
+                engines[f"ctranslate2 {kind}"] = _ctranslate2(run, scratch, kind, settings, fixed)
+        return list(_measure(engines, lines, settings, run))
+
+
+def _measure(
+    engines: dict[str, Translate], lines: list[str], settings: DecodeBenchmark, run: str
+) -> Iterator[dict[str, Any]]:
+    outputs = {name: translate(lines) for name, translate in engines.items()}  # compiles
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(settings.rounds):
+        for name, translate in engines.items():
+            began = time.perf_counter()
+            outputs[name] = translate(lines)
+            seconds[name].append(time.perf_counter() - began)
+    first = next(iter(engines))
+    tokenizer = Translator.load(run).target_tokenizer
+    for name in engines:
+        median = statistics.median(seconds[name])
+        tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch(outputs[name]))
+        ratios = [theirs / ours for theirs, ours in zip(seconds[name], seconds[first], strict=True)]
+        same = sum(map(str.__eq__, outputs[name], outputs[first])) / len(lines)
+        yield {
+            "engine": name,
+            "sentences": len(lines),
+            "tokens": tokens,
+            "seconds": [round(value, 4) for value in seconds[name]],
+            "seconds_median": median,
+            "sentences_per_second": len(lines) / median,
+            "tokens_per_second": tokens / median,
+            "milliseconds_per_sentence": 1000 * median / len(lines),
+            # How many times as long it takes as our first engine.
+            "ratio_median": statistics.median(ratios),
+            "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
+            "same_as_first": same,
+            "settings": dataclasses.asdict(settings),
+            "machine": {
+                "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+                "cores": os.cpu_count(),
+                "python": platform.python_version(),
+                "jax": jax.__version__,
+            },
+        }
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """The records for people."""
+    first = records[0]["engine"]
+    rows = [
+        ("engine", "sentences/s", "tokens/s", "ms/sentence", f"{first} is faster by", "same output")
+    ]
+    for record in records:
+        ratios = (record["ratio_median"], record["ratio_min"], record["ratio_max"])
+        rows.append(
+            (
+                record["engine"],
+                f"{record['sentences_per_second']:,.1f}",
+                f"{record['tokens_per_second']:,.0f}",
+                f"{record['milliseconds_per_sentence']:,.2f}",
+                "{:.2f}x ({:.2f} to {:.2f})".format(*ratios),
+                f"{record['same_as_first']:.1%}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+    return "\n".join(lines)
+
+
+def _ours(run: str, dtype: DType, settings: DecodeBenchmark, fixed: int | None) -> Translate:
+    translator = Translator.load(run, dtype=dtype)
+    lengths = {} if fixed is None else {"max_length_ratio": 0.0, "max_length_extra": fixed}
+    if fixed is not None:
+        lengths["min_length_extra"] = fixed
+
+    def translate(lines: Sequence[str]) -> list[str]:
+        return translator.translate(
+            lines,
+            beam_size=settings.beam_size,
+            length_penalty=settings.length_penalty,
+            length_penalty_form="power",
+            early_stopping=True,
+            batch_tokens=settings.batch_tokens,
+            **lengths,
+        )
+
+    return _one_by_one(translate) if settings.one_by_one else translate
+
+
+def _ctranslate2(
+    run: str, scratch: str, kind: str, settings: DecodeBenchmark, fixed: int | None
+) -> Translate:
+    """CTranslate2 on as many threads as there are cores."""
+    from jaxformer.interop.ctranslate2 import to_ctranslate2
+
+    directory = f"{scratch}/ctranslate2-{kind}"
+    to_ctranslate2(run, directory, quantization=None if kind == "float32" else kind)
+    import ctranslate2
+
+    engine = ctranslate2.Translator(
+        directory, compute_type=kind, inter_threads=1, intra_threads=os.cpu_count() or 1
+    )
+    ours = Translator.load(run)
+    target = ours.target_tokenizer
+    ids = {piece: index for index, piece in enumerate(target.pieces(range(target.vocab_size)))}
+    lengths = {} if fixed is None else {"max_decoding_length": fixed, "min_decoding_length": fixed}
+
+    def translate(lines: Sequence[str]) -> list[str]:
+        source = ours.source_tokenizer
+        pieces = [source.pieces(sentence) for sentence in source.encode_batch(lines)]
+        results = engine.translate_batch(
+            pieces,
+            beam_size=settings.beam_size,
+            length_penalty=settings.length_penalty,
+            max_batch_size=settings.peer_batch,
+            **lengths,
+        )
+        return [target.decode(map(ids.__getitem__, result.hypotheses[0])) for result in results]
+
+    return _one_by_one(translate) if settings.one_by_one else translate
+
+
+def _one_by_one(translate: Translate) -> Translate:
+    return lambda lines: [translate([line])[0] for line in lines]
+
+
+def _read_lines(settings: DecodeBenchmark) -> list[str]:
+    if settings.source is None:
+        raise UserError(
+            f"{settings.run} needs --source FILE, the sentences to translate; "
+            f"without it give a preset: {', '.join(PRESETS)}"
+        )
+    try:
+        text = Path(settings.source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {settings.source}: {error}") from error
+    lines = text.split("\n")[: settings.sentences or None]
+    return [line for line in lines if line.strip()]
+
+
+def _word(index: int) -> str:
+    return f"w{index}"
+
+
+def _random_lines(config: TransformerConfig, number: int, length: int) -> list[str]:
+    draw = np.random.default_rng(0)
+    ids = draw.integers(4, config.vocab_size, size=(number, length - 1))
+    return [" ".join(map(_word, row)) for row in ids]
+
+
+def _write_random_run(run: Path, config: TransformerConfig) -> None:
+    """Write a model that has learned nothing, whose vocabulary is made-up words."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=map(_word, range(4, config.vocab_size)),
+        model_writer=model,
+        model_type="word",
+        vocab_size=config.vocab_size,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    tokenizer = Tokenizer(model.getvalue())
+    ids = np.ones((1, 2), np.int32)
+    params = jax.jit(Transformer(config).init)(jax.random.key(0), ids, ids)["params"]
+    write_config(run, {"model": config.to_dict()})
+    save_tokenizers(run, tokenizer, tokenizer)
+    save_params(run, 0, jax.tree.map(np.asarray, params))
+
+
+def write_records(path: str, records: Sequence[dict[str, Any]]) -> None:
+    """Append the records to a file of JSON lines."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

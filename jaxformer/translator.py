@@ -387,7 +387,7 @@ def _join(parts: list[list[Hypothesis]]) -> list[Hypothesis]:
 
 
 @jax.jit
-def _sentence_keys(seed: int, numbers: jax.Array) -> jax.Array:
+def _sentence_keys(seed: jax.Array, numbers: jax.Array) -> jax.Array:
     lines = fold_in_rows(jax.random.key(seed), numbers[:, 0])
     return jax.vmap(jax.random.fold_in)(lines, numbers[:, 1])
 

@@ -19,11 +19,19 @@ ROOT = Path(__file__).parent.parent
 BASE = {"config", "errors"}
 MODEL = BASE | {"attention", "cache", "dropout", "layers", "losses", "masks", "positions"}
 FILES = BASE | {"run", "tokenizer"}
+SEARCH = {"beam", "config", "constraints", "sampling", "search"}
+WITH_MODEL = MODEL | SEARCH | {"batching", "generation", "scoring", "transformer"}
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
     "cache": set(),
-    "decoding": {"config"},
+    "compilation": set(),
+    "constraints": set(),
+    "search": {"constraints"},
+    "beam": {"config", "search"},
+    "sampling": {"config", "search"},
+    "decoding": SEARCH,
+    "batching": {"config"},
     "dropout": set(),
     "losses": {"config"},
     "masks": {"config"},
@@ -34,9 +42,12 @@ MAY_IMPORT = {
     "transformer": MODEL,
     "tokenizer": BASE,
     "run": FILES,
-    "translator": MODEL | FILES | {"decoding", "transformer"},
-    "interop": MODEL | FILES | {"transformer"},
-    "cli": FILES | {"interop", "translator"},
+    "scoring": {"config", "transformer"},
+    "generation": WITH_MODEL,
+    "translator": WITH_MODEL | FILES,
+    "interop": WITH_MODEL | FILES | {"translator"},
+    "terminal": set(),
+    "cli": FILES | {"compilation", "generation", "interop", "terminal", "translator"},
 }
 MAY_IMPORT["__init__"] = set(MAY_IMPORT) - {"cli"}
 

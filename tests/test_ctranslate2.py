@@ -19,6 +19,7 @@ from jaxformer.run import save_params
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from random_run import CONFIG, SENTENCES, write_random_run
+from small_run import trained_run
 
 ctranslate2 = pytest.importorskip("ctranslate2")
 
@@ -99,16 +100,22 @@ def padded(rows):
     return ids
 
 
-def translate(directory, lines, **options):
-    """Translate lines, each with the limit of our `Translator`."""
-    source, target = processors(directory)
+def search(directory, lines, **options):
+    """Search for translations of lines, each with the limits of our `Translator`."""
     translator = ctranslate2.Translator(str(directory))
-    texts = []
-    for pieces in source.encode(lines, out_type=str):
+    results = []
+    for pieces in processors(directory)[0].encode(lines, out_type=str):
         limit = GenerationConfig().max_length(len(pieces) + 1)
-        (result,) = translator.translate_batch([pieces], max_decoding_length=limit, **options)
-        texts.append(target.decode(result.hypotheses[0]))
-    return texts
+        results += translator.translate_batch(
+            [pieces], min_decoding_length=0, max_decoding_length=limit, **options
+        )
+    return results
+
+
+def translate(directory, lines, **options):
+    """Return the best translations as text."""
+    results = search(directory, lines, **options)
+    return processors(directory)[1].decode([result.hypotheses[0] for result in results])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -117,22 +124,39 @@ def test_log_probabilities_are_ours(export, name):
     np.testing.assert_allclose(scores(directory), expected_scores(run), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["paper", "swiglu_separate"])
-def test_translations_are_ours(export, name):
-    run, directory = export(name)
-    translator = Translator.load(run)
-    greedy = translator.translate(SENTENCES, beam_size=1)
-    assert len(set(greedy)) > 4, "the model says the same of everything"
-    assert translate(directory, SENTENCES, beam_size=1) == greedy
-    beams = translator.translate(
-        SENTENCES,
-        beam_size=4,
-        length_penalty=1.0,
-        length_penalty_form="power",
-        early_stopping=True,
+@pytest.fixture(scope="module", params=["trained", "swiglu_separate"])
+def exported(request, export, tmp_path_factory):
+    """A model whose translations end, and one of separate vocabularies; not all of its do."""
+    if request.param != "trained":
+        return export(request.param)
+    run, directory = trained_run(tmp_path_factory), tmp_path_factory.mktemp("trained") / "ct2"
+    to_ctranslate2(run, directory)
+    return run, directory
+
+
+def test_greedy_translations_are_ours(exported):
+    run, directory = exported
+    expected = Translator.load(run).translate(SENTENCES, beam_size=1)
+    assert len(set(expected)) > 4, "the model says the same of everything"
+    assert translate(directory, SENTENCES, beam_size=1) == expected
+
+
+def test_beam_search_finds_what_ours_finds(exported):
+    """Where the limit cut nothing off: with CTranslate2 that may win over what has ended."""
+    run, directory = exported
+    options = {"beam_size": 4, "length_penalty": 1.0}
+    ours = Translator.load(run).generate(
+        SENTENCES, **options, length_penalty_form="power", early_stopping=True
     )
-    assert beams != greedy
-    assert translate(directory, SENTENCES, beam_size=4, length_penalty=1.0) == beams
+    results = search(directory, SENTENCES, **options, return_scores=True, return_end_token=True)
+    ended = 0
+    for result, (best, *_) in zip(results, ours, strict=True):
+        *tokens, last = result.hypotheses[0]
+        if last == "</s>":
+            ended += 1
+            assert tokens == best.tokens
+            assert result.scores[0] == pytest.approx(best.score, abs=1e-4)
+    assert ended >= 4
 
 
 @pytest.mark.parametrize(("quantization", "tolerance"), [("int8", 0.5), ("float16", 0.01)])

@@ -12,7 +12,7 @@ import pytest
 import jaxformer.translator as module
 from compiles import count_compiles
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig
+from jaxformer.generation import GenerationConfig, Generator
 from jaxformer.translator import Translator
 from random_run import CONFIG, write_random_run
 from small_run import LEXICON, sentence_pairs, trained_run
@@ -196,7 +196,12 @@ def test_the_same_shapes_compile_nothing_again(translator):
 def test_options_reach_the_search(translator, monkeypatch):
     made = []
     monkeypatch.setattr(translator, "_generators", {})
-    monkeypatch.setattr(module, "Generator", lambda *args: made.append(args))
+
+    class Recorder(Generator):
+        def __init__(self, *args):
+            made.append(args)
+
+    monkeypatch.setattr(module, "Generator", Recorder)
     monkeypatch.setattr(translator, "_search", lambda *args: [])
     translator.translate([])
     translator.translate([], beam_size=7, length_penalty=1.0, length_penalty_form="power")

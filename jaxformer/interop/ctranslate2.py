@@ -17,10 +17,12 @@ With two vocabularies, `tokenizer.source.model` encodes and `tokenizer.target.mo
 and eos are added by themselves, and pad and bos are never generated.
 
 In float32 its log-probabilities are those of `Transformer`, and greedy search (`beam_size=1`) gives
-the tokens of `Translator`. What is different:
+the tokens of `Translator`, but for what is different by default:
 
+- `min_decoding_length=1` forbids empty translations; 0 allows them, as ours are.
 - Beam search divides by length ** length_penalty, and a sentence is done with its K-th finished
-  hypothesis: `Translator` does so with `length_penalty_form="power", early_stopping=True`.
+  hypothesis: `Translator` does so with `length_penalty_form="power", early_stopping=True`. One
+  that the length limit cuts off may win over those that have ended, where ours comes after them.
 - Output ends at `max_decoding_length=256` tokens by default and input at `max_input_length=1024`;
   ours ends at the source's length + 50, and longer lines are translated in parts. Both limits must
   be at most `max_length` if the model has learned positions, or it fails on longer sentences.

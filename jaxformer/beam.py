@@ -143,8 +143,8 @@ class BeamSearch:
         live, kept = _best(_only(candidates, ~ended), self.beam_size, by="log_probs")
         beams, tokens = take(beams, kept), take(tokens, kept)
         # Older hypotheses come first and so win ties, as the stop rule below assumes.
-        ended = _only(candidates, counted if self.early_stopping else ended)
-        finished, _ = _best(_concat(old_finished, ended), self.beam_size, by="scores")
+        ends = _only(candidates, counted if self.early_stopping else ended)
+        finished, _ = _best(_concat(old_finished, ends), self.beam_size, by="scores")
         if self.beam_size > 1:
             state = self.reorder(state, beams)
 

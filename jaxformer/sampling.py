@@ -113,6 +113,8 @@ class Sampling:
             probs = jax.nn.softmax(logits, axis=-1)
             better = jnp.cumsum(probs, axis=-1) - probs  # what the tokens before this one hold
             logits = jnp.where(better < self.top_p, logits, -jnp.inf)
+        if search.sentences.keys is None:
+            raise ValueError("sentences have no keys: give one for each to draw from it")
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(search.sentences.keys, search.step)
         choice = jax.vmap(jax.random.categorical)(keys, logits)
         return jnp.take_along_axis(ids, choice[:, :, None], axis=-1)[:, :, 0]

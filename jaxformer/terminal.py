@@ -1,11 +1,11 @@
 """Whole lines to standard output, and how fast they come to standard error."""
 
-import io
 import os
 import signal
 import sys
 import time
 from types import FrameType
+from typing import Any
 
 
 def write_line(text: str) -> None:
@@ -29,7 +29,7 @@ def write_line(text: str) -> None:
 class Progress:
     """Counts lines and tokens; shows them if it has a terminal, and in the end says how fast."""
 
-    def __init__(self, file: io.TextIOBase, *, quiet: bool = False) -> None:
+    def __init__(self, file: Any, *, quiet: bool = False) -> None:
         self._file = file
         self._quiet = quiet
         self._live = not quiet and file.isatty()

@@ -240,7 +240,7 @@ class Decoder(nn.Module):
             key, value = layer.cross_attention.project_key_value(encoded)
             return LayerCache.init(key, value, beam_size=beam_size, max_length=max_length)
 
-        layers = tuple(
+        layers: Any = tuple(
             layer.apply(params, method=layer_cache) for layer, params in self._each_layer()
         )
         return DecoderCache.init(tuple(layers), cross_mask)
@@ -296,7 +296,7 @@ def unstack_decoder(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def _unstack(layers: Any) -> tuple[Any, ...]:
     leaves, structure = jax.tree.flatten(layers)
-    return tuple(structure.unflatten(layer) for layer in zip(*leaves, strict=True))
+    return tuple(jax.tree.unflatten(structure, layer) for layer in zip(*leaves, strict=True))
 
 
 class Transformer(nn.Module):

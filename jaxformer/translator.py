@@ -16,6 +16,7 @@ from jaxformer.generation import GenerationConfig, Generator
 from jaxformer.run import load_params, load_tokenizers, read_model_config
 from jaxformer.sampling import fold_in_rows
 from jaxformer.scoring import attention_alignment, token_log_probs
+from jaxformer.search import BeamResult
 from jaxformer.tokenizer import Tokenizer
 
 # Lines that are read, sorted by length and translated together: enough to fill batches with
@@ -126,8 +127,9 @@ class Translator:
             says what is missing.
         """
         runs = [run] if isinstance(run, str | Path) else list(run)
-        one = checkpoint is None or isinstance(checkpoint, str | int)
-        checkpoints = [checkpoint] if one else list(checkpoint)
+        checkpoints: Sequence[str | int | None] = (
+            [checkpoint] if checkpoint is None or isinstance(checkpoint, str | int) else checkpoint
+        )
         members, tokenizers = [], []
         for directory in runs:
             config = read_model_config(directory)
@@ -323,13 +325,11 @@ class Translator:
             prefixes=prefixes if any(prefixes) else None,
             keys=keys,
         )
-        return [self._hypotheses(*result) for result in results]
+        return [self._hypotheses(result) for result in results]
 
-    def _hypotheses(
-        self, sequences: np.ndarray, scores: np.ndarray, log_probs: np.ndarray, lengths: np.ndarray
-    ) -> list[Hypothesis]:
+    def _hypotheses(self, result: BeamResult) -> list[Hypothesis]:
         hypotheses = []
-        for ids, score, log_prob, length in zip(sequences, scores, log_probs, lengths, strict=True):
+        for ids, score, log_prob, length in zip(*result, strict=True):
             if np.isfinite(log_prob):
                 ids = [int(token) for token in ids[:length] if token != EOS_ID]
                 text, pieces = self.target_tokenizer.decode(ids), self.target_tokenizer.pieces(ids)

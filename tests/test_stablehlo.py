@@ -93,7 +93,7 @@ def test_steps_score_what_the_model_scores(programs, params):
     result = programs["encode"].call(flat(params), source_ids=ids)
     model, variables = Transformer(CONFIG), {"params": params}
     expected = model.apply(variables, ids, method="encode")
-    np.testing.assert_allclose(result["encoded"], expected, atol=1e-5)
+    np.testing.assert_allclose(result["encoded"], expected, atol=1e-4)
     decode_step = jax.jit(programs["decode_step"].call)
     steps = [([BOS_ID] * 3, [0, 1, 2]), ([5, 6, 7], [0, 1, 2]), ([8, 9, 8], [2, 2, 2])]
     for tokens, beams in steps:

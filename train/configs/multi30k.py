@@ -8,14 +8,16 @@ Published: BLEU 41.02 on test_2016_flickr (tokenised), with updates of about 8k 
 rate 0.005 and at most 8000 updates. The updates here are a quarter as large and the rate is
 lower, because both learn more an epoch.
 
-RESULT
+Two cores of an AMD EPYC (Zen 4), shared, JAX 0.12, about an hour: BLEU 39.57 on test_2016_flickr,
+40.35 on validation (tok:none, sacreBLEU 2.6.0), validation perplexity 5.63. Short of the published
+score; on the training data perplexity is 4.06, with dropout, so more epochs alone may not do.
 """
 
 from jaxformer.config import PRESETS
 from train.config import CheckpointConfig, DataConfig, EvaluateConfig, OptimizerConfig, TrainConfig
 
 config = TrainConfig(
-    steps=8000,
+    steps=7000,
     model=PRESETS["tiny"].replace(max_length=128),
     data=DataConfig(
         train=("train.lc.norm.tok",),

@@ -105,7 +105,7 @@ class BeamSearch:
 
     def start(self, sentences: Sentences, max_length: int, state: State) -> Search:
         """Nothing generated yet, room for `max_length` tokens."""
-        batch_size = len(sentences.max_lengths)
+        batch_size = sentences.max_lengths.shape[0]
         none = no_hypotheses(batch_size, self.beam_size, max_length, self.pad_id)
         # All beams start equal, so only the first may live, or the beam would hold K copies of it.
         first = jnp.arange(self.beam_size) == 0

@@ -353,7 +353,7 @@ def _begin(
         prefix=prefix,
         keys=keys,
     )
-    shape = len(source_ids), options.beam_size, source_ids.shape[1]
+    shape = source_ids.shape[0], options.beam_size, source_ids.shape[1]
     coverage = jnp.zeros(shape) if options.coverage_penalty and not options.sampling else None
     return _method(options).start(sentences, max_length, _State(tuple(caches), coverage))
 

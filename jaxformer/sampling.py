@@ -60,7 +60,7 @@ class Sampling:
 
     def start(self, sentences: Sentences, max_length: int, state: State) -> Search:
         """Nothing drawn yet, room for `max_length` tokens."""
-        shape = len(sentences.max_lengths), self.num_samples
+        shape = sentences.max_lengths.shape[0], self.num_samples
         none = no_hypotheses(*shape, max_length, self.pad_id)
         zeros = jnp.zeros(shape, jnp.float32)
         done = sentences.max_lengths <= 0

@@ -92,7 +92,7 @@ def run(
 def next_logits(step_fn: StepFn, search: Search, num_hypotheses: int) -> tuple[Array, State]:
     """Logits [B, K, V] of the next tokens, float32, and the new state."""
     logits, state = step_fn(search.tokens, search.state)
-    shape = (len(search.done), num_hypotheses)
+    shape = (search.done.shape[0], num_hypotheses)
     fits = logits.ndim == 3 and logits.shape[:2] == shape
     require(fits, "the shape of the logits", logits.shape, f"make step_fn return {[*shape, 'V']}")
     return logits.astype(jnp.float32), state
@@ -144,8 +144,8 @@ def take(leaf: Array, index: Array) -> Array:
     return jax.vmap(lambda row, i: row[i])(leaf, index)
 
 
-def no_hypotheses(batch_size: int, beam_size: int, max_length: int, pad_id: int) -> BeamResult:
-    """Return K slots without a hypothesis for each sentence."""
+def no_hypotheses(batch_size: Any, beam_size: int, max_length: int, pad_id: int) -> BeamResult:
+    """Return K slots without a hypothesis for each of B sentences; B may be symbolic."""
     impossible = jnp.full((batch_size, beam_size), -jnp.inf, jnp.float32)
     sequences = jnp.full((batch_size, beam_size, max_length), pad_id, jnp.int32)
     return BeamResult(sequences, impossible, impossible, jnp.zeros(impossible.shape, jnp.int32))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 from jaxformer.compilation import keep_compiled_programs
 from jaxformer.config import DType
+from jaxformer.convert import add_convert
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, PenaltyForm
 from jaxformer.terminal import Progress, write_line
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_translate(commands)
     _add_score(commands)
-    _add_convert(commands)
+    add_convert(commands)
     return parser
 
 
@@ -151,47 +152,6 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_convert(commands: Any) -> None:
-    convert = commands.add_parser(
-        "convert",
-        help="convert a model from or to another format",
-        description=_CONVERT_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    convert.add_argument(
-        "source", metavar="SOURCE", help="directory that training wrote, or a Marian model"
-    )
-    convert.add_argument("destination", metavar="DESTINATION", help="new directory")
-    convert.add_argument(
-        "--to",
-        metavar="FORMAT",
-        choices=tuple(_CONVERT_OPTIONS),
-        default="jaxformer",
-        help="one of the above (default: jaxformer)",
-    )
-    convert.add_argument(
-        "--checkpoint",
-        metavar="NAME",
-        help="of a trained model: average, best, last or a step "
-        "(default: the first of these that is there)",
-    )
-    ctranslate2 = convert.add_argument_group("with --to ctranslate2")
-    ctranslate2.add_argument(
-        "--quantization",
-        metavar="TYPE",
-        help="of the weights: int8, int8_float16, float16, bfloat16, ... (default: float32)",
-    )
-    stablehlo = convert.add_argument_group("with --to stablehlo")
-    for flag, kind, explanation in (
-        ("--batch-size", int, "sentences at once (default: open)"),
-        ("--source-length", int, "source pieces, eos and padding included (default: 128)"),
-        ("--beam-size", int, "beams (default: 4)"),
-        ("--length-penalty", float, "alpha; more favours longer sentences (default: 0.6)"),
-    ):
-        stablehlo.add_argument(flag, type=kind, metavar="N", help=explanation)
-    convert.set_defaults(command=_convert)
-
-
 def _translate(options: argparse.Namespace) -> None:
     """Checks all that can be checked before the model is loaded."""
     _check_at_least_one(options, "batch_tokens")
@@ -280,65 +240,6 @@ def _load(options: argparse.Namespace) -> "Translator":
 def _check_at_least_one(options: argparse.Namespace, name: str) -> None:
     if getattr(options, name) < 1:
         raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give at least 1")
-
-
-# What --to can name, each with the options that it takes.
-_CONVERT_OPTIONS = {
-    "jaxformer": (),
-    "marian": ("checkpoint",),
-    "ctranslate2": ("checkpoint", "quantization"),
-    "stablehlo": ("checkpoint", "batch_size", "source_length", "beam_size", "length_penalty"),
-}
-
-_CONVERT_DESCRIPTION = """\
-Convert a model.
-
-  --to jaxformer    a Marian model of Hugging Face, such as those of OPUS-MT, becomes a directory
-                    for `jaxformer translate`
-  --to marian       a trained model, for Hugging Face's MarianMTModel
-  --to ctranslate2  a trained model, for CTranslate2: fast in C++, on CPUs and GPUs
-  --to stablehlo    a trained model, as functions that need JAX but none of this package's code
-
-examples:
-  jaxformer convert opus-mt-en-de runs/opus-mt-en-de
-  jaxformer convert runs/multi30k multi30k-ct2 --to ctranslate2 --quantization int8
-  jaxformer convert runs/multi30k multi30k-hlo --to stablehlo --source-length 64
-"""
-
-
-def _convert(options: argparse.Namespace) -> None:
-    """Each branch imports what it needs: some of these formats need packages of their own."""
-    source, destination = options.source, options.destination
-    names = {name for names in _CONVERT_OPTIONS.values() for name in names}
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    for name in sorted(given.keys() - _CONVERT_OPTIONS[options.to]):
-        takers = [to for to, names in _CONVERT_OPTIONS.items() if name in names]
-        raise UserError(
-            f"--{name.replace('_', '-')} means nothing to --to {options.to}: leave it out, "
-            f"or use --to {' or '.join(takers)}"
-        )
-    match options.to:
-        case "jaxformer":
-            from jaxformer.interop.marian import from_marian
-
-            from_marian(source, destination)
-            use = f"jaxformer translate {destination}"
-        case "marian":
-            from jaxformer.interop.marian import to_marian
-
-            to_marian(source, destination, **given)
-            use = f"transformers.MarianMTModel.from_pretrained({destination!r})"
-        case "ctranslate2":
-            from jaxformer.interop.ctranslate2 import to_ctranslate2
-
-            to_ctranslate2(source, destination, **given)
-            use = f"ctranslate2.Translator({destination!r})"
-        case "stablehlo":
-            from jaxformer.interop.stablehlo import to_stablehlo
-
-            to_stablehlo(source, destination, **given)
-            use = "jax.export.deserialize(…), as help(jaxformer.interop.stablehlo) shows"
-    print(f"wrote {destination}: use it with {use}", file=sys.stderr)
 
 
 def _open(name: str) -> BinaryIO:

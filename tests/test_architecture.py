@@ -46,10 +46,11 @@ MAY_IMPORT = {
     "generation": WITH_MODEL,
     "translator": WITH_MODEL | FILES,
     "interop": WITH_MODEL | FILES | {"translator"},
+    "convert": {"errors", "interop"},
     "terminal": set(),
-    "cli": FILES | {"compilation", "generation", "interop", "terminal", "translator"},
+    "cli": FILES | {"compilation", "convert", "generation", "terminal", "translator"},
 }
-MAY_IMPORT["__init__"] = set(MAY_IMPORT) - {"cli"}
+MAY_IMPORT["__init__"] = set(MAY_IMPORT) - {"cli", "convert"}
 
 # What only training from text needs, or is slow to import. (Flax itself imports rich and absl.)
 NEVER_IN_JAXFORMER = {"absl", "datasets", "logging", "matplotlib", "rich", "tensorboardX", "train"}

@@ -165,8 +165,8 @@ def exhaustive(log_probs, limit, penalty):
     return by_score(finished) + by_score(unfinished)
 
 
-def plain_beam(log_probs, beam_size, limit, penalty):
-    """Beam search by the rules of the docstring on Python lists, but without a stop rule."""
+def plain_beam(log_probs, beam_size, limit, penalty, early_stopping=False):
+    """Beam search by the docstring's rules on Python lists, without the rule of the exact stop."""
     live, finished = [((), 0.0, 0)], []
     for _ in range(limit):
         extensions = [
@@ -176,7 +176,7 @@ def plain_beam(log_probs, beam_size, limit, penalty):
         ]
         extensions.sort(key=lambda extension: -extension[1])
         extensions = extensions[: 2 * beam_size]
-        for tokens, total, _ in extensions:
+        for tokens, total, _ in extensions[: beam_size if early_stopping else None]:
             if tokens[-1] == EOS_ID:
                 finished.append((tokens, total / penalty(len(tokens))))
         live = [
@@ -184,8 +184,10 @@ def plain_beam(log_probs, beam_size, limit, penalty):
             for tokens, total, node in extensions
             if tokens[-1] != EOS_ID
         ][:beam_size]
+        if early_stopping and len(finished) >= beam_size:
+            break
     finished.sort(key=lambda hypothesis: -hypothesis[1])
-    unfinished = [(tokens, total / penalty(limit)) for tokens, total, _ in live]
+    unfinished = [(tokens, total / penalty(len(tokens))) for tokens, total, _ in live]
     return (finished[:beam_size] + unfinished)[:beam_size]
 
 
@@ -521,32 +523,6 @@ def test_unusable_arguments_are_named(call, message):
 # ---------------------------------------------------------------------------------------------
 
 
-def plain_early_stopping(log_probs, beam_size, limit, penalty):
-    """The rule of fairseq and CTranslate2 on Python lists: K finished hypotheses are enough."""
-    live, finished = [((), 0.0, 0)], []
-    for _ in range(limit):
-        extensions = [
-            ((*tokens, token), total + log_probs[node, token], node)
-            for tokens, total, node in live
-            for token in range(log_probs.shape[-1])
-        ]
-        extensions.sort(key=lambda extension: -extension[1])
-        extensions = extensions[: 2 * beam_size]
-        for tokens, total, _ in extensions[:beam_size]:
-            if tokens[-1] == EOS_ID:
-                finished.append((tokens, total / penalty(len(tokens))))
-        live = [
-            (tokens, total, next_node(node, tokens[-1], log_probs.shape[-1]))
-            for tokens, total, node in extensions
-            if tokens[-1] != EOS_ID
-        ][:beam_size]
-        if len(finished) >= beam_size:
-            break
-    finished.sort(key=lambda hypothesis: -hypothesis[1])
-    unfinished = [(tokens, total / penalty(len(tokens))) for tokens, total, _ in live]
-    return (finished[:beam_size] + unfinished)[:beam_size]
-
-
 @functools.partial(jax.jit, static_argnames=("beam_size", "options"))
 def search_with(table, beam_size=K, options=(), **arrays):
     step_fn, init_state = table_model(table)
@@ -568,7 +544,7 @@ def test_early_stopping(beam_size, seed):
     result = search_with(table, beam_size, (("early_stopping", True),))
     exact = search_with(table, beam_size)
     for row, log_probs in enumerate(log_probs_of(table)):
-        expected = plain_early_stopping(log_probs, beam_size, T, PAPER)
+        expected = plain_beam(log_probs, beam_size, T, PAPER, early_stopping=True)
         assert_same_hypotheses(hypotheses(result, row), expected)
         assert float(exact.scores[row, 0]) >= float(result.scores[row, 0]) - 1e-6
 

@@ -19,6 +19,7 @@ from jaxformer.dropout import Dropout, dropout
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, Generator, generate
 from jaxformer.layers import Embedding, FeedForward, PositionalEncoding, Residual
+from jaxformer.linear import Linear, quantize
 from jaxformer.losses import LossSums, cross_entropy, cross_entropy_sums
 from jaxformer.masks import causal_mask, padding_mask, segment_mask
 from jaxformer.positions import segment_positions, sinusoid
@@ -51,6 +52,7 @@ __all__ = [
     "GenerationConfig",
     "Generator",
     "LayerCache",
+    "Linear",
     "LossSums",
     "MultiHeadAttention",
     "PositionalEncoding",
@@ -75,6 +77,7 @@ __all__ = [
     "greedy_search",
     "padding_mask",
     "power_length_penalty",
+    "quantize",
     "sample",
     "segment_mask",
     "segment_positions",

@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from jaxformer.dropout import Dropout
+from jaxformer.linear import Linear
 
 
 def attention_weights(
@@ -72,6 +73,7 @@ class MultiHeadAttention(nn.Module):
       use_bias: whether the projections add a bias.
       output_gain: of the output kernel's initialisation, over Xavier's.
       dtype: of the computation; parameters are float32.
+      quantized: whether the projections are int8, see `Linear`.
     """
 
     num_heads: int
@@ -81,6 +83,7 @@ class MultiHeadAttention(nn.Module):
     use_bias: bool = False
     output_gain: float = 1.0
     dtype: DTypeLike = jnp.float32
+    quantized: bool = False
 
     def setup(self) -> None:
         self.query = self._projection(self.head_dim)
@@ -88,12 +91,12 @@ class MultiHeadAttention(nn.Module):
         self.value = self._projection(self.value_dim or self.head_dim)
 
     @nn.nowrap
-    def _projection(self, width: int) -> nn.Module:
-        return nn.DenseGeneral(
+    def _projection(self, width: int) -> Linear:
+        return Linear(
             (self.num_heads, width),
             use_bias=self.use_bias,
-            kernel_init=nn.initializers.xavier_uniform(),
             dtype=self.dtype,
+            quantized=self.quantized,
         )
 
     def __call__(
@@ -139,11 +142,12 @@ class MultiHeadAttention(nn.Module):
             weights.astype(value.dtype), deterministic=deterministic
         )
         heads = weighted_sum(weights, value)
-        return nn.DenseGeneral(
-            query_input.shape[-1],
-            axis=(-2, -1),
+        return Linear(
+            (query_input.shape[-1],),
+            input_axes=2,
             use_bias=self.use_bias,
-            kernel_init=nn.initializers.variance_scaling(self.output_gain**2, "fan_avg", "uniform"),
+            gain=self.output_gain,
             dtype=self.dtype,
+            quantized=self.quantized,
             name="output",
         )(heads)

@@ -11,7 +11,7 @@ from itertools import islice, repeat, tee
 from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 from jaxformer.compilation import keep_compiled_programs
-from jaxformer.config import DType
+from jaxformer.config import Precision
 from jaxformer.convert import add_convert
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, PenaltyForm
@@ -145,7 +145,9 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         "several: an ensemble",
     )
     command.add_argument(
-        "--dtype", choices=get_args(DType), help="of the computation, by default that of training"
+        "--dtype",
+        choices=get_args(Precision),
+        help="of the computation, by default that of training",
     )
     command.add_argument(
         "--batch-tokens", type=int, default=4096, help="source positions computed at once"

@@ -16,6 +16,7 @@ Activation = Literal["relu", "gelu", "swish", "glu", "reglu", "geglu", "swiglu"]
 Embeddings = Literal["shared", "target", "separate"]
 Positions = Literal["sinusoidal", "sinusoidal_concat", "learned"]
 DType = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "int8"]
 
 _CHOICES = {
     "norm": get_args(Norm),
@@ -58,6 +59,8 @@ class TransformerConfig:
       layer_norm_epsilon: added to the variance.
       dtype: of the computation. Parameters, softmax, logits, loss and LayerNorm statistics are
         float32 in any case.
+      quantized: matrices are int8 with a scale for each output, as `quantize` makes them, and
+        products with them are of int8: to translate with, not to train.
       remat: recompute each layer's activations in the backward pass instead of keeping them.
       scan_layers: compile one layer and loop over it, instead of unrolling the stack. Parameters
         are stacked, [L, ...], either way.
@@ -88,6 +91,7 @@ class TransformerConfig:
     output_bias: bool = False
     layer_norm_epsilon: float = 1e-6
     dtype: DType = "float32"
+    quantized: bool = False
     remat: bool = False
     scan_layers: bool = False
 

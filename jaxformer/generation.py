@@ -134,7 +134,8 @@ def prepare(configs: tuple[TransformerConfig, ...], params: tuple[Any, ...]) -> 
     """Parameters as decoding wants them: layers apart, matrices in the dtype of the computation."""
 
     def cast(path: tuple, leaf: Array, dtype: str) -> Array:
-        return leaf.astype(dtype) if path[-1].key in ("kernel", "embedding") else leaf
+        matrix = path[-1].key in ("kernel", "embedding") and leaf.dtype != jnp.int8
+        return leaf.astype(dtype) if matrix else leaf
 
     return tuple(
         jax.tree_util.tree_map_with_path(partial(cast, dtype=config.dtype), unstack_decoder(member))

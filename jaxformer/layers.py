@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxformer.config import Activation, Norm, Positions
 from jaxformer.dropout import Dropout
 from jaxformer.errors import UserError
+from jaxformer.linear import Linear, int8_product
 from jaxformer.positions import segment_positions, sinusoid
 
 
@@ -19,26 +20,37 @@ class Embedding(nn.Module):
 
     The table [V, D] starts as N(0, 1/D): times √D the inputs have unit variance, and as softmax
     weights it gives logits of unit variance. Scale and initialisation belong together.
+
+    With `quantized` the table is int8 and has a scale [V], as `quantize` makes them.
     """
 
     vocab_size: int
     d_model: int
     dtype: DTypeLike = jnp.float32
+    quantized: bool = False
 
     def setup(self) -> None:
-        self.embedding = self.param(
-            "embedding",
-            nn.initializers.normal(self.d_model**-0.5),
-            (self.vocab_size, self.d_model),
-        )
+        shape = self.vocab_size, self.d_model
+        if self.quantized:
+            self.embedding = self.param("embedding", nn.initializers.zeros, shape, jnp.int8)
+            self.scale = self.param("scale", nn.initializers.ones, (self.vocab_size,))
+        else:
+            self.embedding = self.param(
+                "embedding", nn.initializers.normal(self.d_model**-0.5), shape
+            )
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Look up ids; an id past the table gives NaN instead of another token's vector."""
         vectors = jnp.take(self.embedding, ids, axis=0, mode="fill").astype(self.dtype)
+        if self.quantized:
+            scale = jnp.take(self.scale, ids, axis=0, mode="fill")
+            vectors *= scale[..., None].astype(self.dtype)
         return vectors * self.d_model**0.5
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Multiply with the table, hidden · tableᵀ, accumulated and returned in float32."""
+        if self.quantized:
+            return int8_product(hidden, self.embedding.T, self.scale)
         table = self.embedding.astype(self.dtype)
         return jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
 
@@ -107,6 +119,7 @@ class FeedForward(nn.Module):
       dropout_rate: on the hidden layer.
       output_gain: of the second kernel's initialisation, over Xavier's.
       dtype: of the computation; parameters are float32.
+      quantized: whether the matrices are int8, see `Linear`.
     """
 
     d_ff: int
@@ -114,6 +127,7 @@ class FeedForward(nn.Module):
     dropout_rate: float = 0.0
     output_gain: float = 1.0
     dtype: DTypeLike = jnp.float32
+    quantized: bool = False
 
     @nn.compact
     def __call__(
@@ -121,15 +135,16 @@ class FeedForward(nn.Module):
     ) -> Float[Array, "B T D"]:
         """Apply the same two linear maps at every position."""
 
-        def dense(features: int, name: str, gain: float = 1.0) -> nn.Module:
-            init = nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform")
-            return nn.Dense(features, kernel_init=init, dtype=self.dtype, name=name)
+        def linear(features: int, name: str, gain: float = 1.0) -> Linear:
+            return Linear(
+                (features,), gain=gain, dtype=self.dtype, quantized=self.quantized, name=name
+            )
 
         function, gated = activation_function(self.activation)
-        hidden = dense(self.d_ff, "hidden")(x)
-        hidden = function(dense(self.d_ff, "gate")(x)) * hidden if gated else function(hidden)
+        hidden = linear(self.d_ff, "hidden")(x)
+        hidden = function(linear(self.d_ff, "gate")(x)) * hidden if gated else function(hidden)
         hidden = Dropout(self.dropout_rate)(hidden, deterministic=deterministic)
-        return dense(x.shape[-1], "output", self.output_gain)(hidden)
+        return linear(x.shape[-1], "output", self.output_gain)(hidden)
 
 
 class Residual(nn.Module):

@@ -45,6 +45,7 @@ def _attention(config: TransformerConfig, output_gain: float) -> MultiHeadAttent
         use_bias=config.attention_bias,
         output_gain=output_gain,
         dtype=config.dtype,
+        quantized=config.quantized,
     )
 
 
@@ -55,6 +56,7 @@ def _feed_forward(config: TransformerConfig, output_gain: float) -> FeedForward:
         config.activation_dropout,
         output_gain=output_gain,
         dtype=config.dtype,
+        quantized=config.quantized,
     )
 
 
@@ -340,7 +342,8 @@ class Transformer(nn.Module):
 
     @nn.nowrap
     def _embedding(self, vocab_size: int) -> Embedding:
-        return Embedding(vocab_size, self.config.d_model, self.config.dtype)
+        config = self.config
+        return Embedding(vocab_size, config.d_model, config.dtype, config.quantized)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """What the softmax layer makes of `hidden`'s output, float32."""
@@ -403,7 +406,12 @@ class Transformer(nn.Module):
         """Training loss by teacher forcing, without ever holding the logits [B, T, V].
 
         `labels` is the target itself: the token after each position of `target_ids`, 0 = padding.
+
+        Raises:
+          ValueError: the model is quantized, and so not to be trained.
         """
+        if self.config.quantized:
+            raise ValueError("a quantized model has no loss: train it with quantized=False")
         hidden = self.hidden(
             source_ids,
             target_ids,

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from jaxformer.batching import batches, pad
-from jaxformer.config import EOS_ID, DType, TransformerConfig
+from jaxformer.config import EOS_ID, Precision, TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, Generator
+from jaxformer.linear import quantize
 from jaxformer.run import load_params, load_tokenizers, read_model_config
 from jaxformer.sampling import fold_in_rows
 from jaxformer.scoring import attention_alignment, token_log_probs
@@ -109,7 +110,7 @@ class Translator:
         run: str | Path | Sequence[str | Path],
         checkpoint: str | int | Sequence[str | int] | None = None,
         *,
-        dtype: DType | None = None,
+        dtype: Precision | None = None,
         devices: list[jax.Device] | None = None,
     ) -> "Translator":
         """Load a run directory, or an ensemble.
@@ -119,7 +120,8 @@ class Translator:
           checkpoint: "average", "best", "last" or a step; by default the average, unless training
             went on after it was made, otherwise the best, otherwise the last. Of several, each is
             a member of the ensemble, for each run.
-          dtype: of the computation; by default that of training.
+          dtype: of the computation; by default that of training. int8 is float32 with the matrices
+            and the products with them in 8-bit integers.
           devices: as for the class.
 
         Raises:
@@ -133,14 +135,19 @@ class Translator:
         members, tokenizers = [], []
         for directory in runs:
             config = read_model_config(directory)
-            config = config if dtype is None else config.replace(dtype=dtype)
+            if dtype == "int8":
+                config = config.replace(dtype="float32", quantized=True)
+            elif dtype is not None:
+                config = config.replace(dtype=dtype)
             tokenizers.append(_load_tokenizers(directory, config))
             if any(map(_differ, tokenizers[0], tokenizers[-1])):
                 raise UserError(
                     f"{directory} has other tokenizers than {runs[0]}: an ensemble needs the same"
                 )
             for name in checkpoints:
-                members.append((config, jax.device_put(load_params(directory, name))))
+                params = load_params(directory, name)
+                params = quantize(params) if config.quantized else params
+                members.append((config, jax.device_put(params)))
         return cls(*members[0], *tokenizers[0], others=members[1:], devices=devices)
 
     def translate(self, lines: Sequence[str], **options: Any) -> list[str]:

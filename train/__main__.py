@@ -104,13 +104,19 @@ def _add_benchmark(commands: Any) -> None:
     decode.add_argument("--beam-size", type=int, default=4, help="1 is greedy search")
     decode.add_argument("--length-penalty", type=float, default=1.0, help="alpha of length^alpha")
     decode.add_argument("--batch-tokens", type=int, default=4096, help="source positions at once")
-    decode.add_argument("--dtypes", nargs="+", default=["float32"], help="float32 and bfloat16")
+    decode.add_argument("--dtypes", nargs="+", default=["float32"], help="float32, bfloat16, int8")
     decode.add_argument("--one-by-one", action="store_true", help="each sentence alone")
     decode.add_argument("--peer", choices=("ctranslate2",), help="the other engine")
     decode.add_argument(
         "--peer-types", nargs="+", default=["float32"], help="its types, such as float32 and int8"
     )
-    decode.add_argument("--peer-batch", type=int, default=32, help="sentences it takes at once")
+    decode.add_argument(
+        "--peer-batches",
+        type=int,
+        nargs="+",
+        default=[32, 128],
+        help="sentences it takes at once: the fastest of these",
+    )
     decode.add_argument("--rounds", type=int, default=5, help="measurements of each")
     decode.add_argument("--output", metavar="FILE", help="add the results, as JSON lines")
     decode.set_defaults(command=_benchmark_decode)

@@ -172,6 +172,11 @@ class TrainConfig:
         for name in ("steps", "accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
+        if self.model.quantized:
+            raise UserError(
+                "model.quantized is True, but int8 is not to be trained: leave it out, and "
+                "translate with --dtype int8"
+            )
         if self.model.embeddings == "shared" and not self.data.joint_vocabulary:
             raise UserError(
                 "data.joint_vocabulary is False but model.embeddings is 'shared': share a "

@@ -1,0 +1,144 @@
+"""Linear maps, in floating point or in 8-bit integers."""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int8
+
+
+class Matrix(NamedTuple):
+    """The parameters of a `Linear`."""
+
+    kernel: Array  # [*in, *out], float32 or int8
+    scale: Array | None  # [*out], what one step of an int8 kernel is worth
+    bias: Array | None  # [*out]
+
+
+class Linear(nn.Module):
+    """x W + b over the last axes of x.
+
+    Parameters: kernel [*in, *out], Xavier-uniform as one matrix, and bias [*out], zeros, if
+    `use_bias`. With `quantized` the kernel is int8 and has a scale [*out]; they start as zeros and
+    ones, to be filled with what `quantize` makes of a trained model.
+
+    Attributes:
+      features: *out, such as (N, H) to project to heads.
+      input_axes: how many axes *in has: 2 to join heads.
+      use_bias: whether to add b.
+      gain: of the kernel's initialisation, over Xavier's.
+      dtype: of the computation and of the result; parameters are float32.
+      quantized: whether the product is one of int8, see `int8_product`.
+    """
+
+    features: Sequence[int]
+    input_axes: int = 1
+    use_bias: bool = True
+    gain: float = 1.0
+    dtype: DTypeLike = jnp.float32
+    quantized: bool = False
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Map [..., *in] to [..., *out]."""
+        matrix = self.matrix(x.shape[x.ndim - self.input_axes :])
+        return multiply(x, matrix, self.input_axes, self.dtype)
+
+    @nn.compact
+    def matrix(self, inputs: Sequence[int]) -> Matrix:
+        """The parameters for inputs of shape *in."""
+        shape, scale = (*inputs, *self.features), None
+        if self.quantized:
+            kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.int8)
+            scale = self.param("scale", nn.initializers.ones, tuple(self.features))
+        else:
+            kernel = self.param("kernel", self._initial, shape)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, tuple(self.features))
+        return Matrix(kernel, scale, bias)
+
+    @nn.nowrap
+    def _initial(self, rng: Array, shape: Sequence[int]) -> Array:
+        xavier = nn.initializers.variance_scaling(self.gain**2, "fan_avg", "uniform")
+        outputs = prod(self.features)
+        return xavier(rng, (prod(shape) // outputs, outputs)).reshape(shape)
+
+
+def multiply(
+    x: Float[Array, "..."], matrix: Matrix, input_axes: int, dtype: DTypeLike
+) -> Float[Array, "..."]:
+    """Return x W + b, over the last `input_axes` axes of x."""
+    kernel, scale, bias = matrix
+    if scale is None:
+        product = jnp.tensordot(x.astype(dtype), kernel.astype(dtype), input_axes)
+    else:
+        product = int8_product(x, kernel, scale, input_axes).astype(dtype)
+    return product if bias is None else product + bias.astype(dtype)
+
+
+def int8_product(
+    x: Float[Array, "..."],
+    kernel: Int8[Array, "..."],
+    scale: Float[Array, "..."],
+    input_axes: int = 1,
+) -> Float[Array, "..."]:
+    """Return x W, multiplied in 8-bit integers and summed in 32 bits; W = kernel · scale.
+
+    Each row of x is rounded to -127 … 127 steps of its own largest absolute value / 127, so that a
+    row's result depends, to the last bit, on that row alone.
+
+    Args:
+      x: [..., *in], any floating dtype.
+      kernel, scale: [*in, *out] and [*out], as `quantize_matrix` makes them.
+      input_axes: how many axes *in has.
+
+    Returns:
+      [..., *out], float32.
+    """
+    axes = tuple(range(x.ndim - input_axes, x.ndim))
+    steps, unit = _round(x, axes)
+    product = jnp.tensordot(steps, kernel, input_axes, preferred_element_type=jnp.int32)
+    unit = unit.reshape(unit.shape[: x.ndim - input_axes] + (1,) * scale.ndim)
+    return product.astype(jnp.float32) * unit * scale
+
+
+def quantize_matrix(
+    kernel: Float[Array, "..."], input_axes: Sequence[int]
+) -> tuple[Int8[Array, "..."], Float[Array, "..."]]:
+    """Return an int8 kernel and its scale, which lacks the axes that products sum over."""
+    steps, unit = _round(kernel, input_axes)
+    return steps, jnp.squeeze(unit, input_axes)
+
+
+def _round(x: Array, axes: Sequence[int]) -> tuple[Array, Array]:
+    """The nearest multiples of the largest absolute value / 127 over `axes`, and that."""
+    unit = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axes, keepdims=True) / 127
+    return jnp.round(x / jnp.where(unit > 0, unit, 1.0)).astype(jnp.int8), unit
+
+
+def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a `Transformer` for the same with `config.quantized`.
+
+    Matrices become int8 with a float32 scale for each of their outputs; biases, LayerNorms and
+    learned positions stay.
+
+        config, params = config.replace(quantized=True), quantize(params)
+    """
+
+    def walk(path: tuple[str, ...], node: Any) -> Any:
+        if not isinstance(node, Mapping):
+            return node
+        layers = 1 if "layers" in path else 0
+        node = {name: walk((*path, name), child) for name, child in node.items()}
+        if "kernel" in node:
+            outputs = 2 if path[-1] in ("query", "key", "value") else 1
+            axes = range(layers, node["kernel"].ndim - outputs)
+            node["kernel"], node["scale"] = quantize_matrix(node["kernel"], tuple(axes))
+        if path and "embedding" in node and not path[-1].endswith("positions"):
+            node["embedding"], node["scale"] = quantize_matrix(node["embedding"], (1,))
+        return node
+
+    return walk((), params)

@@ -1,0 +1,137 @@
+"""Linear maps, and models whose matrices are 8-bit integers."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxformer.config import TransformerConfig
+from jaxformer.errors import UserError
+from jaxformer.linear import Linear, int8_product, quantize, quantize_matrix
+from jaxformer.transformer import Transformer
+from jaxformer.translator import Translator
+from random_run import CONFIG, random_params
+from small_run import sentence_pairs, trained_run
+from train.config import TrainConfig
+
+SOURCE = jnp.array([[5, 9, 7, 2], [8, 4, 2, 0]])
+TARGET = jnp.array([[1, 6, 5], [1, 30, 12]])
+
+
+@pytest.mark.parametrize(
+    ("shape", "features", "input_axes"), [((2, 3, 8), (4, 6), 1), ((2, 3, 4, 6), (8,), 2)]
+)
+def test_is_what_linen_calls_dense_general(shape, features, input_axes):
+    ours = Linear(features, input_axes=input_axes)
+    theirs = nn.DenseGeneral(
+        features,
+        axis=tuple(range(-input_axes, 0)),
+        kernel_init=nn.initializers.xavier_uniform(),
+    )
+    x = jax.random.normal(jax.random.key(0), shape)
+    params = ours.init(jax.random.key(1), x)
+    jax.tree.map(np.testing.assert_array_equal, params, theirs.init(jax.random.key(1), x))
+    np.testing.assert_allclose(ours.apply(params, x), theirs.apply(params, x), rtol=1e-5)
+
+
+def test_whole_numbers_multiply_exactly():
+    """With 127 as the largest value everywhere, a step is 1 and nothing is rounded."""
+    draw = np.random.default_rng(0)
+    x, kernel = draw.integers(-127, 128, (6, 40)), draw.integers(-127, 128, (40, 10))
+    x[:, 0], kernel[0] = 127, -127
+    steps, scale = quantize_matrix(jnp.asarray(kernel, jnp.float32), (0,))
+    np.testing.assert_array_equal(steps, kernel)
+    product = int8_product(jnp.asarray(x, jnp.float32), steps, scale)
+    np.testing.assert_allclose(product, x @ kernel, rtol=1e-6)
+
+
+@pytest.mark.parametrize("input_axes", [1, 2])
+def test_rounding_is_at_most_half_a_step(input_axes):
+    inputs, outputs = (30,) if input_axes == 1 else (5, 6), (4, 2)
+    x = jax.random.normal(jax.random.key(0), (7, *inputs))
+    kernel = jax.random.normal(jax.random.key(1), (*inputs, *outputs))
+    steps, scale = quantize_matrix(kernel, tuple(range(input_axes)))
+    assert steps.dtype == jnp.int8 and scale.shape == outputs
+    rounded = np.asarray(steps, np.float32) * scale
+    assert np.all(np.abs(rounded - kernel) <= 0.5001 * scale)
+    exact = np.tensordot(x, rounded, input_axes)
+    largest = np.max(np.abs(x), axis=tuple(range(1, x.ndim)))
+    bound = 0.5 * largest / 127 * np.sum(np.abs(rounded), axis=tuple(range(input_axes))).max()
+    error = np.abs(int8_product(x, steps, scale, input_axes) - exact)
+    assert np.all(error <= bound[:, None, None] * 1.001)
+    assert error.max() > 0  # it did round
+
+
+def test_a_row_does_not_depend_on_the_others():
+    x = jax.random.normal(jax.random.key(0), (5, 16)) * jnp.array([1e-3, 1, 50, 1e4, 0])[:, None]
+    steps, scale = quantize_matrix(jax.random.normal(jax.random.key(1), (16, 3)), (0,))
+    together = jax.jit(int8_product)(x, steps, scale)
+    for row, alone in enumerate(x):
+        np.testing.assert_array_equal(
+            together[row], jax.jit(int8_product)(alone[None], steps, scale)[0]
+        )
+    np.testing.assert_array_equal(together[-1], 0)  # not NaN
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"embeddings": "separate", "source_vocab_size": 50, "positions": "learned"},
+        {"activation": "swiglu", "norm": "pre", "attention_bias": True, "output_bias": True},
+    ],
+)
+def test_a_quantized_transformer_computes_nearly_the_same(changes):
+    config = CONFIG.replace(**changes)
+    quantized = config.replace(quantized=True)
+    params = Transformer(config).init(jax.random.key(0), SOURCE, TARGET)["params"]
+    small = quantize(params)
+    expected = jax.eval_shape(Transformer(quantized).init, jax.random.key(0), SOURCE, TARGET)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), small) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), expected["params"]
+    )
+    logits = Transformer(config).apply({"params": params}, SOURCE, TARGET)
+    nearly = Transformer(quantized).apply({"params": small}, SOURCE, TARGET)
+    error = np.linalg.norm(nearly - logits) / np.linalg.norm(logits)
+    assert 1e-5 < error < 0.04
+
+
+def test_every_matrix_is_quantized_and_nothing_else():
+    leaves = jax.tree_util.tree_leaves_with_path(quantize(random_params(CONFIG)))
+    for path, leaf in leaves:
+        matrix = path[-1].key in ("kernel", "embedding")
+        assert leaf.dtype == (jnp.int8 if matrix else jnp.float32), path
+
+
+def test_translates_like_the_float_model(tmp_path_factory):
+    run = trained_run(tmp_path_factory)
+    lines = [source for source, _ in sentence_pairs(60)]
+    devices = jax.devices()[:1]
+    plain = Translator.load(run, devices=devices)
+    small = Translator.load(run, dtype="int8", devices=devices)
+    assert small.config.quantized and not plain.config.quantized
+    options = {"beam_size": 2, "batch_tokens": 512}
+    expected = plain.translate(lines, **options)
+    found = list(small.generate(lines, **options))
+    same = [ours[0].text == theirs for ours, theirs in zip(found, expected, strict=True)]
+    assert np.mean(same) > 0.9
+    # What the search says of its translations is what the model says that is given them.
+    scores = small.score(lines, [hypotheses[0].text for hypotheses in found])
+    np.testing.assert_allclose(
+        [score.log_prob for score in scores],
+        [hypotheses[0].log_prob for hypotheses in found],
+        atol=0.05,
+    )
+
+
+def test_is_not_to_be_trained():
+    config = TransformerConfig(quantized=True)
+    with pytest.raises(UserError, match="model.quantized is True, but int8 is not to be trained"):
+        TrainConfig(model=config)
+    small = dataclasses.replace(CONFIG, quantized=True)
+    params = quantize(random_params(CONFIG))
+    with pytest.raises(ValueError, match="a quantized model has no loss"):
+        Transformer(small).apply({"params": params}, SOURCE, TARGET, TARGET, method="loss")

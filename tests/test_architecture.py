@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 # The modules of jaxformer, leaves first; each with those that it may import.
 BASE = {"config", "errors"}
-MODEL = BASE | {"attention", "cache", "dropout", "layers", "losses", "masks", "positions"}
+MODEL = BASE | {"attention", "cache", "dropout", "layers", "linear", "losses", "masks", "positions"}
 FILES = BASE | {"run", "tokenizer"}
 SEARCH = {"beam", "config", "constraints", "sampling", "search"}
 WITH_MODEL = MODEL | SEARCH | {"batching", "generation", "scoring", "transformer"}
@@ -34,11 +34,12 @@ MAY_IMPORT = {
     "batching": {"config"},
     "dropout": set(),
     "losses": {"config"},
+    "linear": set(),
     "masks": {"config"},
     "positions": set(),
     "schedules": {"errors"},
-    "attention": {"cache", "dropout", "masks"},
-    "layers": BASE | {"dropout", "positions"},
+    "attention": {"dropout", "linear"},
+    "layers": BASE | {"dropout", "linear", "positions"},
     "transformer": MODEL,
     "tokenizer": BASE,
     "run": FILES,

@@ -7,7 +7,8 @@ import pytest
 from jaxformer.errors import UserError
 from jaxformer.run import load_tokenizers
 from small_run import small_config, write_corpus
-from train.__main__ import config_names, load_config, main, override
+from train.__main__ import main
+from train.arguments import config_names, load_config, override
 from train.config import TrainConfig, flatten
 from train.loop import fit
 

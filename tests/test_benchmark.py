@@ -7,9 +7,9 @@ import pytest
 from jaxformer.errors import UserError
 from random_run import CONFIG
 from small_run import sentence_pairs, trained_run
-from train import benchmark
 from train.__main__ import main
-from train.benchmark import DecodeBenchmark, benchmark_decode
+from train.benchmark import decode
+from train.benchmark.decode import DecodeBenchmark, benchmark_decode
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_the_peer_says_the_same(run, source, one_by_one):
 
 
 def test_a_preset_has_random_words_and_translations_of_one_length(monkeypatch):
-    monkeypatch.setattr(benchmark, "PRESETS", {"toy": CONFIG})
+    monkeypatch.setattr(decode, "PRESETS", {"toy": CONFIG})
     (record,) = benchmark_decode(
         DecodeBenchmark("toy", vocab_size=40, sentences=5, length=6, beam_size=2, rounds=1)
     )

@@ -14,7 +14,7 @@ def test_library_example_runs(capsys):
 
 
 def test_configurations_and_fields_that_are_named_exist():
-    from train.__main__ import config_names, load_config
+    from train.arguments import config_names, load_config
     from train.config import flatten
 
     (listed,) = re.findall(r"`train/configs/` \(([^)]*)\)", README)

@@ -13,12 +13,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 AXIS = "data"
 
 
-def replicate(tree: Any) -> Any:
+def replicate(tree: Any, devices: list[jax.Device] | None = None) -> Any:
     """Put the same arrays on each of this process's devices, as `data_parallel_train` does.
 
     A state that begins in another form would have the first two steps compiled separately.
     """
-    return jax.device_put(tree, _replicated(jax.local_devices()))
+    return jax.device_put(tree, _replicated(devices or jax.local_devices()))
 
 
 def span_processes(tree: Any) -> Any:
@@ -44,8 +44,8 @@ def on_one_device(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
 
-def data_parallel_train(train_step: Callable) -> Callable:
-    """Return `(state, batch, rng) -> (state, metrics)` over all devices, one included.
+def data_parallel_train(train_step: Callable, devices: list[jax.Device] | None = None) -> Any:
+    """Return `(state, batch, rng) -> (state, metrics)` over `devices`, by default all, or one.
 
     The batch is [devices, rows, …]; state, key and metrics are replicated and have no device axis,
     so they look the same on one device and on a thousand. The old state's memory is reused.
@@ -56,6 +56,7 @@ def data_parallel_train(train_step: Callable) -> Callable:
         in_axes=(None, 0, None),
         out_axes=None,
         donate_argnums=0,
+        devices=devices,
     )
 
 

@@ -5,23 +5,18 @@
 
 Strings in, strings out, on both sides. The engines take turns, so that what else the machine does
 disturbs them alike, and their ratio is that of neighbouring rounds. Loading, compiling and one
-round to warm up are left out. Another engine has a process of its own: two OpenMP teams in one
-process made CTranslate2 12 times as slow, sentence by sentence.
+round to warm up are left out.
 """
 
 import contextlib
 import dataclasses
 import io
-import json
-import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +29,8 @@ from jaxformer.run import load_tokenizers, save_params, save_tokenizers, write_c
 from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
+from train.benchmark.machine import describe_machine
+from train.benchmark.processes import in_a_process
 
 Translate = Callable[[Sequence[str]], list[str]]
 Engine = Callable[[Sequence[str]], tuple[list[str], float]]  # translations and seconds
@@ -106,7 +103,7 @@ def benchmark_decode(settings: DecodeBenchmark) -> list[dict[str, Any]]:
                     model = f"{scratch}/ctranslate2-{kind}"
                     to_ctranslate2(run, model, quantization=None if kind == "float32" else kind)
                     engines[f"ctranslate2 {kind}"] = processes.enter_context(
-                        _in_a_process(_ctranslate2, model, run, kind, settings, fixed)
+                        in_a_process(_ctranslate2, model, run, kind, settings, fixed)
                     )
             return list(_measure(engines, lines, settings, run))
 
@@ -114,40 +111,6 @@ def benchmark_decode(settings: DecodeBenchmark) -> list[dict[str, Any]]:
 def _timed(translate: Translate, lines: Sequence[str]) -> tuple[list[str], float]:
     began = time.perf_counter()
     return translate(lines), time.perf_counter() - began
-
-
-@contextlib.contextmanager
-def _in_a_process(build: Callable[..., Translate], *arguments: Any) -> Iterator[Engine]:
-    """An engine that `build(*arguments)` makes in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    connection, far_end = context.Pipe()
-    process = context.Process(target=_serve, args=(far_end, build, arguments), daemon=True)
-    process.start()
-    far_end.close()
-
-    def engine(lines: Sequence[str]) -> tuple[list[str], float]:
-        try:
-            connection.send(list(lines))
-            outputs, seconds = connection.recv()
-        except (EOFError, OSError) as error:
-            raise UserError("the other engine has failed, see above") from error
-        return outputs, seconds
-
-    try:
-        yield engine
-    finally:
-        connection.close()
-        process.join()
-
-
-def _serve(connection: Connection, build: Callable[..., Translate], arguments: Any) -> None:
-    translate = build(*arguments)
-    while True:
-        try:
-            lines = connection.recv()
-        except EOFError:
-            return
-        connection.send(_timed(translate, lines))
 
 
 def _measure(
@@ -181,39 +144,8 @@ def _measure(
             "ratio_max": max(ratios),
             "same_as_first": same,
             "settings": dataclasses.asdict(settings),
-            "machine": {
-                "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-                "cores": os.cpu_count(),
-                "python": platform.python_version(),
-                "jax": jax.__version__,
-            },
+            "machine": describe_machine(jax.devices()),
         }
-
-
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """The records for people."""
-    first = records[0]["engine"]
-    rows = [
-        ("engine", "sentences/s", "tokens/s", "ms/sentence", f"{first} is faster by", "same output")
-    ]
-    for record in records:
-        ratios = (record["ratio_median"], record["ratio_min"], record["ratio_max"])
-        rows.append(
-            (
-                record["engine"],
-                f"{record['sentences_per_second']:,.1f}",
-                f"{record['tokens_per_second']:,.0f}",
-                f"{record['milliseconds_per_sentence']:,.2f}",
-                "{:.2f}x ({:.2f} to {:.2f})".format(*ratios),
-                f"{record['same_as_first']:.1%}",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-    return "\n".join(lines)
 
 
 def _ours(run: str, dtype: Precision, settings: DecodeBenchmark, fixed: int | None) -> Translate:
@@ -327,12 +259,3 @@ def _write_random_run(run: Path, config: TransformerConfig) -> None:
     write_config(run, {"model": config.to_dict()})
     save_tokenizers(run, tokenizer, tokenizer)
     save_params(run, 0, jax.tree.map(np.asarray, params))
-
-
-def write_records(path: str, records: Sequence[dict[str, Any]]) -> None:
-    """Append the records to a file of JSON lines."""
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,94 @@
+"""From the words of a command line to a configuration."""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tyro
+
+from jaxformer.errors import UserError
+from train.config import TrainConfig, flatten
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def config_names() -> list[str]:
+    """Return the names of the configurations that come with the project."""
+    return sorted(path.stem for path in CONFIGS.glob("[a-z]*.py"))
+
+
+def load_config(name: str) -> TrainConfig:
+    """Return the variable `config` of train/configs/NAME.py or of another .py file.
+
+    Raises:
+      UserError: there is none; the message offers the nearest name.
+    """
+    path = Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, config_names(), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(config_names())}"
+        raise UserError(f"no configuration {name!r}: {hint} (or give a .py file)")
+    spec = importlib.util.spec_from_file_location(f"train.configs.{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # it is the user's program: whatever it raises
+        message = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be run: {type(error).__name__}: {message}") from error
+    config = getattr(module, "config", None)
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"{path} defines no `config`: write config = TrainConfig(…) in it")
+    return dataclasses.replace(config, run=config.run or f"runs/{path.stem}")
+
+
+def override(config: TrainConfig, arguments: Sequence[str], prog: str) -> TrainConfig:
+    """Return `config` changed by `--section.field VALUE …`; `--help` prints all fields and exits.
+
+    Raises:
+      UserError: an unknown field, the nearest being offered, or a value of the wrong type.
+    """
+    known = flatten(config)
+    for argument in arguments:
+        if not argument.startswith("--"):
+            continue
+        field = argument[2:].partition("=")[0].replace("-", "_")
+        if field not in known and field != "help":
+            near = difflib.get_close_matches(field, known, n=1)
+            hint = f"did you mean --{near[0]}?" if near else "--help lists all fields"
+            raise UserError(f"no field --{field}: {hint}")
+    output = io.StringIO()
+    try:
+        with contextlib.nullcontext() if "--help" in arguments else _capture(output):
+            return tyro.cli(
+                TrainConfig,
+                prog=prog,
+                default=config,
+                args=list(arguments),
+                config=(tyro.conf.FlagConversionOff,),  # --model.remat True
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_first_sentence(output.getvalue())) from None
+
+
+@contextlib.contextmanager
+def _capture(output: io.StringIO) -> Iterator[None]:
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        yield
+
+
+def _first_sentence(box: str) -> str:
+    """Return what tyro says between its title and the first rule, as one line."""
+    lines = [line.strip("│| ") for line in box.splitlines()]
+    rules = [i for i, line in enumerate(lines) if line.startswith(("---", "───"))]
+    end = rules[1] if len(rules) > 1 else len(lines)
+    message = " ".join(lines[rules[0] + 1 : end] if rules else lines)
+    return message.removeprefix("Error parsing ").rstrip(".") + ": see --help"

@@ -1,0 +1,154 @@
+"""The command line of the benchmarks."""
+
+import argparse
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from jaxformer.config import PRESETS
+from jaxformer.errors import UserError
+from train.arguments import load_config, override
+from train.config import TrainConfig
+
+
+def add_benchmark(commands: Any) -> None:
+    """Add `benchmark train|forward|decode` to the subcommands of `python -m train`."""
+    benchmark = commands.add_parser("benchmark", help="measure how fast it is")
+    kinds = benchmark.add_subparsers(required=True, metavar="WHAT")
+    for kind, what in (
+        ("train", "the training step"),
+        ("forward", "the forward pass to logits, without dropout"),
+    ):
+        _add_steps(kinds, kind, what)
+    _add_decode(kinds)
+
+
+def _add_steps(kinds: Any, kind: str, what: str) -> None:
+    steps = kinds.add_parser(
+        kind,
+        help=f"{what}, beside other toolkits at the same work",
+        description=f"Measure {what}: time, tokens a second, share of the machine's measured "
+        "matrix-product peak, memory. Lists, as in --batch 16,32, measure every combination. "
+        "--section.field VALUE changes any field of the configuration.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    steps.add_argument("config", metavar="CONFIG", help="a configuration, or a preset such as base")
+    numbers = _list_of(int)
+    steps.add_argument("--batch", type=numbers, default=(64,), help="rows a step")
+    steps.add_argument("--length", type=numbers, default=(64,), help="positions a row, both sides")
+    steps.add_argument("--vocab-size", type=numbers, default=(), help="pieces")
+    steps.add_argument("--devices", type=numbers, default=(), help="how many take part")
+    steps.add_argument("--dtype", type=_list_of(str), default=(), help="float32,bfloat16")
+    steps.add_argument("--steps", type=int, default=5, help="of a turn")
+    steps.add_argument("--rounds", type=int, default=3, help="turns of each engine")
+    peers = "torch, torch-compile, flax-plain"
+    if kind == "train":
+        peers += ", marian"
+        steps.add_argument(
+            "--corpus",
+            action="store_true",
+            help="on CONFIG's training data, packed as in training, instead of full random rows; "
+            "peers get padded batches of as many tokens",
+        )
+    steps.add_argument("--peer", nargs="+", default=(), metavar="PEER", help=peers)
+    steps.add_argument("--profile", metavar="DIR", help="write a trace for TensorBoard or Perfetto")
+    steps.add_argument("--plot", metavar="FILE.png", help="draw the sweep")
+    steps.add_argument("--output", metavar="FILE", help="add the results, as JSON lines")
+    steps.set_defaults(command=_benchmark_steps, kind=kind, corpus=False)
+
+
+def _add_decode(kinds: Any) -> None:
+    decode = kinds.add_parser(
+        "decode",
+        help="translation, beside another engine with the same weights",
+        description="Measure sentences and tokens a second, compilation apart, beside another "
+        "engine with the same weights that takes turns in the same process.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    decode.add_argument(
+        "run", metavar="RUN", help="directory that training wrote, or a preset such as base"
+    )
+    decode.add_argument("--source", metavar="FILE", help="sentences to translate, with a run")
+    decode.add_argument("--sentences", type=int, default=0, help="at most; 0 is all, or 128 random")
+    decode.add_argument("--vocab-size", type=int, default=32_000, help="of a preset")
+    decode.add_argument("--length", type=int, default=25, help="tokens, with a preset")
+    decode.add_argument("--beam-size", type=int, default=4, help="1 is greedy search")
+    decode.add_argument("--length-penalty", type=float, default=1.0, help="alpha of length^alpha")
+    decode.add_argument("--batch-tokens", type=int, default=4096, help="source positions at once")
+    decode.add_argument("--dtypes", nargs="+", default=["float32"], help="float32, bfloat16, int8")
+    decode.add_argument("--one-by-one", action="store_true", help="each sentence alone")
+    decode.add_argument("--peer", choices=("ctranslate2",), help="the other engine")
+    decode.add_argument(
+        "--peer-types", nargs="+", default=["float32"], help="its types, such as float32 and int8"
+    )
+    decode.add_argument(
+        "--peer-batches",
+        type=int,
+        nargs="+",
+        default=[32, 128],
+        help="sentences it takes at once: the fastest of these",
+    )
+    decode.add_argument("--rounds", type=int, default=5, help="measurements of each")
+    decode.add_argument("--output", metavar="FILE", help="add the results, as JSON lines")
+    decode.set_defaults(command=_benchmark_decode)
+
+
+def _list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    def parse(text: str) -> tuple[Any, ...]:
+        return tuple(kind(item) for item in text.split(","))
+
+    parse.__name__ = f"list of {kind.__name__}"  # what argparse calls a wrong value
+    return parse
+
+
+def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
+    from train.benchmark.report import plot, steps_table, write_records
+    from train.benchmark.steps import StepBenchmark, benchmark_steps
+
+    if options.config in PRESETS:
+        config = TrainConfig(model=PRESETS[options.config])
+    else:
+        config = load_config(options.config)
+    config = override(config, overrides, f"python -m train benchmark {options.kind}")
+    batches = None
+    if options.corpus:
+        from train.prepare import prepare
+
+        with tempfile.TemporaryDirectory() as scratch:
+            batches = prepare(dataclasses.replace(config, run=f"{scratch}/run")).batches
+    settings = StepBenchmark(
+        options.kind,
+        config,
+        batches,
+        batch=options.batch,
+        length=options.length,
+        vocab_sizes=options.vocab_size,
+        devices=options.devices,
+        dtypes=options.dtype,
+        steps=options.steps,
+        rounds=options.rounds,
+        peers=tuple(options.peer),
+        profile=options.profile,
+    )
+    records = list(benchmark_steps(settings))
+    print(steps_table(records))
+    if options.output is not None:
+        write_records(options.output, records)
+    if options.plot is not None:
+        plot(options.plot, records)
+
+
+def _benchmark_decode(options: argparse.Namespace, overrides: list[str]) -> None:
+    if overrides:
+        raise UserError(f"unknown argument {overrides[0]}: see python -m train benchmark --help")
+    from train.benchmark.decode import DecodeBenchmark, benchmark_decode
+    from train.benchmark.report import decode_table, write_records
+
+    names = [field.name for field in dataclasses.fields(DecodeBenchmark)]
+    values = {name: getattr(options, name) for name in names}
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    records = benchmark_decode(DecodeBenchmark(**values | lists))
+    print(decode_table(records))
+    if options.output is not None:
+        write_records(options.output, records)

@@ -1,0 +1,85 @@
+"""What the machine can do at best, measured: the yardstick of everything else."""
+
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+# Dense bfloat16 matrix products, FLOP/s of one device, from the makers' data sheets. A float32
+# product is no fair comparison there: what it is computed in depends on the precision settings.
+DATASHEET_BFLOAT16 = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v3": 123e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def describe_machine(devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """Devices, versions and flags, for a record."""
+    return {
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
+    }
+
+
+def matmul_peak(dtype: str, device: jax.Device) -> float:
+    """FLOP/s of the product of two large square matrices on one device, the best of ten."""
+    size = 2048 if device.platform == "cpu" else 8192
+    matrix = jax.device_put(jnp.ones((size, size), dtype), device)
+    return 2 * size**3 / _best_seconds(jax.jit(jnp.matmul), matrix, matrix)
+
+
+def memory_bandwidth(device: jax.Device) -> float:
+    """Bytes a second, read and written, of an array far larger than any cache; the best of ten."""
+    array = jax.device_put(jnp.ones(2**26, jnp.float32), device)
+    return 2 * array.nbytes / _best_seconds(jax.jit(jnp.negative), array)
+
+
+def _best_seconds(function: Callable, *arguments: Any) -> float:
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(10):
+        began = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def datasheet_peak(dtype: str, device: jax.Device) -> float | None:
+    """FLOP/s of one device as its maker states it, where known."""
+    return DATASHEET_BFLOAT16.get(device.device_kind) if dtype == "bfloat16" else None
+
+
+def peak_memory(devices: Sequence[jax.Device]) -> int:
+    """Most bytes in use so far: of the fullest device, or, on CPU, of the process."""
+    statistics = [device.memory_stats() for device in devices]
+    if all(found and "peak_bytes_in_use" in found for found in statistics):
+        return max(found["peak_bytes_in_use"] for found in statistics if found)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def summary(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile."""
+    if len(seconds) == 1:
+        return dict.fromkeys(("median", "p10", "p90"), seconds[0])
+    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
+    return {"median": statistics.median(seconds), "p10": deciles[0], "p90": deciles[-1]}

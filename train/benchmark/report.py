@@ -1,0 +1,162 @@
+"""Results of benchmarks: a table for people, JSON lines for programs, a picture of a sweep."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from jaxformer.errors import UserError
+
+Records = Sequence[dict[str, Any]]
+
+
+def decode_table(records: Records) -> str:
+    """Of `benchmark_decode`: a line an engine."""
+    first = records[0]["engine"]
+    header = ("engine", "sentences/s", "tokens/s", "ms/sentence")
+    rows = [(*header, f"{first} is faster by", "same output")]
+    for record in records:
+        rows.append(
+            (
+                record["engine"],
+                f"{record['sentences_per_second']:,.1f}",
+                f"{record['tokens_per_second']:,.0f}",
+                f"{record['milliseconds_per_sentence']:,.2f}",
+                _ratio(record),
+                f"{record['same_as_first']:.1%}",
+            )
+        )
+    return _aligned(rows)
+
+
+def steps_table(records: Records) -> str:
+    """Of `benchmark_steps`: a line for each engine and case, then what XLA says of our programs."""
+    header = ("engine", "dtype", "devices", "batch", "source", "target", "vocabulary")
+    rows = [
+        (*header, "ms/step (p10 to p90)", "target tokens/s", "padding", "MFU", "wait", "faster by")
+    ]
+    programs = [("compile s", "GFLOP", "of the formulas", "bytes", "bound by", "memory", "peak")]
+    for record in records:
+        milliseconds = {name: 1000 * value for name, value in record["step_seconds"].items()}
+        ours = "mfu" in record
+        rows.append(
+            (
+                record["engine"],
+                record["dtype"],
+                str(record["machine"]["devices"]),
+                str(record["batch"]),
+                str(record["source_length"]),
+                str(record["target_length"]),
+                f"{record['vocab_size']:,}",
+                "{median:,.1f} ({p10:,.1f} to {p90:,.1f})".format(**milliseconds),
+                f"{record['target_tokens_per_second']:,.0f}",
+                f"{record['padding']:.1%}",
+                f"{record['mfu']:.0%}" if ours else "",
+                f"{record['host_wait']:.1%}",
+                _ratio(record),
+            )
+        )
+        if ours:
+            programs.append(
+                (
+                    "{trace_seconds:.1f} + {lower_seconds:.1f} + {compile_seconds:.1f}".format(
+                        **record
+                    ),
+                    f"{record['xla_flops'] / 1e9:,.1f}",
+                    f"{record['model_flops'] / record['xla_flops']:.0%}",
+                    f"{record['xla_bytes'] / 1e9:,.2f} GB",
+                    record["bound_by"],
+                    f"{record['program_memory_bytes'] / 2**20:,.0f} MiB",
+                    f"{record['peak_memory_bytes'] / 2**20:,.0f} MiB",
+                )
+            )
+    first = next(record for record in records if "mfu" in record)
+    machine = first["machine"]
+    footer = (
+        f"{machine['devices']} x {machine['device']}, {machine['cores']} cores; "
+        f"jax {machine['jax']}, flax {machine['flax']}; measured peak "
+        f"{first['matmul_peak_flops'] / 1e9:,.0f} GFLOP/s in {first['dtype']}, "
+        f"{first['memory_bandwidth'] / 1e9:,.1f} GB/s\n"
+        "faster by: how many times the tokens/s of this line ours are, median of the turns\n"
+        "compile: trace + lower + compile; memory: what the program plans for; peak: in use so far"
+    )
+    return "\n\n".join((_aligned(rows), _aligned(programs), footer))
+
+
+def _ratio(record: dict[str, Any]) -> str:
+    ratios = (record["ratio_median"], record["ratio_min"], record["ratio_max"])
+    return "{:.2f}x ({:.2f} to {:.2f})".format(*ratios)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+    return "\n".join(lines)
+
+
+def write_records(path: str, records: Records) -> None:
+    """Append the records to a file of JSON lines.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+#: What a sweep can vary, and how the axis is called.
+_DIMENSIONS = {
+    "batch": "rows a step",
+    "target_length": "positions a row",
+    "vocab_size": "vocabulary",
+    "devices": "devices",
+}
+
+
+def plot(path: str, records: Records) -> None:
+    """Draw throughput and MFU over each dimension that the sweep varies, as a picture file.
+
+    The other dimensions, the engine and the dtype tell the lines apart.
+
+    Raises:
+      UserError: matplotlib is not installed, nothing varies, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError('no picture without matplotlib: pip install -e ".[plot]"') from error
+    points = [record | {"devices": record["machine"]["devices"]} for record in records]
+    varied = [name for name in _DIMENSIONS if len({point[name] for point in points}) > 1]
+    if not varied:
+        raise UserError("nothing to draw: give --batch, --length, --vocab-size or --devices a list")
+    figure = Figure(figsize=(5 * len(varied), 7), layout="constrained")
+    axes = figure.subplots(2, len(varied), squeeze=False)
+    for column, name in enumerate(varied):
+        others = [other for other in varied if other != name]
+        lines: dict[str, list[dict[str, Any]]] = {}
+        for point in points:
+            label = " ".join(
+                [point["engine"], point["dtype"], *(f"{_DIMENSIONS[o]} {point[o]}" for o in others)]
+            )
+            lines.setdefault(label, []).append(point)
+        for label, line in lines.items():
+            line = sorted(line, key=lambda point: point[name])
+            where = [point[name] for point in line]
+            speeds = [point["target_tokens_per_second"] for point in line]
+            axes[0, column].plot(where, speeds, marker="o", label=label)
+            if "mfu" in line[0]:
+                mfu = [100 * point["mfu"] for point in line]
+                axes[1, column].plot(where, mfu, marker="o", label=label)
+        for axis, title in zip(axes[:, column], ("target tokens/s", "MFU, %"), strict=True):
+            axis.set(xlabel=_DIMENSIONS[name], ylabel=title, ylim=(0, None), xticks=where)
+            axis.grid(alpha=0.3)
+        axes[0, column].legend(fontsize="small")
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {error}") from error

@@ -1,0 +1,117 @@
+"""The same work in PyTorch: `torch.nn.Transformer`, the way its users write it."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxformer.config import PAD_ID, TransformerConfig
+from jaxformer.errors import UserError
+from jaxformer.positions import sinusoid
+from train.benchmark.turns import Turn, take_turn
+
+
+def torch_turn(
+    kind: str, config: TransformerConfig, batches: Sequence[dict[str, np.ndarray]], compiled: bool
+) -> Callable[[int], Turn]:
+    """Return a function that takes steps over `batches`, on a GPU if there is one.
+
+    Adam, dropout, label smoothing, tied embeddings, post- or pre-norm as in `config`; bfloat16 by
+    autocast, attention by `scaled_dot_product_attention`, threads as PyTorch chooses.
+
+    Args:
+      kind: "train" or "forward", the latter without gradients and dropout.
+      batches: padded ids, labels beside them.
+      compiled: by `torch.compile`.
+
+    Raises:
+      UserError: PyTorch is not installed, or has no such model.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError('PyTorch is not installed: pip install -e ".[parity]"') from error
+    from torch import nn
+
+    if config.activation not in ("relu", "gelu") or config.embeddings != "shared":
+        raise UserError("torch.nn.Transformer has relu or gelu, and is tied here: use such a model")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
+            longest = max(max(b["source_ids"].shape[1], b["labels"].shape[1]) for b in batches)
+            table = np.asarray(sinusoid(jnp.arange(longest)[None], config.d_model)[0])
+            self.positions = nn.Buffer(torch.tensor(table))
+            self.dropout = nn.Dropout(config.dropout)
+            self.transformer = nn.Transformer(
+                config.d_model,
+                config.num_heads,
+                config.encoder_layers,
+                config.decoder_layers,
+                config.d_ff,
+                config.dropout,
+                config.activation,
+                batch_first=True,
+                norm_first=config.norm == "pre",
+            )
+
+        def embed(self, ids: Any) -> Any:
+            x = self.embedding(ids) * config.d_model**0.5
+            return self.dropout(x + self.positions[: ids.shape[1]])
+
+        def forward(self, source: Any, target: Any, padding: Any, causal: Any) -> Any:
+            hidden = self.transformer(
+                self.embed(source),
+                self.embed(target),
+                tgt_mask=causal,
+                src_key_padding_mask=padding,
+                memory_key_padding_mask=padding,
+                tgt_is_causal=True,
+            )
+            return hidden @ self.embedding.weight.T
+
+    torch.manual_seed(0)
+    model: Any = Model().to(device)
+    training = kind == "train"
+    model.train(training)
+    run = torch.compile(model) if compiled else model
+    adam = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-9, fused=True)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+    def tensors(batch: dict[str, np.ndarray]) -> tuple[Any, ...]:
+        source, target, labels = (
+            torch.tensor(batch[name], device=device, dtype=torch.long)
+            for name in ("source_ids", "target_ids", "labels")
+        )
+        padding = source == PAD_ID
+        causal = nn.Transformer.generate_square_subsequent_mask(target.shape[1], device=device)
+        return source, target, (padding if bool(padding.any()) else None), causal > -1, labels
+
+    ready = cycle([tensors(batch) for batch in batches])
+
+    def step() -> tuple[int, int]:
+        source, target, padding, causal, labels = next(ready)
+        with torch.set_grad_enabled(training), autocast:
+            logits = run(source, target, padding, ~causal)
+            if training:
+                loss = nn.functional.cross_entropy(
+                    logits.flatten(0, 1),
+                    labels.flatten(),
+                    ignore_index=PAD_ID,
+                    label_smoothing=config.label_smoothing,
+                )
+        if training:
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return int((labels != PAD_ID).sum()), labels.numel()
+
+    return partial(take_turn, step)

@@ -1,0 +1,26 @@
+"""What engines report of the steps they take in turns."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Turn(NamedTuple):
+    """What an engine did in one turn, a number for each step."""
+
+    seconds: list[float]
+    waited: list[float]  # seconds of these in which the device had no batch yet
+    tokens: list[int]  # real target tokens
+    positions: list[int]  # target positions, padding included
+
+
+def take_turn(step: Callable[[], tuple[int, int]], steps: int) -> Turn:
+    """Call `step`, which returns its real target tokens and positions, `steps` times."""
+    turn = Turn([], [0.0] * steps, [], [])
+    for _ in range(steps):
+        began = time.perf_counter()
+        tokens, positions = step()
+        turn.seconds.append(time.perf_counter() - began)
+        turn.tokens.append(tokens)
+        turn.positions.append(positions)
+    return turn

@@ -2,20 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8
-
-
-class Matrix(NamedTuple):
-    """The parameters of a `Linear`."""
-
-    kernel: Array  # [*in, *out], float32 or int8
-    scale: Array | None  # [*out], what one step of an int8 kernel is worth
-    bias: Array | None  # [*out]
 
 
 class Linear(nn.Module):
@@ -41,42 +33,27 @@ class Linear(nn.Module):
     dtype: DTypeLike = jnp.float32
     quantized: bool = False
 
+    @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Map [..., *in] to [..., *out]."""
-        matrix = self.matrix(x.shape[x.ndim - self.input_axes :])
-        return multiply(x, matrix, self.input_axes, self.dtype)
-
-    @nn.compact
-    def matrix(self, inputs: Sequence[int]) -> Matrix:
-        """The parameters for inputs of shape *in."""
-        shape, scale = (*inputs, *self.features), None
+        outputs = tuple(self.features)
+        shape = x.shape[x.ndim - self.input_axes :] + outputs
         if self.quantized:
             kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.int8)
-            scale = self.param("scale", nn.initializers.ones, tuple(self.features))
+            scale = self.param("scale", nn.initializers.ones, outputs)
+            y = int8_product(x, kernel, scale, self.input_axes).astype(self.dtype)
         else:
-            kernel = self.param("kernel", self._initial, shape)
-        bias = None
+            kernel = self.param("kernel", self._initial, shape).astype(self.dtype)
+            y = jnp.tensordot(x.astype(self.dtype), kernel, self.input_axes)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, tuple(self.features))
-        return Matrix(kernel, scale, bias)
+            y += self.param("bias", nn.initializers.zeros, outputs).astype(self.dtype)
+        return y
 
     @nn.nowrap
     def _initial(self, rng: Array, shape: Sequence[int]) -> Array:
         xavier = nn.initializers.variance_scaling(self.gain**2, "fan_avg", "uniform")
         outputs = prod(self.features)
         return xavier(rng, (prod(shape) // outputs, outputs)).reshape(shape)
-
-
-def multiply(
-    x: Float[Array, "..."], matrix: Matrix, input_axes: int, dtype: DTypeLike
-) -> Float[Array, "..."]:
-    """Return x W + b, over the last `input_axes` axes of x."""
-    kernel, scale, bias = matrix
-    if scale is None:
-        product = jnp.tensordot(x.astype(dtype), kernel.astype(dtype), input_axes)
-    else:
-        product = int8_product(x, kernel, scale, input_axes).astype(dtype)
-    return product if bias is None else product + bias.astype(dtype)
 
 
 def int8_product(
@@ -136,9 +113,11 @@ def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
         if "kernel" in node:
             outputs = 2 if path[-1] in ("query", "key", "value") else 1
             axes = range(layers, node["kernel"].ndim - outputs)
-            node["kernel"], node["scale"] = quantize_matrix(node["kernel"], tuple(axes))
+            kernel = jnp.asarray(node["kernel"])
+            node["kernel"], node["scale"] = quantize_matrix(kernel, tuple(axes))
         if path and "embedding" in node and not path[-1].endswith("positions"):
-            node["embedding"], node["scale"] = quantize_matrix(node["embedding"], (1,))
+            table = jnp.asarray(node["embedding"])
+            node["embedding"], node["scale"] = quantize_matrix(table, (1,))
         return node
 
     return walk((), params)

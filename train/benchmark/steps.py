@@ -108,6 +108,11 @@ def benchmark_steps(settings: StepBenchmark) -> Iterator[dict[str, Any]]:
     for name in ("steps", "rounds"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name} is {getattr(settings, name)}: give at least 1")
+    for peer in settings.peers:
+        if peer not in PEERS:
+            raise UserError(f"unknown peer {peer!r}: choose {', '.join(PEERS)}")
+        if peer == "marian" and (settings.batches is None or settings.kind != "train"):
+            raise UserError("Marian is measured in training, on a corpus: give --corpus")
     device = jax.local_devices()[0]
     bandwidth = memory_bandwidth(device)
     peaks: dict[str, float] = {}
@@ -144,13 +149,14 @@ def _cases(settings: StepBenchmark) -> Iterator[Case]:
 def _measure(
     settings: StepBenchmark, case: Case, peak: float, bandwidth: float
 ) -> Iterator[dict[str, Any]]:
-    ours = OurStep(settings.kind, settings.config, case, settings.batches)
-    compiled = ours.compile()
-    engines: dict[str, Callable[[int], Turn]] = {"jaxformer": ours.turn}
+    engines: dict[str, Callable[[int], Turn]] = {}
     with contextlib.ExitStack() as processes:
         scratch = processes.enter_context(tempfile.TemporaryDirectory())
         for peer in settings.peers:
             engines[peer] = processes.enter_context(_peer(peer, settings, case, scratch))
+        ours = OurStep(settings.kind, settings.config, case, settings.batches)
+        compiled = ours.compile()
+        engines = {"jaxformer": ours.turn} | engines
         for turn in engines.values():
             turn(2)
         turns: dict[str, list[Turn]] = {name: [] for name in engines}
@@ -218,9 +224,6 @@ def _rate(turn: Turn) -> float:
 def _peer(
     name: str, settings: StepBenchmark, case: Case, scratch: str
 ) -> contextlib.AbstractContextManager[Callable[[int], Turn]]:
-    if name not in PEERS:
-        raise UserError(f"unknown peer {name!r}: choose {', '.join(PEERS)}")
-
     def batches(multiple: int) -> list[dict[str, np.ndarray]]:
         if settings.batches is None:
             return [_rows(case)]
@@ -234,8 +237,7 @@ def _peer(
     if name == "marian":
         from train.benchmark.marian_peer import marian_turn
 
-        if settings.batches is None or settings.kind != "train":
-            raise UserError("Marian is measured in training, on a corpus: give --corpus")
+        assert settings.batches is not None  # checked before
         return contextlib.nullcontext(marian_turn(case.model, settings.batches, scratch))
     from train.benchmark.torch_peer import torch_turn
 

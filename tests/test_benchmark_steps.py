@@ -1,0 +1,248 @@
+"""`python -m train benchmark train|forward`: what it reports, not how fast it is."""
+
+import dataclasses
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxformer.config import TransformerConfig
+from jaxformer.errors import UserError
+from jaxformer.transformer import Transformer
+from random_run import CONFIG
+from small_run import small_config, write_corpus
+from train.__main__ import main
+from train.benchmark import machine, marian_peer
+from train.benchmark.flax_plain import PlainTransformer
+from train.benchmark.flops import forward_flops, train_flops
+from train.benchmark.machine import matmul_peak, memory_bandwidth, summary
+from train.benchmark.report import plot
+from train.benchmark.steps import StepBenchmark, benchmark_steps
+from train.benchmark.turns import Turn
+from train.config import TrainConfig
+from train.prepare import prepare
+
+#: Compiled often, so as small as can be.
+MODEL = CONFIG.replace(encoder_layers=1, decoder_layers=1)
+CONFIGURATION = TrainConfig(model=MODEL)
+
+
+@pytest.fixture(autouse=True)
+def small_yardsticks(monkeypatch):
+    """Large matrices take seconds on simulated devices."""
+    monkeypatch.setattr("train.benchmark.steps.matmul_peak", lambda *_: 1e11)
+    monkeypatch.setattr("train.benchmark.steps.memory_bandwidth", lambda *_: 1e10)
+
+
+def measured(kind="train", **changes):
+    settings = {"batch": (4,), "length": (8,), "devices": (1,), "steps": 2, "rounds": 2}
+    return list(benchmark_steps(StepBenchmark(kind, CONFIGURATION, **settings | changes)))
+
+
+@pytest.mark.parametrize("changes", [{}, {"activation": "swiglu", "head_dim": 5, "value_dim": 7}])
+def test_flops_are_those_that_xla_counts(changes):
+    """XLA counts the element-wise work too, so the model is wide enough for that to be little."""
+    config = TransformerConfig(
+        vocab_size=300, d_model=192, d_ff=500, num_heads=4, encoder_layers=1, decoder_layers=2
+    ).replace(**changes)
+    ids = jnp.ones((2, 20), jnp.int32), jnp.ones((2, 30), jnp.int32)
+    params = jax.eval_shape(Transformer(config).init, jax.random.key(0), *ids)
+    forward = jax.jit(Transformer(config).apply).lower(params, *ids).compile()
+    counted = forward.cost_analysis()["flops"]
+    flops = forward_flops(config, 2, 20, 30)
+    assert flops == pytest.approx(counted, rel=0.03)
+    assert flops < counted
+    assert train_flops(config, 2, 20, 30) == 3 * flops
+
+
+def test_flops_of_the_base_model():
+    """2 a weight and token, beside attention: 44M weights in the layers, 19M in the softmax."""
+    config = TransformerConfig()
+    weights = 6 * (4 * 512**2 + 2 * 512 * 2048) + 6 * (8 * 512**2 + 2 * 512 * 2048) + 512 * 37_000
+    scores = 6 * 3 * 2 * 25 * 25 * 512
+    assert forward_flops(config, 1, 25, 25) == 2 * (25 * weights + scores)
+
+
+@pytest.mark.parametrize("kind", ["train", "forward"])
+def test_a_record_of_every_case(kind):
+    sweep = {"length": (4, 8)} if kind == "train" else {"vocab_sizes": (50, 60), "batch": (2,)}
+    records = measured(kind, dtypes=("float32", "bfloat16"), **sweep)
+    varied = {"train": "target_length", "forward": "vocab_size"}[kind]
+    values = next(iter(sweep.values()))
+    cases = [(record["dtype"], record[varied]) for record in records]
+    assert cases == [(dtype, value) for dtype in ("float32", "bfloat16") for value in values]
+    for record in records:
+        assert record["engine"] == "jaxformer" and record["benchmark"] == kind
+        assert record["padding"] == 0.0 and record["ratio_median"] == 1.0
+        step = record["step_seconds"]
+        assert 0 < step["p10"] <= step["median"] <= step["p90"]
+        assert record["mfu"] == pytest.approx(record["model_flops"] / step["median"] / 1e11)
+        assert record["program_memory_bytes"] > 0 and record["peak_memory_bytes"] > 0
+        assert record["xla_flops"] > 0.5 * record["model_flops"]
+        assert record["bound_by"] in ("compute", "memory")
+        assert record["machine"]["devices"] == 1
+        json.dumps(record)
+
+
+def test_devices_share_the_rows():
+    (one,), (four,) = measured(devices=(1,)), measured(devices=(4,))
+    assert four["machine"]["devices"] == 4
+    assert four["model_flops"] == one["model_flops"]
+    with pytest.raises(UserError, match="4 rows cannot be split over 3 devices"):
+        measured(devices=(3,))
+    with pytest.raises(UserError, match="9 devices are asked for, 8 are here"):
+        measured(devices=(9,))
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return prepare(small_config(folder)).batches
+
+
+def test_on_a_corpus_only_real_tokens_count(batches):
+    ours, plain = measured(batches=batches, peers=("flax-plain",))
+    assert 0 < ours["padding"] < 0.2 < plain["padding"]  # packed against padded
+    assert ours["target_length"] == 16 and ours["batch"] == 16
+    for record in (ours, plain):
+        share = record["target_tokens_per_second"] / record["target_positions_per_second"]
+        assert share == pytest.approx(1 - record["padding"])
+    assert plain["ratio_min"] <= plain["ratio_median"] <= plain["ratio_max"]
+    assert "mfu" not in plain and 0 <= ours["host_wait"] < 1
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("train", "bfloat16"), ("forward", "float32")])
+def test_torch_does_the_same_work(kind, dtype):
+    pytest.importorskip("torch")
+    ours, theirs = measured(kind, peers=("torch",), dtypes=(dtype,), rounds=1)
+    assert (ours["engine"], theirs["engine"]) == ("jaxformer", "torch")
+    assert theirs["target_tokens_per_second"] > 0 and theirs["dtype"] == dtype
+    assert theirs["ratio_median"] == pytest.approx(
+        ours["target_tokens_per_second"] / theirs["target_tokens_per_second"]
+    )
+
+
+def test_plain_flax_has_the_same_parameters():
+    ids = jnp.ones((1, 2), jnp.int32)
+
+    plain = partial(PlainTransformer(CONFIG).init, deterministic=True)
+    ours = jax.eval_shape(Transformer(CONFIG).init, jax.random.key(0), ids, ids)
+    theirs = jax.eval_shape(plain, jax.random.key(0), ids, ids)
+    assert number_of_parameters(theirs) == number_of_parameters(ours)
+
+
+def number_of_parameters(variables):
+    return sum(leaf.size for leaf in jax.tree.leaves(variables))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps is 0: give at least 1"),
+        ({"rounds": 0}, "rounds is 0: give at least 1"),
+        ({"peers": ("keras",)}, "unknown peer 'keras': choose torch, torch-compile, marian"),
+        ({"peers": ("marian",)}, "Marian is measured in training, on a corpus: give --corpus"),
+    ],
+)
+def test_wrong_settings(changes, message):
+    with pytest.raises(UserError, match=message):
+        measured(**changes)
+
+
+def test_peers_refuse_what_they_cannot_do():
+    pytest.importorskip("torch")
+    configuration = dataclasses.replace(CONFIGURATION, model=MODEL.replace(activation="swiglu"))
+    for peer, message in (("torch", "has relu or gelu"), ("flax-plain", "is post-norm with relu")):
+        settings = StepBenchmark("train", configuration, devices=(1,), peers=(peer,), batch=(2,))
+        with pytest.raises(UserError, match=message):
+            list(benchmark_steps(settings))
+
+
+def test_marian_is_asked_for_the_same_and_its_log_is_read(batches, tmp_path, monkeypatch):
+    """Its log as version 1.12 writes it."""
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        line = "Ep. 1 : Up. {} : Sen. 99 : Cost 4.6 * 1,{} @ 9 after 1,200 : Time {}s : 2 words/s"
+        log = "\n".join(line.format(i, 100 + i, i / 2) for i in range(1, 6))
+        return marian_peer.subprocess.CompletedProcess(command, 0, "", log)
+
+    monkeypatch.setattr(marian_peer, "find_spec", lambda _: True)
+    monkeypatch.setattr(marian_peer.subprocess, "run", run)
+    turn = marian_peer.marian_turn(CONFIG, batches, str(tmp_path))(3)
+    assert turn == Turn([1.5, 2.0, 2.5], [0.0] * 3, [1103, 1104, 1105], [1103, 1104, 1105])
+    (command,) = commands
+    assert command[command.index("--after-batches") + 1] == "5"
+    assert command[command.index("--dim-emb") + 1] == str(CONFIG.d_model)
+    corpus = batches.corpus
+    lines = (tmp_path / "target").read_text().splitlines()
+    assert len(lines) == len(corpus)
+    ids = corpus.target.take(np.array([7]))
+    assert lines[7].split() == [f"w{index}" for index in ids[:-1]]
+    assert (tmp_path / "vocabulary.yml").read_text().count("\n") == CONFIG.vocab_size
+    monkeypatch.setattr(
+        marian_peer.subprocess,
+        "run",
+        lambda command, **_: marian_peer.subprocess.CompletedProcess(
+            command, 1, "", "a\nno memory"
+        ),
+    )
+    with pytest.raises(UserError, match="Marian has failed: no memory"):
+        marian_peer.marian_turn(CONFIG, batches, str(tmp_path))(3)
+
+
+def test_command_line(tmp_path, capsys):
+    output, trace = tmp_path / "results.jsonl", tmp_path / "trace"
+    arguments = ["benchmark", "forward", "tiny", "--batch", "1,2", "--length", "4"]
+    arguments += ["--devices", "1", "--steps", "2", "--rounds", "1", "--vocab-size", "50"]
+    arguments += ["--model.encoder_layers", "1", "--model.decoder_layers", "1"]
+    arguments += ["--output", str(output), "--profile", str(trace)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "target tokens/s" in printed and "MFU" in printed and "bound by" in printed
+    assert printed.count("jaxformer  float32") == 2
+    assert [json.loads(line)["batch"] for line in output.read_text().splitlines()] == [1, 2]
+    assert list(trace.rglob("*.xplane.pb"))
+    assert main(["benchmark", "train", "nothing"]) == 1
+    assert "no configuration 'nothing'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["benchmark", "train", "tiny", "--batch", "1,two"])
+    assert "invalid list of int value: '1,two'" in capsys.readouterr().err
+
+
+def test_a_sweep_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    records = [
+        {
+            "engine": "jaxformer",
+            "dtype": "float32",
+            "batch": rows,
+            "target_length": 8,
+            "vocab_size": vocabulary,
+            "machine": {"devices": 1},
+            "target_tokens_per_second": 100.0 * rows,
+            "mfu": 0.1 * rows,
+        }
+        for rows in (1, 2, 4)
+        for vocabulary in (50, 100)
+    ]
+    plot(str(tmp_path / "sweep.png"), records)
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="nothing to draw"):
+        plot(str(tmp_path / "sweep.png"), records[:1])
+    with pytest.raises(UserError, match="cannot write"):
+        plot(str(tmp_path / "nowhere" / "sweep.png"), records)
+
+
+def test_yardsticks(monkeypatch):
+    device = jax.devices()[0]
+    assert matmul_peak("float32", device) > 1e9
+    monkeypatch.setattr(machine, "_best_seconds", lambda *_: 2.0)
+    assert memory_bandwidth(device) == 2**28
+    assert summary([3.0]) == {"median": 3.0, "p10": 3.0, "p90": 3.0}
+    assert summary(list(range(11))) == {"median": 5, "p10": 1.0, "p90": 9.0}

@@ -46,7 +46,8 @@ class Linear(nn.Module):
             kernel = self.param("kernel", self._initial, shape).astype(self.dtype)
             y = jnp.tensordot(x.astype(self.dtype), kernel, self.input_axes)
         if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, outputs).astype(self.dtype)
+            bias = self.param("bias", nn.initializers.zeros, outputs).astype(self.dtype)
+            y += bias.reshape((1,) * (y.ndim - bias.ndim) + outputs)
         return y
 
     @nn.nowrap
@@ -79,6 +80,7 @@ def int8_product(
     steps, unit = _round(x, axes)
     product = jnp.tensordot(steps, kernel, input_axes, preferred_element_type=jnp.int32)
     unit = unit.reshape(unit.shape[: x.ndim - input_axes] + (1,) * scale.ndim)
+    scale = scale.reshape((1,) * (x.ndim - input_axes) + scale.shape)
     return product.astype(jnp.float32) * unit * scale
 
 

@@ -16,6 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
 
 import hypothesis
+import jax
+import pytest
 from jaxtyping import install_import_hook
 
 # No deadline: the example that compiles takes longer than the others.
@@ -23,3 +25,10 @@ hypothesis.settings.register_profile("jaxformer", deadline=None, derandomize=Tru
 hypothesis.settings.load_profile("jaxformer")
 
 install_import_hook("jaxformer", "beartype.beartype")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """Each has memory mappings of its own, of which Linux gives a process 65,530 and no more."""
+    yield
+    jax.clear_caches()

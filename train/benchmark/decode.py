@@ -170,7 +170,7 @@ def _ours(run: str, dtype: Precision, settings: DecodeBenchmark, fixed: int | No
 
 def _ctranslate2(
     model: str, run: str, kind: str, settings: DecodeBenchmark, fixed: int | None
-) -> Translate:
+) -> Engine:
     """CTranslate2 on as many threads as there are cores; its first round finds the best batch."""
     import ctranslate2
 
@@ -192,7 +192,7 @@ def _ctranslate2(
         return [target.decode(map(ids.__getitem__, result.hypotheses[0])) for result in results]
 
     if settings.one_by_one:
-        return _one_by_one(partial(translate, 1))
+        return partial(_timed, _one_by_one(partial(translate, 1)))
     best = 0
 
     def translate_in_best_batches(lines: Sequence[str]) -> list[str]:
@@ -206,7 +206,7 @@ def _ctranslate2(
             best = min(seconds, key=seconds.__getitem__)
         return translate(best, lines)
 
-    return translate_in_best_batches
+    return partial(_timed, translate_in_best_batches)
 
 
 def _one_by_one(translate: Translate) -> Translate:

@@ -103,9 +103,13 @@ def _list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 
 def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
+    import jax
+
     from train.benchmark.report import plot, steps_table, write_records
     from train.benchmark.steps import StepBenchmark, benchmark_steps
 
+    # What was compiled before would make compiling look free.
+    jax.config.update("jax_enable_compilation_cache", False)
     if options.config in PRESETS:
         config = TrainConfig(model=PRESETS[options.config])
     else:

@@ -60,10 +60,10 @@ def marian_turn(config: TransformerConfig, batches: Batches, scratch: str) -> Ca
     command += ["--label-smoothing", config.label_smoothing, "--learn-rate", 1e-4]
     command += ["--optimizer-params", 0.9, 0.98, 1e-9, "--clip-norm", 0]
     positions = batches.rows_per_batch * batches.packing.target_length
-    command += ["--mini-batch", 10_000, "--mini-batch-words", positions // threads]
+    command += ["--mini-batch", 10_000, "--mini-batch-words", positions]
     command += ["--maxi-batch", 100, "--maxi-batch-sort", "trg", "--sync-sgd"]
     command += ["--max-length", batches.packing.target_length, "--cpu-threads", threads]
-    command += ["--disp-freq", 1, "--disp-first", 0, "--workspace", 2000]
+    command += ["--disp-freq", 1, "--workspace", 2000, "--no-reload"]
 
     def turn(steps: int) -> Turn:
         stop = ["--after-batches", steps + _SETTLING]

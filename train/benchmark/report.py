@@ -77,7 +77,8 @@ def steps_table(records: Records) -> str:
         f"{first['matmul_peak_flops'] / 1e9:,.0f} GFLOP/s in {first['dtype']}, "
         f"{first['memory_bandwidth'] / 1e9:,.1f} GB/s\n"
         "faster by: how many times the tokens/s of this line ours are, median of the turns\n"
-        "compile: trace + lower + compile; memory: what the program plans for; peak: in use so far"
+        "compile: trace + lower + compile; memory: what the program plans; peak: in use so far\n"
+        "GFLOP, bytes: by XLA, which counts once what a loop repeats, such as chunks of the loss"
     )
     return "\n\n".join((_aligned(rows), _aligned(programs), footer))
 

@@ -202,7 +202,7 @@ def _measure(
             # On CPU the devices are the same cores, and the program's bytes are moved by all.
             wide = 1 if ours.devices[0].platform == "cpu" else case.devices
             seconds_of = {
-                "compute": compiled["xla_flops"] / peak,
+                "compute": max(flops, compiled["xla_flops"]) / peak,
                 "memory": compiled["xla_bytes"] / (bandwidth * wide),
             }
             record |= compiled | {

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxformer.dropout import Dropout
 from jaxformer.linear import Linear
+from jaxformer.sharding import constrain
 
 
 def attention_weights(
@@ -123,7 +124,8 @@ class MultiHeadAttention(nn.Module):
         self, key_value_input: Float[Array, "B S Dkv"]
     ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N Hv"]]:
         """Keys and values alone, to be computed once and attended to many times."""
-        return self.key(key_value_input), self.value(key_value_input)
+        key, value = self.key(key_value_input), self.value(key_value_input)
+        return _by_heads(key), _by_heads(value)
 
     @nn.compact
     def attend(
@@ -136,7 +138,7 @@ class MultiHeadAttention(nn.Module):
         deterministic: bool = True,
     ) -> Float[Array, "B T D"]:
         """`__call__` on keys and values that are already projected."""
-        weights = attention_weights(self.query(query_input), key, mask)
+        weights = attention_weights(_by_heads(self.query(query_input)), key, mask)
         self.sow("intermediates", "attention_weights", weights)
         weights = Dropout(self.dropout_rate)(
             weights.astype(value.dtype), deterministic=deterministic
@@ -151,3 +153,7 @@ class MultiHeadAttention(nn.Module):
             quantized=self.quantized,
             name="output",
         )(heads)
+
+
+def _by_heads(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+    return constrain(x, "batch", None, "heads", None)

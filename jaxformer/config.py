@@ -16,7 +16,7 @@ Activation = Literal["relu", "gelu", "swish", "glu", "reglu", "geglu", "swiglu"]
 Embeddings = Literal["shared", "target", "separate"]
 Positions = Literal["sinusoidal", "sinusoidal_concat", "learned"]
 DType = Literal["float32", "bfloat16"]
-Precision = Literal["float32", "bfloat16", "int8"]
+Precision = Literal[DType, "int8"]
 
 _CHOICES = {
     "norm": get_args(Norm),

@@ -12,7 +12,7 @@ def dropout(
     """Set each element to zero with probability `rate`, and scale the rest to keep the mean.
 
     The random bits are a visible part of a training step. `jax.random.bernoulli` draws 32 of them
-    an element; here one 32-bit word decides two elements, which lie half an array apart. The rate
+    an element; here one 32-bit word decides two elements, which lie half a row apart. The rate
     is rounded to the next 1/65536 and the scale is that of the rounded rate, so the mean is exact.
 
     Args:
@@ -21,9 +21,11 @@ def dropout(
       rng: a JAX random key.
     """
     threshold = round(rate * 2**16)
-    half = -(-x.shape[0] // 2)
-    words = jax.random.bits(rng, (half, *x.shape[1:]), jnp.uint32)
-    kept = jnp.concatenate([words >> 16 >= threshold, words & 0xFFFF >= threshold])[: x.shape[0]]
+    *rows, width = x.shape
+    words = jax.random.bits(rng, (*rows, -(-width // 2)), jnp.uint32)
+    # Halves of a row and not of the batch, of which each device may have but a part.
+    kept = jnp.concatenate([words >> 16 >= threshold, words & 0xFFFF >= threshold], axis=-1)
+    kept = kept[..., :width]
     return jnp.where(kept, x * (1.0 / (1.0 - threshold / 2**16)), jnp.zeros((), x.dtype))
 
 

@@ -13,6 +13,7 @@ from jaxformer.dropout import Dropout
 from jaxformer.errors import UserError
 from jaxformer.linear import Linear, int8_product
 from jaxformer.positions import segment_positions, sinusoid
+from jaxformer.sharding import constrain
 
 
 class Embedding(nn.Module):
@@ -41,11 +42,13 @@ class Embedding(nn.Module):
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Look up ids; an id past the table gives NaN instead of another token's vector."""
+        ids = constrain(ids, "vocab_batch", None)
         vectors = jnp.take(self.embedding, ids, axis=0, mode="fill").astype(self.dtype)
         if self.quantized:
             scale = jnp.take(self.scale, ids, axis=0, mode="fill")
             vectors *= scale[..., None].astype(self.dtype)
-        return vectors * self.d_model**0.5
+        vectors = constrain(vectors, "vocab_batch", None, None)
+        return constrain(vectors * self.d_model**0.5, "batch", None, None)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Multiply with the table, hidden · tableᵀ, accumulated and returned in float32."""
@@ -143,6 +146,7 @@ class FeedForward(nn.Module):
         function, gated = activation_function(self.activation)
         hidden = linear(self.d_ff, "hidden")(x)
         hidden = function(linear(self.d_ff, "gate")(x)) * hidden if gated else function(hidden)
+        hidden = constrain(hidden, "batch", None, "mlp")
         hidden = Dropout(self.dropout_rate)(hidden, deterministic=deterministic)
         return linear(x.shape[-1], "output", self.output_gain)(hidden)
 
@@ -174,7 +178,7 @@ class Residual(nn.Module):
         self, x: Float[Array, "B T D"], y: Float[Array, "B T D"], *, deterministic: bool = True
     ) -> Float[Array, "B T D"]:
         """Join the sub-layer's output `y` to its input's residual stream `x`."""
-        x = x + self.dropout(y, deterministic=deterministic)
+        x = constrain(x + self.dropout(y, deterministic=deterministic), "batch", None, None)
         return self.layer_norm(x) if self.norm == "post" else x
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxformer.config import PAD_ID
+from jaxformer.sharding import constrain, num_shards
 
 
 class LossSums(NamedTuple):
@@ -68,30 +69,55 @@ def cross_entropy_sums(
     """
     hidden = hidden.reshape(-1, hidden.shape[-1])
     labels = labels.reshape(-1)
-    chunk_size = min(chunk_size, len(labels))
     loss, nll = _fused(hidden, embedding, labels, label_smoothing, chunk_size)
     weight = jnp.sum(labels != PAD_ID).astype(jnp.float32)
     return LossSums(loss, jax.lax.stop_gradient(nll), weight)
 
 
 def _chunks(hidden, labels, chunk_size):
-    """Pad with weightless tokens to whole chunks and split: [chunks, chunk_size, …]."""
-    padding = -len(labels) % chunk_size
-    hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
-    labels = jnp.pad(labels, (0, padding), constant_values=PAD_ID)
-    return hidden.reshape(-1, chunk_size, hidden.shape[-1]), labels.reshape(-1, chunk_size)
+    """Split the tokens into chunks [chunks, G, T, …], padded with weightless ones.
+
+    Over a mesh, each of G groups of devices works on a chunk of its own; elsewhere G is 1.
+    """
+    groups = num_shards("vocab_batch")
+    hidden, labels = _pad(hidden, 0, groups), _pad(labels, 0, groups)
+    hidden, labels = hidden.reshape(groups, -1, hidden.shape[-1]), labels.reshape(groups, -1)
+    chunk_size = min(chunk_size, labels.shape[1])
+    hidden, labels = _pad(hidden, 1, chunk_size), _pad(labels, 1, chunk_size)
+    hidden = hidden.reshape(groups, -1, chunk_size, hidden.shape[-1]).swapaxes(0, 1)
+    labels = labels.reshape(groups, -1, chunk_size).swapaxes(0, 1)
+    return (
+        constrain(hidden, None, "vocab_batch", None, None),
+        constrain(labels, None, "vocab_batch", None),
+    )
+
+
+def _joined(chunks, num_tokens):
+    """The inverse of `_chunks` for [chunks, G, T, D]: [tokens, D]."""
+    groups = chunks.shape[1]
+    per_group = -(-num_tokens // groups)
+    tokens = chunks.swapaxes(0, 1).reshape(groups, -1, chunks.shape[-1])[:, :per_group]
+    return tokens.reshape(-1, chunks.shape[-1])[:num_tokens]
+
+
+def _pad(x, axis, multiple):
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = 0, -x.shape[axis] % multiple
+    return jnp.pad(x, padding, constant_values=PAD_ID)
 
 
 def _chunk_losses(hidden, embedding, labels, label_smoothing):
     """Logits, log-sum-exp, is-label mask and the two loss sums of one chunk, all in float32."""
-    logits = jnp.einsum("TD,VD->TV", hidden, embedding, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("GTD,VD->GTV", hidden, embedding, preferred_element_type=jnp.float32)
+    logits = constrain(logits, "vocab_batch", None, "vocab")
     log_normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    is_label = labels[:, None] == jnp.arange(embedding.shape[0])[None]
+    log_normalizer = constrain(log_normalizer, "vocab_batch", None, None)
+    is_label = labels[..., None] == jnp.arange(embedding.shape[0])
     label_logit = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
     real = labels != PAD_ID
-    nll = log_normalizer[:, 0] - label_logit
+    nll = log_normalizer[..., 0] - label_logit
     # -Σ_v (ε/V) log p_v, the smoothed share of the loss, needs only the mean logit.
-    uniform = log_normalizer[:, 0] - jnp.mean(logits, axis=-1)
+    uniform = log_normalizer[..., 0] - jnp.mean(logits, axis=-1)
     nll = jnp.where(real, nll, 0.0)
     loss = (1.0 - label_smoothing) * nll + label_smoothing * jnp.where(real, uniform, 0.0)
     return logits, log_normalizer, is_label, jnp.sum(loss), jnp.sum(nll)
@@ -118,20 +144,26 @@ def _fused_forward(hidden, embedding, labels, label_smoothing, chunk_size):
             hidden, compute, labels, label_smoothing
         )
         # ∂loss/∂logits = softmax(logits) - target distribution
-        target = jnp.where(is_label, 1.0 - label_smoothing, 0.0) + label_smoothing / logits.shape[1]
+        target = jnp.where(is_label, 1.0 - label_smoothing, 0.0) + label_smoothing / logits.shape[2]
         d_logits = jnp.where(
-            (labels != PAD_ID)[:, None], jnp.exp(logits - log_normalizer) - target, 0
+            (labels != PAD_ID)[..., None], jnp.exp(logits - log_normalizer) - target, 0
         )
         d_logits = d_logits.astype(hidden.dtype)
-        d_hidden = jnp.einsum("TV,VD->TD", d_logits, compute)
-        d_embedding += jnp.einsum("TV,TD->VD", d_logits, hidden, preferred_element_type=jnp.float32)
+        d_hidden = jnp.einsum("GTV,VD->GTD", d_logits, compute)
+        d_hidden = constrain(d_hidden, "vocab_batch", None, None)
+        d_embedding += jnp.einsum(
+            "GTV,GTD->GVD", d_logits, hidden, preferred_element_type=jnp.float32
+        )
+        d_embedding = constrain(d_embedding, "vocab_batch", "vocab", None)
         return (loss_sum + loss, nll_sum + nll, d_embedding), d_hidden
 
-    initial = (0.0, 0.0, jnp.zeros(embedding.shape, jnp.float32))
     chunks = _chunks(hidden, labels, chunk_size)
-    (loss, nll, d_embedding), d_hidden = jax.lax.scan(step, initial, chunks)
-    d_hidden = d_hidden.reshape(-1, hidden.shape[-1])[: len(hidden)]
-    return (loss, nll), (d_hidden, d_embedding.astype(embedding.dtype), labels)
+    # Each group sums its own chunks, and the groups once, after the loop.
+    d_embedding = jnp.zeros((chunks[0].shape[1], *embedding.shape), jnp.float32)
+    (loss, nll, d_embedding), d_hidden = jax.lax.scan(step, (0.0, 0.0, d_embedding), chunks)
+    d_hidden = _joined(d_hidden, len(hidden))
+    d_embedding = jnp.sum(d_embedding, axis=0).astype(embedding.dtype)
+    return (loss, nll), (d_hidden, d_embedding, labels)
 
 
 def _fused_backward(label_smoothing, chunk_size, residuals, cotangents):

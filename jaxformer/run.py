@@ -152,23 +152,36 @@ def checkpoint_steps(run: str | Path) -> list[int]:
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
 
 
+def evaluations(run: str | Path) -> dict[int, dict[str, Any]]:
+    """Return what was measured of each checkpoint that was evaluated, by step, ascending.
+
+    A record holds "values", such as {"loss": 2.1, "bleu": 33.0}, and the "metric" among them, with
+    its "mode", by which the training that wrote it selects.
+    """
+    directory = Path(run) / CHECKPOINTS_DIR
+    return {
+        step: json.loads(path.read_text())
+        for step in checkpoint_steps(run)
+        if (path := directory / str(step) / METRICS / METRICS).is_file()
+    }
+
+
 def best_step(run: str | Path) -> int | None:
     """Return the step with the best validation metric, None if no checkpoint was evaluated.
 
     Each checkpoint says by which metric its training selects; the newest one decides. Of equals
     the latest is the best.
     """
-    directory = Path(run) / CHECKPOINTS_DIR
-    records = {
-        step: json.loads(path.read_text())
-        for step in reversed(checkpoint_steps(run))
-        if (path := directory / str(step) / METRICS / METRICS).is_file()
-    }
+    records = evaluations(run)
     if not records:
         return None
     newest = records[max(records)]
     metric = newest["metric"]
-    scores = {step: r["values"][metric] for step, r in records.items() if metric in r["values"]}
+    scores = {
+        step: record["values"][metric]
+        for step, record in reversed(records.items())
+        if metric in record["values"]
+    }
     select = min if newest["mode"] == "min" else max
     return select(scores, key=scores.__getitem__, default=None)
 
@@ -187,7 +200,7 @@ def find_checkpoint(run: str | Path, checkpoint: int | str | None = None) -> Pat
     if not steps and not average.is_dir():
         raise UserError(f"{run} has no checkpoint yet: train longer, or give another run")
     if checkpoint is None:
-        if average.is_dir() and _newest_when_averaged(average) >= max(steps, default=0):
+        if average.is_dir() and _info(average).get("latest", -1) >= max(steps, default=0):
             return average
         best = best_step(run)
         return directory / str(max(steps) if best is None else best)
@@ -217,7 +230,25 @@ def load_params(run: str | Path, checkpoint: int | str | None = None) -> dict[st
     Raises:
       UserError: there is no such checkpoint, or it is damaged.
     """
-    return read_arrays(find_checkpoint(run, checkpoint) / PARAMS)
+    directory = find_checkpoint(run, checkpoint)
+    params = read_arrays(directory / PARAMS)
+    if not is_intact(directory, PARAMS, params):
+        raise UserError(
+            f"{directory} is damaged: the parameters are not those that were saved; "
+            "copy the checkpoint again or choose another"
+        )
+    return params
+
+
+def is_intact(checkpoint: Path, item: str, tree: Any) -> bool:
+    """Whether `tree`, read from an item of `checkpoint`, is what was saved there.
+
+    True as well for a checkpoint that keeps no fingerprint of it.
+    """
+    from jaxformer.fingerprint import fingerprint
+
+    saved = _info(checkpoint).get("fingerprints", {}).get(item)
+    return saved is None or saved == fingerprint(tree)
 
 
 def save_params(run: str | Path, step: int, params: Mapping[str, Any]) -> None:
@@ -275,5 +306,9 @@ def reason(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _newest_when_averaged(average: Path) -> int:
-    return json.loads((average / INFO / "metadata").read_text())["latest"]
+def _info(checkpoint: Path) -> dict[str, Any]:
+    """What was noted beside the arrays: {} if nothing was, or it cannot be read any more."""
+    try:
+        return json.loads((checkpoint / INFO / "metadata").read_text())
+    except (OSError, ValueError):
+        return {}

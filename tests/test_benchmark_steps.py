@@ -18,10 +18,10 @@ from train.__main__ import main
 from train.benchmark import machine, marian_peer
 from train.benchmark.flax_plain import PlainTransformer
 from train.benchmark.flops import forward_flops, train_flops
-from train.benchmark.machine import matmul_peak, memory_bandwidth, summary
+from train.benchmark.machine import matmul_peak, memory_bandwidth
 from train.benchmark.report import plot
 from train.benchmark.steps import StepBenchmark, benchmark_steps
-from train.benchmark.turns import Turn
+from train.benchmark.turns import Turn, summary
 from train.config import TrainConfig
 from train.prepare import prepare
 

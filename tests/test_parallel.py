@@ -1,95 +1,69 @@
-"""Rows to hosts and devices, and batches made ahead."""
-
-import threading
-import time
+"""Rows to hosts and devices."""
 
 import jax
 import numpy as np
 import pytest
 
-from train.parallel import host_rows, on_one_device, prefetch, replicate, split_rows
+from jaxformer.config import TransformerConfig
+from train.config import ParallelConfig
+from train.mesh import make_mesh
+from train.parallel import DataParallel, MeshParallel
+
+ROWS = {"ids": np.arange(48 * 5).reshape(48, 5), "labels": np.arange(48 * 3).reshape(48, 3)}
 
 
-def prefetch_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+def mine(rows):
+    return {name: x[rows] for name, x in ROWS.items()}
 
 
-# ---------------------------------------------------------------------------------------------
-# Rows
-# ---------------------------------------------------------------------------------------------
+def mesh():
+    config = ParallelConfig(strategy="mesh", fsdp=2, tensor=2)
+    return MeshParallel(make_mesh(config, TransformerConfig(vocab_size=32), jax.devices()))
 
 
 def test_devices_take_consecutive_rows():
     devices = jax.local_device_count()
-    ids = np.arange(devices * 3 * 5).reshape(devices * 3, 5)
-    split = split_rows({"ids": ids, "labels": ids + 1})
-    assert split["ids"].shape == split["labels"].shape == (devices, 3, 5)
-    assert np.array_equal(split["ids"].reshape(-1, 5), ids)
-    assert np.array_equal(split["labels"][0], ids[:3] + 1)
+    placed = DataParallel().place(48, mine)
+    assert placed["ids"].shape == (devices, 48 // devices, 5)
+    assert placed["labels"].shape == (devices, 48 // devices, 3)
+    for name, x in placed.items():
+        assert np.array_equal(x.reshape(ROWS[name].shape), ROWS[name])
 
 
 @pytest.mark.parametrize("processes", [1, 3])
 def test_hosts_share_the_rows_among_them(monkeypatch, processes):
     monkeypatch.setattr(jax, "process_count", lambda: processes)
-    rows = []
+    read = []
+
+    def note(rows):
+        read.extend(range(48)[rows])
+        return mine(rows)
+
     for index in range(processes):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        rows += range(12)[host_rows(12)]
-    assert rows == list(range(12))
+        DataParallel().place(48, note)
+    assert read == list(range(48))
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
+def test_over_a_mesh_devices_that_share_rows_are_given_the_same():
+    placed = mesh().place(48, mine)
+    for name, x in placed.items():
+        assert np.array_equal(x, ROWS[name])
+        rows = {shard.device.id: shard.index[0] for shard in x.addressable_shards}
+        # data 2 x fsdp 2 take different rows, the two devices of tensor the same.
+        assert len({(part.start, part.stop) for part in rows.values()}) == 4
+        assert all(rows[device] == rows[device + 1] for device in (0, 2, 4, 6))
 
 
 def test_replicated_arrays_lie_whole_on_every_device():
     tree = {"x": np.arange(7.0), "step": np.int32(3)}
-    for name, leaf in replicate(tree).items():
+    runner = DataParallel()
+    state = runner.create(lambda: tree)
+    for name, leaf in state.items():
         assert leaf.sharding.is_fully_replicated
         assert leaf.sharding.device_set == set(jax.devices())
         assert np.array_equal(leaf, tree[name])
-    for name, leaf in on_one_device(replicate(tree)).items():
+    for name, leaf in runner.whole(state).items():
         assert leaf.devices() == {jax.local_devices()[0]}
         assert np.array_equal(leaf, tree[name])
-
-
-# ---------------------------------------------------------------------------------------------
-# Prefetching
-# ---------------------------------------------------------------------------------------------
-
-
-def test_batches_come_in_order_and_the_thread_ends_with_them():
-    def make(step):
-        time.sleep(0.002 * (step % 3))
-        return step, threading.current_thread().name
-
-    assert list(prefetch(make, range(5, 25))) == [(step, "prefetch") for step in range(5, 25)]
-    assert not prefetch_threads()
-    assert list(prefetch(make, range(7, 7))) == []
-
-
-def test_no_more_than_depth_batches_are_made_ahead():
-    made = []
-    batches = prefetch(lambda step: made.append(step), range(100), depth=3)
-    next(batches)
-    time.sleep(0.3)
-    # One taken, three waiting, and one that the thread holds until there is room.
-    assert made == [0, 1, 2, 3, 4]
-    batches.close()
-
-
-def test_an_exception_comes_through_after_the_batches_before_it():
-    def make(step):
-        if step == 3:
-            raise ZeroDivisionError("batch 3")
-        return step
-
-    seen = []
-    with pytest.raises(ZeroDivisionError, match="batch 3"):
-        for batch in prefetch(make, range(10)):
-            seen.append(batch)
-    assert seen == [0, 1, 2]
-    assert not prefetch_threads()
-
-
-def test_leaving_the_loop_ends_the_thread():
-    for batch in prefetch(lambda step: step, range(1000), depth=1):
-        if batch == 2:
-            break
-    assert not prefetch_threads()

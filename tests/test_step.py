@@ -12,12 +12,22 @@ from compiles import count_compiles
 from jaxformer.config import TransformerConfig
 from jaxformer.schedules import warmup_inverse_sqrt
 from jaxformer.transformer import Transformer
+from packed_rows import (
+    BATCH,
+    KEY,
+    PAIRS,
+    TOKENS,
+    VOCABULARY,
+    assert_same_training,
+    largest_difference,
+    packed_rows,
+    run_steps,
+)
 from train.config import OptimizerConfig
-from train.parallel import data_parallel_eval, data_parallel_train, replicate, split_rows
+from train.parallel import DataParallel
 from train.state import TrainState, create_state, make_optimizer, make_schedule
 from train.step import make_eval_step, make_train_step
 
-VOCABULARY, ROWS, SOURCE, TARGET = 37, 16, 11, 13
 CONFIG = TransformerConfig(
     vocab_size=VOCABULARY,
     d_model=10,
@@ -28,7 +38,6 @@ CONFIG = TransformerConfig(
     dropout=0.0,
     label_smoothing=0.1,
 )
-KEY = jax.random.key(5)
 DEVICES = jax.local_device_count()
 
 # Plain gradient descent: what moves the parameters is the gradient itself. It is clipped, so that
@@ -37,33 +46,17 @@ CLIP_NORM = 0.7
 SCHEDULE = warmup_inverse_sqrt(warmup_steps=2, peak=0.8)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(CLIP_NORM), optax.sgd(SCHEDULE))
 
+RUNNER = DataParallel()
+
+
+def placed(state, batch):
+    """What a step over all devices takes."""
+    rows = len(batch["labels"])
+    place = RUNNER.place(rows, lambda mine: {name: x[mine] for name, x in batch.items()})
+    return RUNNER.create(lambda: state), place
+
+
 several_devices = pytest.mark.skipif(DEVICES not in (2, 4, 8), reason="needs 2, 4 or 8 devices")
-
-
-def packed_rows(lengths, seed=0):
-    """Row r holds the pairs of `lengths[r]`, [(source, target), …] tokens with eos, at random."""
-    draw = np.random.default_rng(seed)
-    shapes = {"source_ids": SOURCE, "target_ids": TARGET, "labels": TARGET}
-    shapes |= {"source_segment_ids": SOURCE, "target_segment_ids": TARGET}
-    batch = {name: np.zeros((len(lengths), length), np.int32) for name, length in shapes.items()}
-    for row, pairs in enumerate(lengths):
-        s = t = 0
-        for segment, (source, target) in enumerate(pairs, start=1):
-            batch["source_ids"][row, s : s + source] = [*draw.integers(4, 37, source - 1), 2]
-            batch["source_segment_ids"][row, s : s + source] = segment
-            labels = [*draw.integers(4, VOCABULARY, target - 1), 2]
-            batch["labels"][row, t : t + target] = labels
-            batch["target_ids"][row, t : t + target] = [1, *labels[:-1]]
-            batch["target_segment_ids"][row, t : t + target] = segment
-            s, t = s + source, t + target
-    return batch
-
-
-# Rows of 0 to 13 target tokens; of 8 devices, two have nothing but padding.
-PAIRS = [[(5, 6), (6, 7)], [(11, 13)], [], [], [(2, 2)], [], [(4, 9)], [(3, 3), (3, 3)]]
-PAIRS += [[], [], [(7, 12)], [(9, 2)], [(6, 2)], [], [(5, 4), (6, 9)], [(8, 8)]]
-BATCH = packed_rows(PAIRS)
-TOKENS = sum(target for row in PAIRS for _, target in row)
 
 
 @pytest.fixture(scope="module")
@@ -88,29 +81,9 @@ def state_of(params):
     return TrainState(jnp.zeros((), jnp.int32), params, OPTIMIZER.init(params))
 
 
-def assert_close(actual, expected, tolerance=1e-5):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), actual, expected
-    )
-
-
-def largest_difference(actual, expected):
-    differences = jax.tree.map(lambda a, b: np.abs(np.subtract(a, b)).max(), actual, expected)
-    return max(jax.tree.leaves(differences))
-
-
 # ---------------------------------------------------------------------------------------------
 # The same updates, however the batch is spread
 # ---------------------------------------------------------------------------------------------
-
-
-def three_steps(step, state, batch):
-    """Return the state and the metrics after each step."""
-    history = []
-    for _ in range(3):
-        state, metrics = step(state, batch, KEY)
-        history.append(jax.device_get((state, metrics)))
-    return history
 
 
 @pytest.fixture(scope="module")
@@ -120,16 +93,7 @@ def one_step(model):
 
 @pytest.fixture(scope="module")
 def one_device(one_step, params):
-    return three_steps(one_step, state_of(params), BATCH)
-
-
-def assert_same_training(history, expected):
-    for (state, metrics), (expected_state, expected_metrics) in zip(history, expected, strict=True):
-        assert state.step == expected_state.step
-        assert_close(state.params, expected_state.params)
-        assert metrics.keys() == expected_metrics.keys()
-        for name, value in metrics.items():
-            assert value == pytest.approx(expected_metrics[name], abs=1e-5, rel=1e-5), name
+    return run_steps(one_step, state_of(params), BATCH)
 
 
 def test_three_steps_learn(one_device, params):
@@ -143,13 +107,13 @@ def test_three_steps_learn(one_device, params):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_devices_with_uneven_token_counts_equal_one_device(model, params, one_device, accumulate):
     step = make_train_step(model, OPTIMIZER, SCHEDULE, accumulate=accumulate)
-    history = three_steps(data_parallel_train(step), replicate(state_of(params)), split_rows(BATCH))
+    history = run_steps(RUNNER.train(step), *placed(state_of(params), BATCH))
     assert_same_training(history, one_device)
 
 
 def test_accumulation_does_not_change_the_update(model, params, one_device):
     step = jax.jit(make_train_step(model, OPTIMIZER, SCHEDULE, accumulate=4))
-    assert_same_training(three_steps(step, state_of(params), BATCH), one_device)
+    assert_same_training(run_steps(step, state_of(params), BATCH), one_device)
 
 
 def test_a_pair_counts_the_same_alone_in_its_row(model, params):
@@ -215,7 +179,7 @@ def test_a_batch_of_padding_changes_nothing(one_step, params):
 def noisy_step():
     """With dropout, on all devices, the batch of each in two parts."""
     model = Transformer(CONFIG.replace(dropout=0.3))
-    return data_parallel_train(make_train_step(model, OPTIMIZER, SCHEDULE, accumulate=2))
+    return RUNNER.train(make_train_step(model, OPTIMIZER, SCHEDULE, accumulate=2))
 
 
 def test_every_device_part_and_step_has_its_own_noise_and_a_repetition_the_same(noisy_step, params):
@@ -227,7 +191,8 @@ def test_every_device_part_and_step_has_its_own_noise_and_a_repetition_the_same(
         for name, ids in row.items():
             batch[name][device, part] = ids
         state = state_of(params).replace(step=jnp.int32(step))
-        return float(noisy_step(replicate(state), batch, key)[1]["loss"])
+        state = RUNNER.create(lambda: state)
+        return float(noisy_step(state, batch, key)[1]["loss"])
 
     places = [loss(device, part) for device in range(DEVICES) for part in range(2)]
     others = [loss(0, 0, step=1), loss(0, 0, step=2), loss(0, 0, key=jax.random.key(6))]
@@ -236,11 +201,11 @@ def test_every_device_part_and_step_has_its_own_noise_and_a_repetition_the_same(
 
 
 def test_the_state_is_reused_stays_replicated_and_compiles_once(noisy_step, params):
-    first = replicate(state_of(params))
-    shapes = jax.tree.map(jnp.shape, first)
-    rows = split_rows(
-        {name: np.tile(ids, (DEVICES, 1))[: 2 * DEVICES] for name, ids in BATCH.items()}
+    first, rows = placed(
+        state_of(params),
+        {name: np.tile(ids, (DEVICES, 1))[: 2 * DEVICES] for name, ids in BATCH.items()},
     )
+    shapes = jax.tree.map(jnp.shape, first)
     second, metrics = noisy_step(first, rows, KEY)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first)), "not donated"
     assert jax.tree.map(jnp.shape, second) == shapes, "there is a device axis"
@@ -256,7 +221,7 @@ def test_the_state_is_reused_stays_replicated_and_compiles_once(noisy_step, para
 @several_devices
 def test_evaluation_sums_over_devices_without_dropout(params, one_device):
     model = Transformer(CONFIG.replace(dropout=0.3))
-    sums = data_parallel_eval(make_eval_step(model))(replicate(params), split_rows(BATCH))
+    sums = RUNNER.evaluate(make_eval_step(model))(*placed(params, BATCH))
     _, metrics = one_device[0]
     assert sums.weight == TOKENS
     assert float(sums.loss) / TOKENS == pytest.approx(metrics["loss"], rel=1e-5)

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -14,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental.multihost_utils import sync_global_devices
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxformer.errors import UserError
+from jaxformer.fingerprint import fingerprint
 from jaxformer.run import (
     AVERAGE,
     CHECKPOINTS_DIR,
@@ -24,6 +27,8 @@ from jaxformer.run import (
     OPTIMIZER,
     PARAMS,
     best_step,
+    evaluations,
+    is_intact,
     load_params,
     reason,
 )
@@ -32,6 +37,28 @@ State = TypeVar("State")
 
 # What orbax logs it either handles itself or also raises, here to end as one line.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint whose files are not what was written."""
+
+
+class _Keep(policies.PreservationPolicy):
+    """The newest, to go on from; of the evaluated ones the last and, by `best`, the best.
+
+    One that was saved because training had to stop is nothing to choose or average: it goes when
+    the next is there, as if training had not stopped.
+    """
+
+    def __init__(self, last: int, best: policies.PreservationPolicy) -> None:
+        self._last, self._best = last, best
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        kept = list(self._best.should_preserve(checkpoints, context=context))
+        evaluated = [n for n, checkpoint in enumerate(checkpoints) if checkpoint.metrics]
+        for number in {*evaluated[-self._last :], len(checkpoints) - 1}:
+            kept[number] = True
+        return kept
 
 
 class Checkpoints:
@@ -44,7 +71,7 @@ class Checkpoints:
 
     Args:
       run: the run directory; created if need be.
-      keep_last: how many of the latest checkpoints stay on disk.
+      keep_last: how many of the latest evaluated checkpoints stay on disk; the newest always does.
       keep_best: how many of the best stay besides.
       metric: name of the validation metric that says what is best.
       mode: whether the best is the "min" or the "max" of it.
@@ -78,20 +105,16 @@ class Checkpoints:
                 f"cannot save checkpoints in {self.directory}: {error.strerror}; "
                 "choose another run directory"
             ) from error
-        keep: list[policies.PreservationPolicy] = [policies.LatestN(keep_last)]
-        if keep_best:
-            keep.append(
-                policies.BestN(
-                    get_metric_fn=self._score,
-                    reverse=mode == "min",
-                    n=keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+        best = policies.BestN(
+            get_metric_fn=self._score,
+            reverse=mode == "min",
+            n=keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep),
+                preservation_policy=_Keep(keep_last, best),
                 best_fn=self._score,
                 best_mode=mode,
                 cleanup_tmp_directories=True,
@@ -109,6 +132,11 @@ class Checkpoints:
     def all_steps(self) -> list[int]:
         """Return the steps of the checkpoints there are, ascending."""
         return sorted(self._manager.all_steps())
+
+    def evaluated_steps(self) -> list[int]:
+        """Return the steps of those that were saved with metrics, ascending."""
+        self.wait()
+        return list(evaluations(self._run))
 
     def latest_step(self) -> int | None:
         """Return the step of the last checkpoint, None if there is none."""
@@ -146,13 +174,19 @@ class Checkpoints:
             # A loss of nan is no JSON number and never the best.
             values = {name: float(v) for name, v in metrics.items() if math.isfinite(v)}
             record = {"metric": self._metric, "mode": self._mode, "values": values}
-        items = {name: ocp.args.StandardSave(tree) for name, tree in _split(state).items()}
+        items = _split(state)
         with _saving(self.directory):
-            args = ocp.args.Composite(**items)
+            args = ocp.args.Composite(
+                **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+                **{INFO: ocp.args.JsonSave({"fingerprints": _fingerprints(items)})},
+            )
             self._manager.save(step, args=args, metrics=record, force=True)
 
     def restore(self, example: State, step: int | None = None) -> State:
-        """Return the state that was saved at `step`, by default the last.
+        """Return the state that was saved at `step`, by default the last that is undamaged.
+
+        Damaged ones that are passed over are reported on standard error and renamed, so that
+        training can save these steps again.
 
         Args:
           example: a state of the same structure, of arrays or of `jax.ShapeDtypeStruct`s with
@@ -161,11 +195,22 @@ class Checkpoints:
           step: which checkpoint.
 
         Raises:
-          UserError: there is no such checkpoint, it is damaged, or its model or optimizer is
-            another one; the message names the first array that differs.
+          UserError: there is no such checkpoint, none that is undamaged, or its model or optimizer
+            is another one; the message names the first array that differs.
         """
         self.wait()
-        directory = self.directory / str(self._find(step))
+        newest = self._find(step)
+        for candidate in [newest] if step is not None else reversed(self.all_steps()):
+            try:
+                return self._restore(example, candidate)
+            except DamagedCheckpoint as error:
+                if step is not None or candidate == self.all_steps()[0]:
+                    raise
+                self._set_aside(candidate, error)
+        raise AssertionError  # the first candidate is there, the last returns or raises
+
+    def _restore(self, example: State, step: int) -> State:
+        directory = self.directory / str(step)
         examples = _split(example)
         with _reading(directory):
             saved = {name: _saved_arrays(directory / name) for name in examples}
@@ -173,9 +218,23 @@ class Checkpoints:
             _check_same_arrays(saved[name], _describe(tree), directory / name)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in examples.items()}
         with _reading(directory):
-            args = ocp.args.Composite(**items)
-            restored = self._manager.restore(int(directory.name), args=args)
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        for name in examples:
+            if not is_intact(directory, name, restored[name]):
+                raise DamagedCheckpoint(
+                    f"checkpoint {directory} is damaged: its {name} are not what was saved; "
+                    "delete it to go on from the one before"
+                )
         return dataclasses.replace(restored[OPTIMIZER], params=restored[PARAMS])
+
+    def _set_aside(self, step: int, error: DamagedCheckpoint) -> None:
+        name = f"damaged-{step}"
+        if jax.process_index() == 0:
+            print(f"warning: {error}; it is now {name}, trying the one before", file=sys.stderr)
+            (self.directory / str(step)).rename(self.directory / name)
+        if jax.process_count() > 1:
+            sync_global_devices(name)
+        self._manager.reload()
 
     def average(self, steps: Sequence[int]) -> Any:
         """Return the mean of the parameters of several checkpoints, as numpy arrays.
@@ -211,7 +270,11 @@ class Checkpoints:
           UserError: it could not be written.
         """
         self.wait()
-        info = {"steps": sorted(steps), "latest": max(self.all_steps(), default=0)}
+        info = {
+            "steps": sorted(steps),
+            "latest": max(self.all_steps(), default=0),
+            "fingerprints": _fingerprints({PARAMS: params}),
+        }
         args = {PARAMS: ocp.args.StandardSave(params), INFO: ocp.args.JsonSave(info)}
         with (
             _saving(self.directory),
@@ -245,6 +308,10 @@ class Checkpoints:
 def _split(state: Any) -> dict[str, Any]:
     """Take the parameters out: the rest is the same dataclass with None in their place."""
     return {PARAMS: state.params, OPTIMIZER: dataclasses.replace(state, params=None)}
+
+
+def _fingerprints(items: Mapping[str, Any]) -> dict[str, int]:
+    return {name: fingerprint(tree) for name, tree in items.items()}
 
 
 def _describe(tree: Any) -> dict[str, str]:
@@ -298,8 +365,8 @@ def _saving(directory: Path) -> Iterator[None]:
 def _reading(directory: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
-        raise UserError(
+    except (OSError, ValueError, KeyError) as error:
+        raise DamagedCheckpoint(
             f"cannot read checkpoint {directory}: {reason(error)}; "
             "delete it to go on from the one before"
         ) from error

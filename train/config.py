@@ -147,6 +147,40 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How the devices share the work; it changes nothing in what is computed."""
+
+    strategy: Literal["pmap", "mesh"] = "pmap"
+    """pmap: every device has the whole model; mesh: data x fsdp x tensor, for models too large"""
+    fsdp: int = 1
+    """devices that parameters and optimizer state are spread over (mesh)"""
+    tensor: int = 1
+    """devices that heads, hidden layers and vocabulary are spread over (mesh)"""
+    coordinator: str | None = None
+    """with --distributed True, HOST:PORT of process 0, where JAX does not find it by itself"""
+    processes: int | None = None
+    """with coordinator: how many processes there are"""
+    process: int | None = None
+    """with coordinator: which of them this is, from 0"""
+
+    def __post_init__(self) -> None:
+        for name in ("fsdp", "tensor"):
+            if getattr(self, name) < 1:
+                raise UserError(f"parallel.{name} is {getattr(self, name)}: give at least 1")
+        if self.strategy == "pmap" and (self.fsdp > 1 or self.tensor > 1):
+            raise UserError(
+                f"parallel.fsdp={self.fsdp} and parallel.tensor={self.tensor} need "
+                "--parallel.strategy mesh: pmap keeps the whole model on every device"
+            )
+        told = (self.coordinator, self.processes, self.process)
+        if any(value is None for value in told) and any(value is not None for value in told):
+            raise UserError(
+                "parallel.coordinator, parallel.processes and parallel.process go together: "
+                "give all three, or none where JAX finds the other hosts by itself"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A whole experiment. `python -m train fit CONFIG --section.field VALUE` changes any field."""
 
@@ -162,6 +196,7 @@ class TrainConfig:
     """steps between progress reports"""
     distributed: bool = False
     """one of several processes, as on a TPU pod: wait for the others (jax.distributed)"""
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     model: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -172,6 +207,8 @@ class TrainConfig:
         for name in ("steps", "accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
+        if self.parallel.coordinator is not None and not self.distributed:
+            raise UserError("parallel.coordinator is given: give --distributed True with it")
         if self.model.quantized:
             raise UserError(
                 "model.quantized is True, but int8 is not to be trained: leave it out, and "

@@ -19,7 +19,7 @@ from train.data.corpus import EncodedCorpus, encode_corpus
 from train.data.packing import pack_in_order
 from train.data.sources import load_split
 from train.metrics import Score, bleu, chrf
-from train.parallel import data_parallel_eval, host_rows, split_rows
+from train.parallel import DataParallel, Runner
 from train.step import make_eval_step
 
 
@@ -34,6 +34,7 @@ class LossEvaluator:
         source_length: int,
         target_length: int,
         rows_per_batch: int,
+        runner: Runner,
     ) -> None:
         packing = pack_in_order(
             corpus.source.lengths,
@@ -44,7 +45,8 @@ class LossEvaluator:
         devices = jax.device_count()
         rows = min(rows_per_batch, -(-packing.num_rows // devices) * devices)
         self._batches = Batches(corpus, packing, rows, seed=None)
-        self._eval_step = data_parallel_eval(make_eval_step(model))
+        self._runner = runner
+        self._eval_step = runner.evaluate(make_eval_step(model))
 
     def __call__(self, params: Any) -> dict[str, float]:
         """Return "loss", label-smoothed as in training, "nll" and "perplexity" = exp(nll), a token.
@@ -52,9 +54,10 @@ class LossEvaluator:
         Natural logarithms; eos counts as a token.
         """
         batches = self._batches
-        rows = host_rows(batches.rows_per_batch)
         sums = [
-            self._eval_step(params, split_rows(batches.at(step, rows)))
+            self._eval_step(
+                params, self._runner.place(batches.rows_per_batch, partial(batches.at, step))
+            )
             for step in range(batches.steps_per_epoch)
         ]
         loss, nll, weight = (sum(map(float, column)) for column in zip(*sums, strict=True))
@@ -160,6 +163,7 @@ def evaluate_run(
         source_length=data.target_length,
         target_length=data.target_length,
         rows_per_batch=jax.device_count() * -(-4096 // data.target_length),
+        runner=DataParallel(),
     )(translator.params)
     hypotheses = decoder(translator, settings, beam_size=settings.beam_size)(pairs["source"][:])
     if output is not None:

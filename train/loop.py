@@ -1,6 +1,7 @@
 """The story of a run: build, restore, step, report, evaluate, save; in the end average and test."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,14 @@ from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.evaluate import LossEvaluator, Quality, decoder, score
 from train.metrics import MetricsWriter, read_metrics
-from train.parallel import (
-    data_parallel_train,
-    on_one_device,
-    prefetch,
-    replicate,
-    span_processes,
-)
+from train.parallel import initialize_hosts, make_runner
+from train.preemption import Preemption
+from train.prefetch import prefetch
 from train.prepare import RunData, prepare
 from train.progress import Progress
 from train.report import Report, check_finite, describe, examples
 from train.state import create_state, make_optimizer, make_schedule
-from train.step import make_train_step
+from train.step import Batch, make_train_step
 
 
 def fit(config: TrainConfig) -> Path:
@@ -34,9 +31,10 @@ def fit(config: TrainConfig) -> Path:
         became nan.
     """
     if config.distributed:
-        jax.distributed.initialize()
+        initialize_hosts(config.parallel)
+    runner = make_runner(config)
     run, chief = Path(config.run), jax.process_index() == 0
-    metric = config.evaluate.metric
+    evaluate, metric = config.evaluate, config.evaluate.metric
     data = prepare(config)
     batches = data.batches
     with Checkpoints(
@@ -50,11 +48,11 @@ def fit(config: TrainConfig) -> Path:
         schedule = make_schedule(config.optimizer, config.model.d_model, config.steps)
         optimizer = make_optimizer(config.optimizer, schedule)
         init_rng, dropout_rng = jax.random.split(jax.random.key(config.seed))
-        state = replicate(create_state(model, optimizer, init_rng))
+        state = runner.create(partial(create_state, model, optimizer, init_rng))
         if checkpoints.latest_step() is not None:
-            state = replicate(on_one_device(checkpoints.restore(span_processes(state))))
+            state = runner.from_saved(checkpoints.restore(runner.to_save(state)))
         start = int(state.step)
-        train_step = data_parallel_train(
+        train_step = runner.train(
             make_train_step(model, optimizer, schedule, accumulate=config.accumulate)
         )
         validation_loss = LossEvaluator(
@@ -63,20 +61,26 @@ def fit(config: TrainConfig) -> Path:
             source_length=batches.packing.source_length,
             target_length=batches.packing.target_length,
             rows_per_batch=batches.rows_per_batch,
+            runner=runner,
         )
+
+        def load(step: int) -> Batch:
+            return runner.place(batches.rows_per_batch, partial(batches.at, step))
+
         with (
             MetricsWriter(run, start_step=start, active=chief) as writer,
             Progress(config.steps, start, active=chief) as progress,
+            Preemption() as preemption,
         ):
             for line in describe(config, state.params, batches, start):
                 progress.message(line)
             report = Report(writer, progress, batches.steps_per_epoch)
             history = _validation_history(run, metric, start)
-            evaluate_every = config.evaluate.every or batches.steps_per_epoch
+            evaluate_every = evaluate.every or batches.steps_per_epoch
             steps = range(start, config.steps)
-            if _out_of_patience(history, metric, config.evaluate.patience):
+            if _out_of_patience(history, metric, evaluate.patience):
                 steps = range(0)
-            ready = report.timed(prefetch(data.batch, steps))
+            ready = report.timed(prefetch(load, steps))
             for step, batch in zip(steps, ready, strict=True):
                 state, metrics = train_step(state, batch, dropout_rng)
                 report.add(metrics)
@@ -84,45 +88,48 @@ def fit(config: TrainConfig) -> Path:
                 evaluating = done % evaluate_every == 0 or done == config.steps
                 if done % config.log_every == 0 or evaluating or step == start:
                     report.flush(done)
-                if not evaluating:
-                    progress.update(done)
-                    continue
-
-                began = time.monotonic()
-                losses = validation_loss(state.params)
-                check_finite("validation loss", losses["loss"], done)
-                quality, _ = _evaluate(
-                    config, data, state.params, "validation", config.evaluate.validation_beam_size
-                )
-                writer.write(done, "validation", losses | quality.to_dict())
-                numbers = losses | {"bleu": quality.bleu.value, "chrf": quality.chrf.value}
-                checkpoints.save(span_processes(state), numbers)
-                progress.message(
-                    f"step {done:,}: validation loss {losses['loss']:.3f}  "
-                    f"ppl {losses['perplexity']:.2f}  BLEU {quality.bleu.value:.2f}  "
-                    f"chrF {quality.chrf.value:.2f}  exact match {quality.exact_match:.1%}  "
-                    f"({time.monotonic() - began:.1f} s)"
-                )
-                report.restart_clock()
-                history.append(numbers[metric])
-                if _out_of_patience(history, metric, config.evaluate.patience):
+                progress.update(done)
+                if evaluating:
+                    began = time.monotonic()
+                    losses = validation_loss(state.params)
+                    check_finite("validation loss", losses["loss"], done)
+                    params, beam_size = runner.whole(state.params), evaluate.validation_beam_size
+                    quality, _ = _evaluate(config, data, params, "validation", beam_size)
+                    writer.write(done, "validation", losses | quality.to_dict())
+                    numbers = losses | {"bleu": quality.bleu.value, "chrf": quality.chrf.value}
+                    checkpoints.save(runner.to_save(state), numbers)
                     progress.message(
-                        f"no better {metric} in {config.evaluate.patience} evaluations: stopping"
+                        f"step {done:,}: validation loss {losses['loss']:.3f}  "
+                        f"ppl {losses['perplexity']:.2f}  BLEU {quality.bleu.value:.2f}  "
+                        f"chrF {quality.chrf.value:.2f}  exact match {quality.exact_match:.1%}  "
+                        f"({time.monotonic() - began:.1f} s)"
+                    )
+                    report.restart_clock()
+                    history.append(numbers[metric])
+                if preemption.reached(done):
+                    checkpoints.save(runner.to_save(state))
+                    progress.message(
+                        f"stopped by SIGTERM; step {done:,} is saved: run the same command again "
+                        "to go on"
+                    )
+                    return run
+                if evaluating and _out_of_patience(history, metric, evaluate.patience):
+                    progress.message(
+                        f"no better {metric} in {evaluate.patience} evaluations: stopping"
                     )
                     break
 
-            params = state.params
-            averaged = checkpoints.all_steps()[-config.checkpoint.average :]
+            params = runner.whole(state.params)
+            averaged = checkpoints.evaluated_steps()[-config.checkpoint.average :]
             if len(averaged) > 1:
-                params = replicate(checkpoints.average(averaged))
-                checkpoints.save_average(span_processes(params), averaged)
+                params = checkpoints.average(averaged)
+                checkpoints.save_average(params, averaged)
                 steps_text = ", ".join(f"{step:,}" for step in averaged)
                 progress.message(f"averaged the checkpoints of steps {steps_text}")
             for split in [split for split in data.pairs if split != "train"]:
-                beam_size = config.evaluate.beam_size
-                quality, hypotheses = _evaluate(config, data, params, split, beam_size)
+                quality, hypotheses = _evaluate(config, data, params, split, evaluate.beam_size)
                 writer.write(int(state.step), f"final_{split}", quality.to_dict())
-                progress.message(f"\n{split}, beam {beam_size}:\n{quality}")
+                progress.message(f"\n{split}, beam {evaluate.beam_size}:\n{quality}")
             pairs = data.pairs[split]
             for line in examples(pairs["source"][:], hypotheses, pairs["target"][:]):
                 progress.message(line)

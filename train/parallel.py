@@ -1,117 +1,203 @@
-"""One step, run on every device: each takes its rows of the batch, and all end with one state."""
+"""One step, run by many devices: as copies of each other, or as parts of one machine.
 
-import queue
-import threading
-from collections.abc import Callable, Iterator
+A runner places the state and the batches and compiles the step. Which one it is changes nothing in
+the numbers: the step sums over everything and divides once.
+"""
+
+import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from train.config import ParallelConfig, TrainConfig
+from train.mesh import in_mesh, make_mesh, shardings
+from train.step import Batch
+
 AXIS = "data"
+HostBatch = dict[str, np.ndarray]
 
 
-def replicate(tree: Any, devices: list[jax.Device] | None = None) -> Any:
-    """Put the same arrays on each of this process's devices, as `data_parallel_train` does.
+class Runner(Protocol):
+    """How the devices share the work; `make_runner` chooses."""
 
-    A state that begins in another form would have the first two steps compiled separately.
+    def create(self, make_state: Callable[[], Any]) -> Any:
+        """Return what `make_state` returns, placed as the steps take it."""
+
+    def train(self, train_step: Callable) -> Callable[[Any, Batch, jax.Array], tuple[Any, Any]]:
+        """Return `(state, batch, rng) -> (state, metrics)`; the old state's memory is reused."""
+
+    def evaluate(self, eval_step: Callable) -> Callable[[Any, Batch], Any]:
+        """Return `(params, batch) -> sums` over all devices."""
+
+    def place(self, rows_per_batch: int, read: Callable[[slice], HostBatch]) -> Batch:
+        """Read the rows of a global batch that this process's devices take, and give them these."""
+
+    def whole(self, params: Any) -> Any:
+        """All of the parameters on this process's first device; a collective under a mesh."""
+
+    def to_save(self, state: Any) -> Any:
+        """The state as arrays of all processes together, the form that is saved and restored."""
+
+    def from_saved(self, state: Any) -> Any:
+        """The inverse of `to_save`."""
+
+
+def make_runner(config: TrainConfig) -> Runner:
+    """Return the runner that `config.parallel` names, on all devices.
+
+    Raises:
+      UserError: the devices or the model cannot be split so.
     """
-    return jax.device_put(tree, _replicated(devices or jax.local_devices()))
+    parallel = config.parallel
+    if parallel.strategy == "mesh":
+        return MeshParallel(make_mesh(parallel, config.model, jax.devices()))
+    return DataParallel()
 
 
-def span_processes(tree: Any) -> Any:
-    """Replicated arrays as arrays of all processes together, the form that is saved and restored.
+@dataclasses.dataclass(frozen=True)
+class DataParallel:
+    """`jax.pmap`: every device has all of the state, and takes its rows of the batch.
 
-    `pmap` returns each process its own copies; with one process they are all there is.
+    The state has no device axis: it looks the same on one device and on a thousand.
+
+    Attributes:
+      devices: by default all of all processes.
     """
-    if jax.process_count() == 1:
-        return tree
-    sharding = _replicated(jax.devices())
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(on_one_device(x))),
-        tree,
-    )
+
+    devices: tuple[jax.Device, ...] | None = None
+
+    def create(self, make_state: Callable[[], Any]) -> Any:
+        # A state that began in another form than the steps return would have them compiled twice.
+        return jax.device_put(make_state(), self._replicated())
+
+    def train(self, train_step: Callable) -> Any:
+        return jax.pmap(
+            partial(train_step, axis_name=AXIS),
+            axis_name=AXIS,
+            in_axes=(None, 0, None),
+            out_axes=None,
+            donate_argnums=0,
+            devices=self.devices,
+        )
+
+    def evaluate(self, eval_step: Callable) -> Any:
+        return jax.pmap(
+            partial(eval_step, axis_name=AXIS),
+            axis_name=AXIS,
+            in_axes=(None, 0),
+            out_axes=None,
+            devices=self.devices,
+        )
+
+    def place(self, rows_per_batch: int, read: Callable[[slice], HostBatch]) -> Any:
+        """Return [devices, rows, …]; `pmap` itself moves it to the devices."""
+        rows, index = rows_per_batch // jax.process_count(), jax.process_index()
+        devices = len(self._local())
+        return {
+            name: x.reshape(devices, -1, *x.shape[1:])
+            for name, x in read(slice(index * rows, (index + 1) * rows)).items()
+        }
+
+    def whole(self, params: Any) -> Any:
+        return jax.tree.map(lambda x: x.addressable_data(0), params)
+
+    def to_save(self, state: Any) -> Any:
+        # `pmap` returns each process its own copies; with one process they are all there is.
+        if jax.process_count() == 1:
+            return state
+        everywhere = NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), PartitionSpec())
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(everywhere, np.asarray(x)),
+            self.whole(state),
+        )
+
+    def from_saved(self, state: Any) -> Any:
+        return jax.device_put(self.whole(state), self._replicated())
+
+    def _local(self) -> tuple[jax.Device, ...]:
+        return self.devices or tuple(jax.local_devices())
+
+    def _replicated(self) -> NamedSharding:
+        return NamedSharding(Mesh(np.array(self._local()), (AXIS,)), PartitionSpec())
 
 
-def _replicated(devices: list[jax.Device]) -> NamedSharding:
-    return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec())
+@dataclasses.dataclass(frozen=True)
+class MeshParallel:
+    """`jax.jit` over a mesh of data × fsdp × tensor: XLA splits one program over all devices.
 
-
-def on_one_device(tree: Any) -> Any:
-    """This process's own copy of replicated arrays, on its first device, without copying."""
-    return jax.tree.map(lambda x: x.addressable_data(0), tree)
-
-
-def data_parallel_train(train_step: Callable, devices: list[jax.Device] | None = None) -> Any:
-    """Return `(state, batch, rng) -> (state, metrics)` over `devices`, by default all, or one.
-
-    The batch is [devices, rows, …]; state, key and metrics are replicated and have no device axis,
-    so they look the same on one device and on a thousand. The old state's memory is reused.
+    Parameters and optimizer state are born, kept and updated in parts, as `train.mesh` says. The
+    noise of dropout is that of one device, however many there are.
     """
-    return jax.pmap(
-        partial(train_step, axis_name=AXIS),
-        axis_name=AXIS,
-        in_axes=(None, 0, None),
-        out_axes=None,
-        donate_argnums=0,
-        devices=devices,
-    )
+
+    mesh: Mesh
+
+    def create(self, make_state: Callable[[], Any]) -> Any:
+        with in_mesh(self.mesh):
+            placed = shardings(self.mesh, jax.eval_shape(make_state))
+            return jax.jit(make_state, out_shardings=placed)()
+
+    def train(self, train_step: Callable) -> Any:
+        return self._within(self._jitted(train_step))
+
+    def compiled_step(
+        self, train_step: Callable, state: Any, batch: Batch, rng: jax.Array
+    ) -> jax.stages.Compiled:
+        """Compile without running; placed arrays, or shapes with shardings, will do."""
+        with in_mesh(self.mesh):
+            return self._jitted(train_step).lower(state, batch, rng).compile()
+
+    def _jitted(self, train_step: Callable) -> Any:
+        def step(state: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Any]:
+            state, metrics = train_step(state, batch, rng)
+            # Without this XLA might return it laid out otherwise, and compile the next step anew.
+            return jax.lax.with_sharding_constraint(state, shardings(self.mesh, state)), metrics
+
+        return jax.jit(step, donate_argnums=0)
+
+    def evaluate(self, eval_step: Callable) -> Any:
+        return self._within(jax.jit(eval_step))
+
+    def place(self, rows_per_batch: int, read: Callable[[slice], HostBatch]) -> Any:
+        by_rows = NamedSharding(self.mesh, PartitionSpec((AXIS, "fsdp")))
+        mine = by_rows.addressable_devices_indices_map((rows_per_batch,)).values()
+        spans = [index[0].indices(rows_per_batch) for index in mine if index is not None]
+        first, last = min(span[0] for span in spans), max(span[1] for span in spans)
+
+        def part(x: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(rows_per_batch)
+            return x[start - first : stop - first]
+
+        return {
+            name: jax.make_array_from_callback(
+                (rows_per_batch, *x.shape[1:]), by_rows, partial(part, x)
+            )
+            for name, x in read(slice(first, last)).items()
+        }
+
+    def whole(self, params: Any) -> Any:
+        gathered = jax.jit(
+            lambda tree: tree, out_shardings=NamedSharding(self.mesh, PartitionSpec())
+        )
+        return jax.tree.map(lambda x: x.addressable_data(0), gathered(params))
+
+    def to_save(self, state: Any) -> Any:
+        return state
+
+    def from_saved(self, state: Any) -> Any:
+        return state
+
+    def _within(self, function: Callable) -> Callable:
+        def call(*arguments: Any) -> Any:
+            with in_mesh(self.mesh):
+                return function(*arguments)
+
+        return call
 
 
-def data_parallel_eval(eval_step: Callable) -> Callable:
-    """Return `(params, batch) -> sums` over all devices, laid out as for training."""
-    return jax.pmap(
-        partial(eval_step, axis_name=AXIS), axis_name=AXIS, in_axes=(None, 0), out_axes=None
-    )
-
-
-def split_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """[R, …] to [devices, R / devices, …], over this process's devices."""
-    devices = jax.local_device_count()
-    return {name: x.reshape(devices, -1, *x.shape[1:]) for name, x in batch.items()}
-
-
-def host_rows(rows_per_batch: int) -> slice:
-    """The rows of the global batch that this process's devices take."""
-    rows = rows_per_batch // jax.process_count()
-    return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
-
-
-def prefetch(make: Callable[[int], Any], steps: range, depth: int = 4) -> Iterator[Any]:
-    """Yield `make(step)` for each step, made ahead by a thread so that no device waits for it.
-
-    Leaving the loop ends the thread; an exception in `make` is raised here.
-    """
-    ready: queue.Queue = queue.Queue(depth)
-    abandoned = threading.Event()
-
-    def put(item: Any) -> bool:
-        while not abandoned.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for step in steps:
-                if not put((make(step), None)):
-                    return
-        except BaseException as error:
-            put((None, error))
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        for _ in steps:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        abandoned.set()
-        thread.join()
+def initialize_hosts(config: ParallelConfig) -> None:
+    """Join the other processes: found by itself on TPU, Slurm, Open MPI and Kubernetes, or told."""
+    jax.distributed.initialize(config.coordinator, config.processes, config.process)

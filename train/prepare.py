@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
-import numpy as np
 
 from jaxformer.errors import UserError
 from jaxformer.run import (
@@ -25,7 +24,6 @@ from train.data.corpus import EncodedCorpus, encode_corpus
 from train.data.packing import Packing, choose_source_length, pack
 from train.data.sources import load_split
 from train.data.tokenizer import learn_tokenizers
-from train.parallel import host_rows, split_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -33,7 +31,7 @@ if TYPE_CHECKING:
 # What may differ from the run directory's config.json when a run goes on: how long and how
 # closely watched it is and where its files lie, not what is trained.
 _MAY_CHANGE = ("run", "steps", "log_every", "distributed", "data.path", "data.cache_dir")
-_MAY_CHANGE_SECTIONS = ("evaluate.", "checkpoint.")
+_MAY_CHANGE_SECTIONS = ("evaluate.", "checkpoint.", "parallel.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +50,6 @@ class RunData:
     target_tokenizer: Tokenizer
     validation: EncodedCorpus
     batches: Batches
-
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        """This process's share of the batch of `step`, [devices, rows, …]."""
-        return split_rows(self.batches.at(step, host_rows(self.batches.rows_per_batch)))
 
 
 def prepare(config: TrainConfig) -> RunData:

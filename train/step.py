@@ -65,7 +65,10 @@ def make_train_step(
             gradient_sum, sums = gradient(params, rows, jax.random.fold_in(rng, index))
             return jax.tree.map(jnp.add, total, (sums, gradient_sum)), None
 
-        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        # Every `accumulate`-th row, so that over a mesh each device has its share of every part.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+        )
         zeros = LossSums(*[jnp.zeros((), jnp.float32)] * 3), jax.tree.map(jnp.zeros_like, params)
         return jax.lax.scan(add_part, zeros, (jnp.arange(accumulate), parts))[0]
 

@@ -63,7 +63,7 @@ def _add_decode(kinds: Any) -> None:
         "decode",
         help="translation, beside another engine with the same weights",
         description="Measure sentences and tokens a second, compilation apart, beside another "
-        "engine with the same weights that takes turns in the same process.",
+        "engine with the same weights, which has a process of its own and takes turns with ours.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     decode.add_argument(

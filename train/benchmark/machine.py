@@ -3,7 +3,6 @@
 import os
 import platform
 import resource
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,6 +40,11 @@ def describe_machine(devices: Sequence[jax.Device]) -> dict[str, Any]:
     }
 
 
+def separate_devices(devices: Sequence[jax.Device]) -> int:
+    """How many of them add to what the machine can do: simulated CPU devices share its cores."""
+    return 1 if devices[0].platform == "cpu" else len(devices)
+
+
 def matmul_peak(dtype: str, device: jax.Device) -> float:
     """FLOP/s of the product of two large square matrices on one device, the best of ten."""
     size = 2048 if device.platform == "cpu" else 8192
@@ -71,15 +75,7 @@ def datasheet_peak(dtype: str, device: jax.Device) -> float | None:
 
 def peak_memory(devices: Sequence[jax.Device]) -> int:
     """Most bytes in use so far: of the fullest device, or, on CPU, of the process."""
-    statistics = [device.memory_stats() for device in devices]
-    if all(found and "peak_bytes_in_use" in found for found in statistics):
-        return max(found["peak_bytes_in_use"] for found in statistics if found)
+    stats = [device.memory_stats() for device in devices]
+    if all(found and "peak_bytes_in_use" in found for found in stats):
+        return max(found["peak_bytes_in_use"] for found in stats if found)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile."""
-    if len(seconds) == 1:
-        return dict.fromkeys(("median", "p10", "p90"), seconds[0])
-    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
-    return {"median": statistics.median(seconds), "p10": deciles[0], "p90": deciles[-1]}

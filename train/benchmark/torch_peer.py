@@ -65,11 +65,11 @@ def torch_turn(
             x = self.embedding(ids) * config.d_model**0.5
             return self.dropout(x + self.positions[: ids.shape[1]])
 
-        def forward(self, source: Any, target: Any, padding: Any, causal: Any) -> Any:
+        def forward(self, source: Any, target: Any, padding: Any, future: Any) -> Any:
             hidden = self.transformer(
                 self.embed(source),
                 self.embed(target),
-                tgt_mask=causal,
+                tgt_mask=future,
                 src_key_padding_mask=padding,
                 memory_key_padding_mask=padding,
                 tgt_is_causal=True,
@@ -90,15 +90,16 @@ def torch_turn(
             for name in ("source_ids", "target_ids", "labels")
         )
         padding = source == PAD_ID
-        causal = nn.Transformer.generate_square_subsequent_mask(target.shape[1], device=device)
-        return source, target, (padding if bool(padding.any()) else None), causal > -1, labels
+        length = target.shape[1]
+        future = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+        return source, target, (padding if bool(padding.any()) else None), future, labels
 
     ready = cycle([tensors(batch) for batch in batches])
 
     def step() -> tuple[int, int]:
-        source, target, padding, causal, labels = next(ready)
+        source, target, padding, future, labels = next(ready)
         with torch.set_grad_enabled(training), autocast:
-            logits = run(source, target, padding, ~causal)
+            logits = run(source, target, padding, future)
             if training:
                 loss = nn.functional.cross_entropy(
                     logits.flatten(0, 1),

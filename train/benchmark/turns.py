@@ -1,7 +1,8 @@
 """What engines report of the steps they take in turns."""
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 
@@ -24,3 +25,11 @@ def take_turn(step: Callable[[], tuple[int, int]], steps: int) -> Turn:
         turn.tokens.append(tokens)
         turn.positions.append(positions)
     return turn
+
+
+def summary(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile."""
+    if len(seconds) == 1:
+        return dict.fromkeys(("median", "p10", "p90"), seconds[0])
+    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
+    return {"median": statistics.median(seconds), "p10": deciles[0], "p90": deciles[-1]}

@@ -1,0 +1,36 @@
+"""Names for the axes of activations, so that a program for many devices can say who holds what.
+
+Under `jax.jit` over a mesh XLA decides how every array is split, and guesses badly where parameters
+and batch compete for the same devices. So the modules name the axes of what they compute:
+
+| name | axis |
+|---|---|
+| `batch` | B, sentences or packed rows |
+| `heads` | N |
+| `mlp` | F, the hidden layer of the feed-forward network |
+| `vocab` | V |
+| `vocab_batch` | B, where V is split: those with a part of V see the same tokens |
+
+Without `flax.linen.logical_axis_rules` and a mesh around them these names do nothing.
+"""
+
+from math import prod
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+    """Return `x`, laid out as the rules in force say; None names an axis that is kept whole."""
+    return nn.with_logical_constraint(x, names)
+
+
+def num_shards(name: str) -> int:
+    """How many parts the rules and the mesh in force split an axis into; 1 if there are none."""
+    spec = nn.logical_to_mesh_axes((name,))
+    axes = spec[0] if spec else None
+    if axes is None:
+        return 1
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes))

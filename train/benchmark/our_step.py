@@ -1,0 +1,104 @@
+"""The step of this project, as `train.loop.fit` takes it, under the clock."""
+
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxformer.transformer import Transformer
+from train.benchmark.turns import Turn
+from train.benchmark.work import Case, Kind, full_rows
+from train.config import TrainConfig
+from train.data.batches import Batches
+from train.parallel import DataParallel
+from train.prefetch import prefetch
+from train.state import create_state, make_optimizer, make_schedule
+from train.step import make_train_step
+
+
+class OurStep:
+    """The step of `train.loop.fit`, on random rows or on the corpus."""
+
+    def __init__(self, kind: Kind, config: TrainConfig, case: Case, batches: Batches | None):
+        self.devices = tuple(jax.local_devices()[: case.devices])
+        self._batches = batches
+        self._full_rows = full_rows(case)
+        model = Transformer(case.model)
+        schedule = make_schedule(config.optimizer, case.model.d_model, config.steps)
+        optimizer = make_optimizer(config.optimizer, schedule)
+        runner = DataParallel(self.devices)
+        state = runner.create(partial(create_state, model, optimizer, jax.random.key(0)))
+        self._rng = jax.random.key(1)
+        self._done = 0
+        if kind == "train":
+            step = make_train_step(model, optimizer, schedule, accumulate=config.accumulate)
+            self._carry, self._step = state, runner.train(step)
+            return
+
+        def forward(params: Any, batch: dict, rng: jax.Array) -> tuple[Any, Any]:
+            logits = model.apply(
+                {"params": params},
+                batch["source_ids"],
+                batch["target_ids"],
+                source_segment_ids=batch["source_segment_ids"],
+                target_segment_ids=batch["target_segment_ids"],
+            )
+            return params, logits
+
+        self._carry = state.params
+        self._step = jax.pmap(
+            forward,
+            in_axes=(None, 0, None),
+            out_axes=(None, 0),
+            donate_argnums=0,
+            devices=self.devices,
+        )
+
+    def compile(self) -> dict[str, Any]:
+        """Compile, and return how long it took and what XLA says of the program."""
+        arguments = self._carry, self._batch(0), self._rng
+        began = time.perf_counter()
+        jax.eval_shape(self._step, *arguments)
+        traced = time.perf_counter()
+        lowered = self._step.lower(*arguments)
+        low = time.perf_counter()
+        self._step = lowered.compile()
+        done = time.perf_counter()
+        cost, memory = self._step.cost_analysis(), self._step.memory_analysis()
+        return {
+            "trace_seconds": traced - began,
+            "lower_seconds": low - traced,
+            "compile_seconds": done - low,
+            "xla_flops": cost.get("flops", float("nan")) * len(self.devices),
+            "xla_bytes": cost.get("bytes accessed", float("nan")) * len(self.devices),
+            "program_memory_bytes": memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes,
+        }
+
+    def turn(self, steps: int) -> Turn:
+        """Take `steps` steps; batches of a corpus are made meanwhile, as in training."""
+        which = range(self._done, self._done + steps)
+        self._done += steps
+        ready = map(self._batch, which) if self._batches is None else prefetch(self._batch, which)
+        turn = Turn([], [], [], [])
+        began = time.perf_counter()
+        for batch in ready:
+            got = time.perf_counter()
+            self._carry, out = self._step(self._carry, batch, self._rng)
+            jax.block_until_ready((self._carry, out))
+            done = time.perf_counter()
+            turn.seconds.append(done - began)
+            turn.waited.append(got - began)
+            turn.tokens.append(int(np.count_nonzero(batch["labels"])))
+            turn.positions.append(batch["labels"].size)
+            began = time.perf_counter()
+        return turn
+
+    def _batch(self, step: int) -> dict[str, np.ndarray]:
+        batch = self._full_rows if self._batches is None else self._batches.at(step)
+        rows = len(self.devices)
+        return {name: x.reshape(rows, -1, *x.shape[1:]) for name, x in batch.items()}

@@ -1,0 +1,104 @@
+"""Which device holds which part: the mesh data × fsdp × tensor and the rules for arrays on it."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from jaxformer.config import TransformerConfig
+from jaxformer.errors import UserError
+from train.config import ParallelConfig
+
+# Axes of activations and parameters, and the axes of the mesh they are split over. The vocabulary
+# takes fsdp too: each of those devices looks up and scores its own pieces for the tokens of them
+# all, so that the largest matrix of the model, embedding and softmax in one, is never gathered.
+RULES = (
+    ("batch", ("data", "fsdp")),
+    ("vocab_batch", "data"),
+    ("vocab", ("fsdp", "tensor")),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("embed", "fsdp"),
+)
+
+# Parameters by the end of their path; stacked layers have an axis before these. All others, small
+# ones, are whole on every device. The optimizer's moments go as their parameters.
+PARAMETERS = (
+    (r"embedding/embedding", ("vocab", None)),
+    (r"attention/(query|key|value)/kernel", ("embed", "heads", None)),
+    (r"attention/(query|key|value)/bias", ("heads", None)),
+    (r"attention/output/kernel", ("heads", None, "embed")),
+    (r"feed_forward/(hidden|gate)/kernel", ("embed", "mlp")),
+    (r"feed_forward/(hidden|gate)/bias", ("mlp",)),
+    (r"feed_forward/output/kernel", ("mlp", "embed")),
+)
+
+
+def make_mesh(
+    config: ParallelConfig, model: TransformerConfig, devices: Sequence[jax.Device]
+) -> Mesh:
+    """Return the mesh of all `devices`; what fsdp and tensor leave over is data.
+
+    Raises:
+      UserError: the devices or an axis of the model cannot be split so.
+    """
+    fsdp, tensor = config.fsdp, config.tensor
+    if len(devices) % (fsdp * tensor):
+        raise UserError(
+            f"{len(devices)} devices cannot be split into data x fsdp x tensor with parallel.fsdp="
+            f"{fsdp} and parallel.tensor={tensor}: {fsdp} x {tensor} = {fsdp * tensor} does not "
+            f"divide {len(devices)}"
+        )
+    vocabularies = {"vocab_size": model.vocab_size, "source_vocab_size": model.source_vocab_size}
+    for name, size, parts, product in (
+        ("num_heads", model.num_heads, tensor, f"parallel.tensor={tensor}"),
+        ("d_ff", model.d_ff, tensor, f"parallel.tensor={tensor}"),
+        ("d_model", model.d_model, fsdp, f"parallel.fsdp={fsdp}"),
+        *(
+            (name, size, fsdp * tensor, f"parallel.fsdp x parallel.tensor = {fsdp} x {tensor}")
+            for name, size in vocabularies.items()
+        ),
+    ):
+        if size is not None and size % parts:
+            raise UserError(
+                f"model.{name}={size} cannot be split by {product}: the next multiple of {parts} "
+                f"is {-(-size // parts) * parts}"
+            )
+    shape = len(devices) // (fsdp * tensor), fsdp, tensor
+    axes = ("data", "fsdp", "tensor")
+    return Mesh(np.array(devices).reshape(shape), axes, axis_types=(AxisType.Auto,) * 3)
+
+
+@contextlib.contextmanager
+def in_mesh(mesh: Mesh) -> Iterator[None]:
+    """Make the names that the modules give to axes mean the axes of `mesh`."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+    """Return, in the structure of `tree`, where each of its arrays lies.
+
+    Args:
+      mesh: of `make_mesh`.
+      tree: parameters, or a state that holds parameters and moments of them; shapes suffice.
+    """
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        spec = nn.logical_to_mesh_axes(_axes("/".join(map(str, names)), leaf.ndim), RULES)
+        return NamedSharding(mesh, spec or PartitionSpec())
+
+    return jax.tree.map_with_path(sharding, tree)
+
+
+def _axes(path: str, ndim: int) -> tuple[str | None, ...]:
+    for pattern, axes in PARAMETERS:
+        if re.search(rf"{pattern}$", path):
+            return (None,) * (ndim - len(axes)) + axes
+    return (None,) * ndim

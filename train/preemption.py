@@ -1,0 +1,39 @@
+"""SIGTERM, sent to a machine that is about to be taken away: save, and go on elsewhere."""
+
+import signal
+from types import FrameType
+from typing import Any, Self
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class Preemption:
+    """Notices SIGTERM; use it in a `with` block, in the main thread.
+
+    With several processes one that is told is enough: JAX agrees with the others on a step that
+    none has passed.
+    """
+
+    def __init__(self) -> None:
+        self._told = False
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        # Among several processes JAX has its own handler, in place since they met.
+        if jax.process_count() == 1:
+            self._before = signal.signal(signal.SIGTERM, self._notice)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop now that `step` is done; to be asked by all processes at every step."""
+        if jax.process_count() == 1:
+            return self._told
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        self._told = True

@@ -1,25 +1,21 @@
 """Checkpoints of a training run: save in the background, keep the last and the best, average."""
 
-import contextlib
 import dataclasses
 import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental.multihost_utils import sync_global_devices
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxformer.errors import UserError
-from jaxformer.fingerprint import fingerprint
 from jaxformer.run import (
     AVERAGE,
     CHECKPOINTS_DIR,
@@ -30,17 +26,22 @@ from jaxformer.run import (
     evaluations,
     is_intact,
     load_params,
-    reason,
+)
+from train.checkpoint_items import (
+    DamagedCheckpoint,
+    check_same_arrays,
+    describe,
+    fingerprints,
+    reading,
+    saved_arrays,
+    saving,
+    split,
 )
 
 State = TypeVar("State")
 
 # What orbax logs it either handles itself or also raises, here to end as one line.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
-
-
-class DamagedCheckpoint(UserError):
-    """A checkpoint whose files are not what was written."""
 
 
 class _Keep(policies.PreservationPolicy):
@@ -174,11 +175,11 @@ class Checkpoints:
             # A loss of nan is no JSON number and never the best.
             values = {name: float(v) for name, v in metrics.items() if math.isfinite(v)}
             record = {"metric": self._metric, "mode": self._mode, "values": values}
-        items = _split(state)
-        with _saving(self.directory):
+        items = split(state)
+        with saving(self.directory):
             args = ocp.args.Composite(
                 **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-                **{INFO: ocp.args.JsonSave({"fingerprints": _fingerprints(items)})},
+                **{INFO: ocp.args.JsonSave({"fingerprints": fingerprints(items)})},
             )
             self._manager.save(step, args=args, metrics=record, force=True)
 
@@ -211,13 +212,13 @@ class Checkpoints:
 
     def _restore(self, example: State, step: int) -> State:
         directory = self.directory / str(step)
-        examples = _split(example)
-        with _reading(directory):
-            saved = {name: _saved_arrays(directory / name) for name in examples}
+        examples = split(example)
+        with reading(directory):
+            saved = {name: saved_arrays(directory / name) for name in examples}
         for name, tree in examples.items():
-            _check_same_arrays(saved[name], _describe(tree), directory / name)
+            check_same_arrays(saved[name], describe(tree), directory / name)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in examples.items()}
-        with _reading(directory):
+        with reading(directory):
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         for name in examples:
             if not is_intact(directory, name, restored[name]):
@@ -273,23 +274,23 @@ class Checkpoints:
         info = {
             "steps": sorted(steps),
             "latest": max(self.all_steps(), default=0),
-            "fingerprints": _fingerprints({PARAMS: params}),
+            "fingerprints": fingerprints({PARAMS: params}),
         }
         args = {PARAMS: ocp.args.StandardSave(params), INFO: ocp.args.JsonSave(info)}
         with (
-            _saving(self.directory),
+            saving(self.directory),
             ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer,
         ):
             writer.save(self.directory / AVERAGE, args=ocp.args.Composite(**args), force=True)
 
     def wait(self) -> None:
         """Return when everything is on disk; raises `UserError` if it could not be written."""
-        with _saving(self.directory):
+        with saving(self.directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait, and release orbax's threads; raises like `wait`."""
-        with _saving(self.directory):
+        with saving(self.directory):
             self._manager.close()
 
     def _score(self, record: Mapping[str, Any]) -> float:
@@ -303,70 +304,3 @@ class Checkpoints:
         if step is not None and step not in steps:
             raise UserError(f"{self._run} has no checkpoint {step}: choose one of {steps}")
         return steps[-1] if step is None else step
-
-
-def _split(state: Any) -> dict[str, Any]:
-    """Take the parameters out: the rest is the same dataclass with None in their place."""
-    return {PARAMS: state.params, OPTIMIZER: dataclasses.replace(state, params=None)}
-
-
-def _fingerprints(items: Mapping[str, Any]) -> dict[str, int]:
-    return {name: fingerprint(tree) for name, tree in items.items()}
-
-
-def _describe(tree: Any) -> dict[str, str]:
-    """Map the path of each array to its type: {"decoder/kernel": "float32[3,5]"}."""
-
-    def describe(leaf: Any) -> str:
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)  # that is how orbax saves a key
-        return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
-
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): describe(leaf)
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    }
-
-
-def _saved_arrays(path: Path) -> dict[str, str]:
-    """Describe what was saved in `path`, without reading the arrays."""
-    handler = ocp.StandardCheckpointHandler()
-    try:
-        return _describe(handler.metadata(epath.Path(path)).tree)
-    finally:
-        handler.close()
-
-
-def _check_same_arrays(saved: dict[str, str], wanted: dict[str, str], path: Path) -> None:
-    for name in sorted(saved.keys() | wanted.keys()):
-        there, here = saved.get(name, "missing"), wanted.get(name, "missing")
-        if there != here:
-            raise UserError(
-                f"{path} is of another configuration: {name} is {there} there and {here} here; "
-                "train with the run's own config.json or choose another run directory"
-            )
-
-
-@contextlib.contextmanager
-def _saving(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        # Tensorstore reports a full disk by a ValueError. Others are errors of the program.
-        if isinstance(error, OSError) or "[os_error_code=" in str(error):
-            raise UserError(
-                f"cannot save checkpoints in {directory}: {reason(error)}; "
-                "free disk space or choose another run directory"
-            ) from error
-        raise
-
-
-@contextlib.contextmanager
-def _reading(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        raise DamagedCheckpoint(
-            f"cannot read checkpoint {directory}: {reason(error)}; "
-            "delete it to go on from the one before"
-        ) from error

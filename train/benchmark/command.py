@@ -12,6 +12,13 @@ from train.arguments import load_config, override
 from train.config import TrainConfig
 
 
+class _ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Says what an option is if it is not given, unless that is nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
+
+
 def add_benchmark(commands: Any) -> None:
     """Add `benchmark train|forward|decode` to the subcommands of `python -m train`."""
     benchmark = commands.add_parser("benchmark", help="measure how fast it is")
@@ -31,7 +38,7 @@ def _add_steps(kinds: Any, kind: str, what: str) -> None:
         description=f"Measure {what}: time, tokens a second, share of the machine's measured "
         "matrix-product peak, memory. Lists, as in --batch 16,32, measure every combination. "
         "--section.field VALUE changes any field of the configuration.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_ShowDefaults,
     )
     steps.add_argument("config", metavar="CONFIG", help="a configuration, or a preset such as base")
     numbers = _list_of(int)
@@ -64,7 +71,7 @@ def _add_decode(kinds: Any) -> None:
         help="translation, beside another engine with the same weights",
         description="Measure sentences and tokens a second, compilation apart, beside another "
         "engine with the same weights, which has a process of its own and takes turns with ours.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_ShowDefaults,
     )
     decode.add_argument(
         "run", metavar="RUN", help="directory that training wrote, or a preset such as base"
@@ -135,10 +142,14 @@ def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
         peers=tuple(options.peer),
         profile=options.profile,
     )
-    records = list(benchmark_steps(settings))
-    print(steps_table(records))
     if options.output is not None:
-        write_records(options.output, records)
+        write_records(options.output, [])  # fails before the work, not after it
+    records = []
+    for record in benchmark_steps(settings):
+        records.append(record)
+        if options.output is not None:  # at once: a long sweep may be stopped
+            write_records(options.output, [record])
+    print(steps_table(records))
     if options.plot is not None:
         plot(options.plot, records)
 

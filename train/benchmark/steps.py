@@ -98,22 +98,21 @@ def benchmark_steps(settings: StepBenchmark) -> Iterator[dict[str, Any]]:
 def _cases(settings: StepBenchmark) -> Iterator[Case]:
     model = settings.config.model
     available = jax.local_device_count()
-    for dtype, vocab_size, devices in itertools.product(
+    shapes = [(batch, n, n) for n, batch in itertools.product(settings.length, settings.batch)]
+    if settings.batches is not None:
+        packing = settings.batches.packing
+        shapes = [(settings.batches.rows_per_batch, packing.source_length, packing.target_length)]
+    for dtype, vocab_size, devices, shape in itertools.product(
         settings.dtypes or (model.dtype,),
         settings.vocab_sizes or (model.vocab_size,),
         settings.devices or (available,),
+        shapes,
     ):
         if not 1 <= devices <= available:
             raise UserError(f"{devices} devices are asked for, {available} are here")
-        changed = model.replace(dtype=dtype, vocab_size=vocab_size)
-        if settings.batches is not None:
-            packing, rows = settings.batches.packing, settings.batches.rows_per_batch
-            yield Case(changed, rows, packing.source_length, packing.target_length, devices)
-            continue
-        for length, batch in itertools.product(settings.length, settings.batch):
-            if batch % devices:
-                raise UserError(f"{batch} rows cannot be split over {devices} devices")
-            yield Case(changed, batch, length, length, devices)
+        if shape[0] % devices:
+            raise UserError(f"{shape[0]} rows cannot be split over {devices} devices")
+        yield Case(model.replace(dtype=dtype, vocab_size=vocab_size), *shape, devices)
 
 
 def _measure(

@@ -1,0 +1,28 @@
+"""`python fit_small.py FOLDER name=value …`: train `small_config`, in a process of its own."""
+
+import ast
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from jaxformer.errors import UserError
+from small_run import small_config
+from train.loop import fit
+
+
+def main(folder: str, *changes: str) -> int:
+    values = dict(change.split("=", 1) for change in changes)
+    config = small_config(
+        Path(folder), **{name: ast.literal_eval(value) for name, value in values.items()}
+    )
+    try:
+        fit(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,259 @@
+"""Stopped, killed, damaged, moved to other devices: a run goes on as if nothing had happened."""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxformer.run import checkpoint_steps, load_params
+from small_run import change, small_config, write_corpus
+from train.loop import fit
+from train.metrics import read_metrics
+from train.report import Report
+
+SCRIPT = Path(__file__).parent / "fit_small.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    """Dropout and accumulation on: what is repeated must have the same noise."""
+    return small_config(folder, steps=6, evaluate__every=3, model__dropout=0.1, accumulate=2)
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    return fit(config)
+
+
+def assert_same_run(run, other):
+    assert checkpoint_steps(other) == checkpoint_steps(run)
+    for checkpoint in (checkpoint_steps(run)[-1], "average"):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            load_params(other, checkpoint),
+            load_params(run, checkpoint),
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# In one process
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
+    run, config, folder, monkeypatch, capsys, step
+):
+    """In the middle, at an evaluation and after one; what was saved in haste is not averaged."""
+    told = change(config, run=str(folder / f"told{step}"), log_every=1)
+    flush = Report.flush
+
+    def flush_and_be_told(self, done):
+        flush(self, done)
+        if done == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "flush", flush_and_be_told)
+        fit(told)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert f"stopped by SIGTERM; step {step} is saved" in capsys.readouterr().out
+    assert max(checkpoint_steps(told.run)) == step
+    fit(told)
+    assert_same_run(run, Path(told.run))
+
+
+def flip_a_bit(checkpoint):
+    path = max((checkpoint / "params" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def truncate(checkpoint):
+    for path in (checkpoint / "params" / "d").iterdir():
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def leave_out(checkpoint):
+    shutil.rmtree(checkpoint / "optimizer")
+
+
+def swap(checkpoint):
+    """Whole files, but those of another step."""
+    shutil.rmtree(checkpoint / "params")
+    shutil.copytree(checkpoint.parent / "3" / "params", checkpoint / "params")
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, leave_out, swap])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
+    run, config, folder, capfd, damage
+):
+    damaged = folder / damage.__name__
+    shutil.copytree(run, damaged)
+    damage(damaged / "checkpoints" / "6")
+    fit(change(config, run=str(damaged)))
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "warning: " in line]
+    assert len(warnings) == 1 and "it is now damaged-6, trying the one before" in warnings[0]
+    assert_same_run(run, damaged)
+
+
+def test_pmap_goes_on_over_a_mesh_and_back(folder):
+    """The same examples, and without dropout the same losses."""
+    plain = small_config(folder, run=str(folder / "pmap"), steps=6, log_every=1, model__dropout=0.0)
+    fit(plain)
+    moved = change(plain, run=str(folder / "moved"), steps=2)
+    fit(moved)
+    mesh = change(moved, parallel__strategy="mesh", parallel__fsdp=2, parallel__tensor=2)
+    fit(change(mesh, steps=4))
+    fit(change(moved, steps=6))
+    assert_same_losses(folder / "moved", folder / "pmap")
+
+
+def assert_same_losses(run, other, tolerance=1e-4):
+    losses, expected = (
+        {
+            record["step"]: record["loss"]
+            for record in read_metrics(path)
+            if record["split"] == "train"
+        }
+        for path in (run, other)
+    )
+    assert losses.keys() == expected.keys()
+    assert losses == pytest.approx(expected, rel=tolerance)
+
+
+# ---------------------------------------------------------------------------------------------
+# In several
+# ---------------------------------------------------------------------------------------------
+
+
+def start(folder, run, *changes, processes=1, devices=8):
+    """Start training in `processes` that see each other, with `devices` in all."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"
+    }
+    started = []
+    for index in range(processes):
+        hosts = [
+            "distributed=True",
+            f"parallel__coordinator='localhost:{port}'",
+            f"parallel__processes={processes}",
+            f"parallel__process={index}",
+        ]
+        started.append(
+            subprocess.Popen(
+                [
+                    sys.executable, SCRIPT, folder, f"run={str(run)!r}", "log_every=1", *changes,
+                    *(hosts if processes > 1 else []),
+                ],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )  # fmt: skip
+    return started
+
+
+def finish(started):
+    """Wait for all, and fail with what they printed if one did."""
+    outputs = [process.communicate(timeout=500)[0] for process in started]
+    for process, output in zip(started, outputs, strict=True):
+        assert process.returncode == 0, output[-3000:]
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def losses_of_one(folder):
+    """A run of 6 steps without dropout, in this process, on 8 devices."""
+    return fit(small_config(folder, run=str(folder / "one"), log_every=1, model__dropout=0.0))
+
+
+@pytest.mark.parametrize(
+    ("processes", "strategy"),
+    [
+        (2, "pmap"),
+        pytest.param(2, "mesh", marks=pytest.mark.slow),
+        pytest.param(4, "pmap", marks=pytest.mark.slow),
+        pytest.param(4, "mesh", marks=pytest.mark.slow),
+    ],
+)
+def test_processes_train_as_one(folder, losses_of_one, processes, strategy):
+    run = folder / f"{strategy}{processes}"
+    changes = ["model__dropout=0.0", f"parallel__strategy={strategy!r}"]
+    if strategy == "mesh":
+        changes += ["parallel__fsdp=2", "parallel__tensor=2"]
+    outputs = finish(start(folder, run, *changes, processes=processes))
+    assert "try it: jaxformer translate" in outputs[0]
+    assert not any(outputs[1:]), "the first process speaks for all"
+    assert_same_losses(run, losses_of_one, 1e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5),
+        load_params(run, "average"),
+        load_params(losses_of_one, "average"),
+    )
+
+
+@pytest.mark.slow
+def test_a_run_moves_to_fewer_devices_and_another_strategy(folder):
+    changes = ["model__dropout=0.0"]
+    finish(start(folder, folder / "stays", *changes, "steps=12"))
+    moves = [
+        (8, 3, []),
+        (4, 6, []),
+        (1, 9, []),
+        (8, 12, ["parallel__strategy='mesh'", "parallel__fsdp=4"]),
+    ]
+    for devices, steps, more in moves:
+        finish(start(folder, folder / "moves", *changes, f"steps={steps}", *more, devices=devices))
+    assert_same_losses(folder / "moves", folder / "stays")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_ten_times_it_ends_with_the_same_bits(folder, processes):
+    changes = ["model__dropout=0.1", "accumulate=2", "steps=200", "evaluate__every=8"]
+    changes += ["checkpoint__keep_last=3", "checkpoint__average=3"]
+    undisturbed, killed = folder / f"calm{processes}", folder / f"killed{processes}"
+    finish(start(folder, undisturbed, *changes, processes=processes, devices=2))
+    draw, kills = random.Random(processes), 0
+    while kills < 10:
+        started = start(folder, killed, *changes, processes=processes, devices=2)
+        goal = last_step(killed) + draw.randint(1, 12)
+        while last_step(killed) < goal and started[0].poll() is None:
+            time.sleep(0.05)
+        time.sleep(draw.random())
+        victims = started if draw.random() < 0.5 else [draw.choice(started)]
+        assert any(process.poll() is None for process in victims), "it ended before ten kills"
+        for process in [*victims, *started]:  # those left over wait for the others in vain
+            process.kill()
+            process.communicate()
+        kills += 1
+    finish(start(folder, killed, *changes, processes=processes, devices=2))
+    assert_same_run(undisturbed, killed)
+    assert_same_losses(killed, undisturbed, 0)
+
+
+def last_step(run):
+    if not run.exists():
+        return 0
+    return max((record["step"] for record in read_metrics(run)), default=0)

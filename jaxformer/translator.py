@@ -304,16 +304,21 @@ class Translator:
         return parts
 
     def _split(self, ids: list[int], limit: int) -> Iterator[list[int]]:
-        """Cut at the last beginning of a word before the limit, or else at the limit."""
+        """Cut at the last beginning of a word before the limit, or else at the limit.
+
+        A language code at the beginning, such as ">>deu<<", is meant for every part.
+        """
+        first = self.source_tokenizer.pieces(ids[:1])
+        code = ids[:1] if first and first[0].startswith(">>") and first[0].endswith("<<") else []
         while len(ids) > limit:
             starts = [
                 i
                 for i, piece in enumerate(self.source_tokenizer.pieces(ids[: limit + 1]))
-                if i > 0 and piece.startswith("▁")
+                if i > len(code) and piece.startswith("▁")
             ]
             cut = starts[-1] if starts else limit
             yield ids[:cut]
-            ids = ids[cut:]
+            ids = code + ids[cut:]
         if ids:
             yield ids
 

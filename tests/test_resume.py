@@ -214,6 +214,19 @@ def test_processes_train_as_one(folder, losses_of_one, processes, strategy):
 
 
 @pytest.mark.slow
+def test_one_of_two_processes_is_told_and_both_stop(folder):
+    run = folder / "one_told"
+    changes = ["steps=100000", "evaluate__every=100000"]
+    started = start(folder, run, *changes, processes=2)
+    while last_step(run) < 5 and started[0].poll() is None:
+        time.sleep(0.1)
+    started[1].send_signal(signal.SIGTERM)
+    outputs = finish(started)
+    (step,) = checkpoint_steps(run)
+    assert f"stopped by SIGTERM; step {step} is saved" in outputs[0]
+
+
+@pytest.mark.slow
 def test_a_run_moves_to_fewer_devices_and_another_strategy(folder):
     changes = ["model__dropout=0.0"]
     finish(start(folder, folder / "stays", *changes, "steps=12"))

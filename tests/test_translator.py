@@ -13,6 +13,7 @@ import jaxformer.translator as module
 from compiles import count_compiles
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, Generator
+from jaxformer.tokenizer import VocabularyTokenizer
 from jaxformer.translator import Translator
 from random_run import CONFIG, write_random_run
 from small_run import LEXICON, sentence_pairs, trained_run
@@ -150,6 +151,20 @@ def test_a_long_line_is_translated_in_parts_with_a_warning(translator, monkeypat
     warnings = []
     assert " ".join(greedy(translator, parts, warn=warnings.append)) == translations[2]
     assert warnings == []
+
+
+def test_a_language_code_goes_before_every_part(translator, monkeypatch):
+    tokenizer = translator.source_tokenizer
+    text = " ".join(itertools.islice(itertools.cycle(LEXICON), 50))
+    words = ["<pad>", "<s>", "</s>", "<unk>", ">>deu<<"]
+    words += sorted({piece for piece in tokenizer.pieces(tokenizer.encode(text))})
+    coded = VocabularyTokenizer(tokenizer.model, words)
+    monkeypatch.setattr(translator, "source_tokenizer", coded)
+    plain, ids = coded.encode(text), coded.encode(f">>deu<< {text}")
+    assert ids == [4, *plain]
+    parts = list(translator._split(ids, 9))
+    assert len(parts) > 5 and all(part[0] == 4 and 1 < len(part) <= 9 for part in parts)
+    assert [id for part in parts for id in part[1:]] == plain
 
 
 @pytest.mark.parametrize("limit", [6, 31])

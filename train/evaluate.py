@@ -42,7 +42,7 @@ class LossEvaluator:
             target_length=target_length,
         )
         devices = jax.device_count()
-        rows = min(rows_per_batch, -(-packing.num_rows // devices) * devices)
+        rows = -(-min(rows_per_batch, packing.num_rows) // devices) * devices
         self._batches = Batches(corpus, packing, rows, seed=None)
         self._eval_step = data_parallel_eval(make_eval_step(model))
 

@@ -137,7 +137,8 @@ def _cases(settings: StepBenchmark) -> Iterator[Case]:
             raise UserError(f"{devices} devices are asked for, {available} are here")
         changed = model.replace(dtype=dtype, vocab_size=vocab_size)
         if settings.batches is not None:
-            packing, rows = settings.batches.packing, settings.batches.rows_per_batch
+            packing, parts = settings.batches.packing, devices * settings.config.accumulate
+            rows = -(-settings.batches.rows_per_batch // parts) * parts
             yield Case(changed, rows, packing.source_length, packing.target_length, devices)
             continue
         for length, batch in itertools.product(settings.length, settings.batch):
@@ -250,7 +251,7 @@ class OurStep:
 
     def __init__(self, kind: Kind, config: TrainConfig, case: Case, batches: Batches | None):
         self.devices = jax.local_devices()[: case.devices]
-        self._batches = batches
+        self._batches, self._all_rows = batches, slice(0, case.batch)
         self._full_rows = _rows(case)
         model = Transformer(case.model)
         schedule = make_schedule(config.optimizer, case.model.d_model, config.steps)
@@ -325,8 +326,8 @@ class OurStep:
         return turn
 
     def _batch(self, step: int) -> dict[str, np.ndarray]:
-        batch = self._full_rows if self._batches is None else self._batches.at(step)
-        rows = len(self.devices)
+        batches, rows = self._batches, len(self.devices)
+        batch = self._full_rows if batches is None else batches.at(step, self._all_rows)
         return {name: x.reshape(rows, -1, *x.shape[1:]) for name, x in batch.items()}
 
 

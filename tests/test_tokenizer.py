@@ -27,7 +27,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(run):
-    return learn_tokenizers(PAIRS, run, vocab_size=90, joint=True)[0]
+    return learn_tokenizers([PAIRS], run, vocab_size=90, joint=True)[0]
 
 
 @pytest.mark.parametrize("text", ["그 고양이는 친구가 7명 있다.", "the dog has 12 friends.", ""])
@@ -67,7 +67,7 @@ def test_run_directory_holds_the_tokenizer(run, tokenizer):
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_separate_vocabularies_know_one_side_each(tmp_path, model_type):
-    learn_tokenizers(PAIRS, tmp_path, vocab_size=32, joint=False, model_type=model_type)
+    learn_tokenizers([PAIRS], tmp_path, vocab_size=32, joint=False, model_type=model_type)
     source, target = load_tokenizers(tmp_path)
     assert (source.vocab_size, target.vocab_size) == (32, 32)
     assert source.decode(source.encode("the cat")) == "the cat"
@@ -79,9 +79,9 @@ def test_separate_vocabularies_know_one_side_each(tmp_path, model_type):
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_learning_is_deterministic_and_silent(tmp_path, capfd, model_type):
     models = [
-        learn_tokenizers(PAIRS, tmp_path / name, vocab_size=80, joint=True, model_type=model_type)[
-            0
-        ].model
+        learn_tokenizers(
+            [PAIRS], tmp_path / name, vocab_size=80, joint=True, model_type=model_type
+        )[0].model
         for name in ("a", "b")
     ]
     assert models[0] == models[1]
@@ -92,7 +92,9 @@ def test_learning_is_deterministic_and_silent(tmp_path, capfd, model_type):
 @pytest.mark.parametrize("vocab_size", [20_000, 10])
 def test_impossible_vocabulary_names_the_possible_one(tmp_path, model_type, vocab_size):
     def learn(size):
-        return learn_tokenizers(PAIRS, tmp_path, vocab_size=size, joint=True, model_type=model_type)
+        return learn_tokenizers(
+            [PAIRS], tmp_path, vocab_size=size, joint=True, model_type=model_type
+        )
 
     with pytest.raises(UserError, match=r"model\.vocab_size=\d+.*(largest|least) .*\d$") as error:
         learn(vocab_size)
@@ -104,12 +106,12 @@ def test_impossible_vocabulary_names_the_possible_one(tmp_path, model_type, voca
 def test_nothing_to_learn_from(tmp_path):
     empty = datasets.Dataset.from_dict({"source": [""], "target": [" "]})
     with pytest.raises(UserError, match="source and target text"):
-        learn_tokenizers(empty, tmp_path, vocab_size=10, joint=True)
+        learn_tokenizers([empty], tmp_path, vocab_size=10, joint=True)
 
 
 def test_a_huge_corpus_is_thinned_out_evenly(monkeypatch):
     monkeypatch.setattr(learning, "_MAX_SENTENCES", 50)
-    sentences = list(learning._sentences(PAIRS, ("source", "target")))
+    sentences = list(learning._sentences([PAIRS], ("source", "target")))
     assert 40 <= len(sentences) <= 50
     assert "the cat has 0 friends." in sentences
     assert any("38" in sentence or "39" in sentence for sentence in sentences)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_type_hints
 
@@ -16,7 +17,8 @@ class DataConfig:
 
     `train`, `validation` and `test` hold one or two names each: a split of the hub data set
     `dataset`; or a table file (.tsv, .csv, .jsonl, .json, .parquet); or a prefix P of the two text
-    files P.<source> and P.<target>; or, two names, the source file and the target file.
+    files P.<source> and P.<target>; or, two names, the source file and the target file. Each name
+    of `extra` is a table file or a prefix, also beside a hub data set.
     """
 
     path: str | None = None
@@ -27,6 +29,10 @@ class DataConfig:
     """configuration of the data set, such as "de-en" of wmt/wmt14"""
     train: tuple[str, ...] = ("train",)
     """training pairs"""
+    extra: tuple[str, ...] = ()
+    """more training corpora to mix in, such as back-translations: local tables or prefixes"""
+    weights: tuple[float, ...] = ()
+    """proportions of train and of each extra corpus in every batch; by default their sizes"""
     validation: tuple[str, ...] = ("validation",)
     """pairs to choose checkpoints and settings by"""
     test: tuple[str, ...] = ()
@@ -38,7 +44,7 @@ class DataConfig:
     joint_vocabulary: bool = True
     """learn one vocabulary on both sides together"""
     tokenizer_type: Literal["bpe", "unigram"] = "bpe"
-    """how sentencepiece learns the model.vocab_size pieces"""
+    """how sentencepiece learns the model.vocab_size pieces, on 2 million sentences at most"""
     target_length: int = 128
     """target positions of a packed row; longer sentences are left out of training"""
     source_length: int = 0
@@ -46,7 +52,7 @@ class DataConfig:
     batch_tokens: int = 25_000
     """target positions of a step, over all devices and accumulation steps together"""
     cache_dir: str | None = None
-    """where encoded corpora are kept; by default in the cache of Hugging Face datasets"""
+    """where text and token ids are kept; by default in the cache of Hugging Face datasets"""
 
     def __post_init__(self) -> None:
         if self.source == self.target:
@@ -55,6 +61,15 @@ class DataConfig:
             raise UserError(f"data.target_length is {self.target_length}: give at least 2")
         if self.source_length < 0 or self.source_length == 1:
             raise UserError(f"data.source_length is {self.source_length}: give at least 2, or 0")
+        if self.batch_tokens < 1:
+            raise UserError(f"data.batch_tokens is {self.batch_tokens}: give at least 1")
+        if self.weights and len(self.weights) != 1 + len(self.extra):
+            raise UserError(
+                f"data.weights has {len(self.weights)} numbers for {1 + len(self.extra)} training "
+                "corpora: give one for data.train, then one for each of data.extra"
+            )
+        if not all(0.0 < weight < math.inf for weight in self.weights):
+            raise UserError(f"data.weights are {self.weights}: give numbers above 0")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,7 +65,7 @@ def fit(config: TrainConfig) -> Path:
         )
 
         def load(step: int) -> Batch:
-            return runner.place(batches.rows_per_batch, partial(batches.at, step))
+            return runner.place(data.rows_per_step, partial(batches.at, step))
 
         with (
             MetricsWriter(run, start_step=start, active=chief) as writer,

@@ -1,6 +1,7 @@
 """From a configuration to the data of a run: splits, tokenizers, token ids, batches."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +20,12 @@ from jaxformer.run import (
 )
 from jaxformer.tokenizer import Tokenizer
 from train.config import TrainConfig, flatten
+from train.data.arrow import cache_folder
 from train.data.batches import Batches
 from train.data.corpus import EncodedCorpus, encode_corpus
-from train.data.packing import Packing, choose_source_length, pack
-from train.data.sources import load_split
+from train.data.mixture import Mixture
+from train.data.packing import choose_source_length, pack
+from train.data.sources import load_extra, load_split
 from train.data.tokenizer import learn_tokenizers
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ class RunData:
       source_tokenizer, target_tokenizer: one object twice if the vocabulary is joint.
       validation: the validation split as token ids.
       batches: the training batches.
+      rows_per_step: rows of a batch, completed with empty ones to be shared out evenly.
     """
 
     pairs: "dict[str, datasets.Dataset]"
@@ -50,6 +54,7 @@ class RunData:
     target_tokenizer: Tokenizer
     validation: EncodedCorpus
     batches: Batches
+    rows_per_step: int
 
 
 def prepare(config: TrainConfig) -> RunData:
@@ -59,38 +64,52 @@ def prepare(config: TrainConfig) -> RunData:
       UserError: the data or the run directory cannot be used.
     """
     run = Path(config.run)
-    rows = rows_per_batch(config)
     _check_same_run(config, run)
     splits = ["train", "validation", *(["test"] if config.data.test else [])]
     pairs = {split: load_split(config.data, split) for split in splits}
+    training = [pairs["train"], *(load_extra(config.data, name) for name in config.data.extra)]
     if jax.process_index() == 0:
         write_config(run, config.to_dict())
-    source_tokenizer, target_tokenizer = _tokenizers(config, run, pairs["train"])
-    train, validation = (
-        encode_corpus(pairs[split], source_tokenizer, target_tokenizer, config.data.cache_dir)
-        for split in ("train", "validation")
+    tokenizers = _tokenizers(config, run, training)
+    *corpora, validation = (
+        encode_corpus(dataset, *tokenizers, config.data.cache_dir)
+        for dataset in (*training, pairs["validation"])
     )
-    batches = Batches(train, _pack(config, train), rows, seed=config.seed)
-    _check_positions(config, train, validation)
-    return RunData(pairs, source_tokenizer, target_tokenizer, validation, batches)
+    batches = make_batches(config, corpora)
+    _check_positions(config, *corpora, validation)
+    parts = jax.device_count() * config.accumulate
+    rows = -(-batches.rows_per_batch // parts) * parts
+    return RunData(pairs, *tokenizers, validation, batches, rows)
 
 
-def rows_per_batch(config: TrainConfig) -> int:
-    """Rows of the global batch, a multiple of the parts it is split into.
+def make_batches(config: TrainConfig, corpora: Sequence[EncodedCorpus]) -> Batches:
+    """Pack the training corpora; the same batches whatever devices and hosts there are.
 
     Raises:
-      UserError: there are fewer rows than parts.
+      UserError: no pair of a corpus fits into a row.
     """
-    parts = jax.device_count() * config.accumulate
-    rows = config.data.batch_tokens // config.data.target_length // parts * parts
-    if rows == 0:
-        raise UserError(
-            f"data.batch_tokens={config.data.batch_tokens} is less than one row of "
-            f"data.target_length={config.data.target_length} for each of {parts} parts "
-            f"({jax.device_count()} devices x accumulate={config.accumulate}): "
-            f"give at least {parts * config.data.target_length}"
+    data = config.data
+    source_length = data.source_length or max(
+        choose_source_length(
+            corpus.source.lengths, corpus.target.lengths, data.target_length, seed=config.seed
         )
-    return rows
+        for corpus in corpora
+    )
+    packings = [
+        pack(
+            corpus.source.lengths,
+            corpus.target.lengths,
+            source_length=source_length,
+            target_length=data.target_length,
+            seed=config.seed,
+        )
+        for corpus in corpora
+    ]
+    rows = max(1, data.batch_tokens // data.target_length)
+    if len(corpora) == 1:
+        return Batches(corpora[0], packings[0], rows, seed=config.seed)
+    weights = data.weights or [packing.num_rows for packing in packings]
+    return Mixture(list(zip(corpora, packings, strict=True)), weights, rows, seed=config.seed)
 
 
 def _check_same_run(config: TrainConfig, run: Path) -> None:
@@ -118,18 +137,19 @@ def _check_same_run(config: TrainConfig, run: Path) -> None:
 
 
 def _tokenizers(
-    config: TrainConfig, run: Path, train: "datasets.Dataset"
+    config: TrainConfig, run: Path, training: "Sequence[datasets.Dataset]"
 ) -> tuple[Tokenizer, Tokenizer]:
     """Load the run's tokenizers; if it has no checkpoint yet, one process learns them for all."""
     if jax.process_index() == 0 and not checkpoint_steps(run):
         for name in (TOKENIZER_FILE, SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE):
             (run / name).unlink(missing_ok=True)
         learn_tokenizers(
-            train,
+            training,
             run,
             vocab_size=config.model.vocab_size,
             joint=config.data.joint_vocabulary,
             model_type=config.data.tokenizer_type,
+            cache=cache_folder(config.data.cache_dir),
         )
     if jax.process_count() > 1:
         from jax.experimental.multihost_utils import sync_global_devices
@@ -148,17 +168,3 @@ def _check_positions(config: TrainConfig, *corpora: EncodedCorpus) -> None:
             f"the longest sentence has {longest} tokens but model.max_length is "
             f"{config.model.max_length} learned positions: raise model.max_length"
         )
-
-
-def _pack(config: TrainConfig, corpus: EncodedCorpus) -> Packing:
-    source_lengths, target_lengths = corpus.source.lengths, corpus.target.lengths
-    source_length = config.data.source_length or choose_source_length(
-        source_lengths, target_lengths, config.data.target_length, seed=config.seed
-    )
-    return pack(
-        source_lengths,
-        target_lengths,
-        source_length=source_length,
-        target_length=config.data.target_length,
-        seed=config.seed,
-    )

@@ -91,7 +91,6 @@ def check_finite(name: str, loss: float, step: int) -> None:
 
 def describe(config: TrainConfig, params: Any, batches: Batches, start: int) -> Iterator[str]:
     """Yield what is about to happen, in a few lines."""
-    packing = batches.packing
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     yield f"run        {config.run}" + (f", from step {start:,}" if start else "")
     yield (
@@ -99,18 +98,31 @@ def describe(config: TrainConfig, params: Any, batches: Batches, start: int) -> 
         f"in {jax.process_count()} process{'es' * (jax.process_count() > 1)}, jax {jax.__version__}"
     )
     yield f"model      {size / 1e6:.2f} million parameters, {config.model.dtype}"
-    left_out = [
-        f"{len(rows):,} {why}"
-        for why, rows in (("empty", packing.empty), ("too long", packing.too_long))
-        if len(rows)
-    ]
-    yield f"data       {len(batches.corpus):,} pairs" + (
-        f", {' and '.join(left_out)} left out" if left_out else ""
+    names = ["data.train", *config.data.extra]
+    for name, part, share in zip(names, batches.parts, batches.shares, strict=True):
+        left_out = [
+            f"{len(pairs):,} {why}"
+            for why, pairs in (("empty", part.packing.empty), ("too long", part.packing.too_long))
+            if len(pairs)
+        ]
+        pairs = f"{len(part.corpus):,} pairs" + (
+            f", {' and '.join(left_out)} left out" if left_out else ""
+        )
+        if share == 1.0:
+            yield f"data       {pairs}"
+        else:
+            epoch = len(part) / (share * batches.rows_per_batch)
+            yield f"data       {share:.1%} {name}: {pairs}; {epoch:,.1f} steps an epoch"
+    packing = batches.packing
+    fill = sum(
+        share * part.packing.target_fill
+        for part, share in zip(batches.parts, batches.shares, strict=True)
     )
     yield (
         f"batches    {batches.rows_per_batch} rows of {packing.source_length} source and "
-        f"{packing.target_length} target positions, {packing.target_fill:.1%} of the target's "
+        f"{packing.target_length} target positions, {fill:.1%} of the target's "
         f"real; {batches.steps_per_epoch:,} steps an epoch"
+        + (" of data.train" if len(batches.parts) > 1 else "")
     )
 
 

@@ -127,7 +127,9 @@ def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
         from train.prepare import prepare
 
         with tempfile.TemporaryDirectory() as scratch:
-            batches = prepare(dataclasses.replace(config, run=f"{scratch}/run")).batches
+            data = dataclasses.replace(config.data, extra=(), weights=())  # peers know no mixtures
+            alone = dataclasses.replace(config, run=f"{scratch}/run", data=data)
+            batches = prepare(alone).batches
     settings = StepBenchmark(
         options.kind,
         config,

@@ -23,7 +23,7 @@ class OurStep:
 
     def __init__(self, kind: Kind, config: TrainConfig, case: Case, batches: Batches | None):
         self.devices = tuple(jax.local_devices()[: case.devices])
-        self._batches = batches
+        self._batches, self._all_rows = batches, slice(0, case.batch)
         self._full_rows = full_rows(case)
         model = Transformer(case.model)
         schedule = make_schedule(config.optimizer, case.model.d_model, config.steps)
@@ -99,6 +99,6 @@ class OurStep:
         return turn
 
     def _batch(self, step: int) -> dict[str, np.ndarray]:
-        batch = self._full_rows if self._batches is None else self._batches.at(step)
-        rows = len(self.devices)
+        batches, rows = self._batches, len(self.devices)
+        batch = self._full_rows if batches is None else batches.at(step, self._all_rows)
         return {name: x.reshape(rows, -1, *x.shape[1:]) for name, x in batch.items()}

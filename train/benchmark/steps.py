@@ -110,9 +110,14 @@ def _cases(settings: StepBenchmark) -> Iterator[Case]:
     ):
         if not 1 <= devices <= available:
             raise UserError(f"{devices} devices are asked for, {available} are here")
-        if shape[0] % devices:
-            raise UserError(f"{shape[0]} rows cannot be split over {devices} devices")
-        yield Case(model.replace(dtype=dtype, vocab_size=vocab_size), *shape, devices)
+        batch, source, target = shape
+        if settings.batches is not None:
+            parts = devices * settings.config.accumulate
+            batch = -(-batch // parts) * parts  # completed with empty rows, as in training
+        elif batch % devices:
+            raise UserError(f"{batch} rows cannot be split over {devices} devices")
+        changed = model.replace(dtype=dtype, vocab_size=vocab_size)
+        yield Case(changed, batch, source, target, devices)
 
 
 def _measure(

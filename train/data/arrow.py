@@ -1,10 +1,11 @@
-"""Arrow files: written once, batch by batch, then memory-mapped."""
+"""Cache files: written once, Arrow batch by batch, then read where they are needed."""
 
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from jaxformer.errors import UserError
 
@@ -35,25 +36,61 @@ def cache_folder(cache_dir: str | Path | None) -> Path:
     return folder
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write a small file in one move: whoever reads it meanwhile sees all of it or nothing."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
 def write_arrow(
-    path: Path, schema: "pa.Schema", batches: Iterable[Mapping[str, Sequence[Any]]]
+    path: Path, schema: "pa.Schema", batches: Iterable[Mapping[str, "Sequence[Any] | pa.Array"]]
 ) -> None:
-    """Write `batches` of columns to `path` as an Arrow stream; no reader ever sees half of it."""
+    """Write `batches` of columns to `path` as an Arrow stream, unless the file is there.
+
+    Of several processes that want it one writes, while the others wait; none sees half of it.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    import pyarrow as pa
+    from filelock import FileLock
+
+    if path.exists():
+        return
+    partial = path.with_suffix(".partial")
+    with FileLock(path.with_suffix(".lock")):
+        if path.exists():  # written while this process waited
+            return
+        try:
+            with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+                for batch in batches:
+                    record = pa.RecordBatch.from_pydict(dict(batch), schema=schema)
+                    try:
+                        writer.write_batch(record)
+                    except OSError as error:
+                        raise UserError(
+                            f"cannot write {path}: {error}; make room, or set data.cache_dir"
+                        ) from error
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def locate_lists(path: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the lists of a column lie in an Arrow stream file of 32-bit numbers.
+
+    Returns:
+      The byte at which each begins, int64 [rows], and how many numbers it has, int32 [rows].
+    """
     import pyarrow as pa
 
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    try:
-        with os.fdopen(descriptor, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            for batch in batches:
-                writer.write_batch(pa.RecordBatch.from_pydict(dict(batch), schema=schema))
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
-
-
-def map_arrow(path: Path) -> "pa.Table":
-    """Return the table in an Arrow stream file; its pages are read when they are touched."""
-    import pyarrow as pa
-
-    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    file = pa.memory_map(str(path)).read_buffer()
+    starts, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+    for chunk in pa.ipc.open_stream(file).read_all().column(column).chunks:
+        offsets = chunk.offsets.to_numpy()
+        first = chunk.values.buffers()[1].address - file.address
+        starts.append(first + 4 * offsets[:-1].astype(np.int64))
+        lengths.append(np.diff(offsets))
+    return np.concatenate(starts), np.concatenate(lengths)

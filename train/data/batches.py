@@ -8,13 +8,77 @@ from jaxformer.config import BOS_ID
 from train.data.corpus import EncodedCorpus, Sentences
 from train.data.packing import Packing, ranges, shuffle
 
+Batch = dict[str, np.ndarray]
 
-@lru_cache(maxsize=2)
-def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order in which an epoch visits the rows, int64 [rows]."""
-    order = shuffle(num_rows, seed, epoch + 1)
+
+def epoch_order(num_rows: int, seed: int, epoch: int, corpus: int = 0) -> np.ndarray:
+    """Return the order in which an epoch visits the rows, int64 [rows].
+
+    The corpora of a mixture are numbered, so that two of one size have orders of their own.
+    """
+    # Zeros at the end of a seed do not count: the first corpus has the order of an only one.
+    order = shuffle(num_rows, seed, epoch + 1, corpus)
     order.setflags(write=False)
     return order
+
+
+class Rows:
+    """The rows of a packed corpus, epoch after epoch without end.
+
+    Args:
+      corpus: the pairs.
+      packing: which of them share a row.
+      seed, number: each epoch has its own order, see `epoch_order`; None keeps the rows as they
+        are, for evaluation.
+    """
+
+    def __init__(
+        self, corpus: EncodedCorpus, packing: Packing, *, seed: int | None, number: int = 0
+    ):
+        self.corpus = corpus
+        self.packing = packing
+
+        def order(epoch: int) -> np.ndarray:
+            if seed is None:
+                return np.arange(packing.num_rows)
+            return epoch_order(packing.num_rows, seed, epoch, number)
+
+        self._order = lru_cache(maxsize=2)(order)
+
+    def __len__(self) -> int:
+        return self.packing.num_rows
+
+    def of_epoch(self, epoch: int, start: int, stop: int) -> Batch:
+        """Return the rows of an epoch from `start` to before `stop`, fewer where it ends."""
+        return self._lay_out(self._order(epoch)[start:stop])
+
+    def onward(self, start: int, stop: int) -> Batch:
+        """Return the rows from `start` to before `stop`, counted from 0 through all epochs."""
+        epochs, places = np.divmod(np.arange(start, stop), len(self))
+        chosen = [self._order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        return self._lay_out(np.concatenate([np.zeros(0, np.int64), *chosen]))
+
+    def _lay_out(self, rows: np.ndarray) -> Batch:
+        corpus, packing = self.corpus, self.packing
+        counts = packing.offsets[rows + 1] - packing.offsets[rows]
+        pairs = packing.pairs[ranges(packing.offsets[rows], counts)]
+        source_ids, source_segments, _ = _lay_out(
+            corpus.source, pairs, counts, packing.source_length
+        )
+        labels, target_segments, starts = _lay_out(
+            corpus.target, pairs, counts, packing.target_length
+        )
+        # Shifted right within each segment: its first input is bos.
+        target_ids = np.zeros_like(labels)
+        target_ids[:, 1:] = np.where(target_segments[:, 1:] > 0, labels[:, :-1], 0)
+        target_ids.ravel()[starts] = BOS_ID
+        return {
+            "source_ids": source_ids,
+            "source_segment_ids": source_segments,
+            "target_ids": target_ids,
+            "labels": labels,
+            "target_segment_ids": target_segments,
+        }
 
 
 class Batches:
@@ -38,6 +102,8 @@ class Batches:
 
     Attributes:
       steps_per_epoch: batches until every row was visited once.
+      parts: the rows of each corpus; here there is one.
+      shares: of each corpus in the rows of a batch.
     """
 
     def __init__(
@@ -46,48 +112,50 @@ class Batches:
         self.corpus = corpus
         self.packing = packing
         self.rows_per_batch = rows_per_batch
-        self.seed = seed
         self.steps_per_epoch = -(-packing.num_rows // rows_per_batch)
+        self.parts = [Rows(corpus, packing, seed=seed)]
+        self.shares = [1.0]
 
-    def at(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
-        """Return batch `step`, counted from 0; of its R rows only `rows`, one host's share."""
+    def at(self, step: int, rows: slice = slice(None)) -> Batch:
+        """Return batch `step`, counted from 0; of its rows only `rows`, one host's share.
+
+        Rows from R on are empty: they complete a batch where R does not go into the devices.
+        """
+        start = rows.start or 0
+        stop = self.rows_per_batch if rows.stop is None else rows.stop
+        height = stop - start
+        stop = min(stop, self.rows_per_batch)
+        return _join(self._rows(step, min(start, stop), stop), height)
+
+    def _rows(self, step: int, start: int, stop: int) -> list[Batch]:
+        """Return the rows of a batch from `start` to before `stop`, in pieces."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        packing = self.packing
-        if self.seed is None:
-            order = np.arange(packing.num_rows)
-        else:
-            order = epoch_order(packing.num_rows, self.seed, epoch)
-        share = range(index * self.rows_per_batch, (index + 1) * self.rows_per_batch)[rows]
-        height = len(share)
-        chosen = order[share.start : share.stop]  # fewer than `height` where the epoch ends
-        counts = packing.offsets[chosen + 1] - packing.offsets[chosen]
-        pairs = packing.pairs[ranges(packing.offsets[chosen], counts)]
-        source_ids, source_segments, _ = _lay_out(
-            self.corpus.source, pairs, counts, (height, packing.source_length)
+        before = index * self.rows_per_batch
+        return [self.parts[0].of_epoch(epoch, before + start, before + stop)]
+
+
+def _join(pieces: list[Batch], height: int) -> Batch:
+    """Return the rows of all pieces, and empty ones up to `height`."""
+    missing = height - sum(len(piece["labels"]) for piece in pieces)
+    return {
+        name: np.concatenate(
+            [
+                *(piece[name] for piece in pieces),
+                np.zeros((missing, array.shape[1]), np.int32),
+            ]
         )
-        labels, target_segments, starts = _lay_out(
-            self.corpus.target, pairs, counts, (height, packing.target_length)
-        )
-        # Shifted right within each segment: its first input is bos.
-        target_ids = np.zeros_like(labels)
-        target_ids[:, 1:] = np.where(target_segments[:, 1:] > 0, labels[:, :-1], 0)
-        target_ids.ravel()[starts] = BOS_ID
-        return {
-            "source_ids": source_ids,
-            "source_segment_ids": source_segments,
-            "target_ids": target_ids,
-            "labels": labels,
-            "target_segment_ids": target_segments,
-        }
+        for name, array in pieces[0].items()
+    }
 
 
 def _lay_out(
-    sentences: Sentences, pairs: np.ndarray, counts: np.ndarray, shape: tuple[int, int]
+    sentences: Sentences, pairs: np.ndarray, counts: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return ids and segment ids of `shape`, and where in them, flattened, each segment starts.
+    """Return ids and segment ids, [rows, length], and where in them, flattened, segments start.
 
     Row r holds the next `counts[r]` of `pairs`.
     """
+    shape = len(counts), length
     lengths = sentences.lengths[pairs]
     before = np.cumsum(lengths) - lengths  # tokens of all pairs before this one ...
     first = np.repeat(np.cumsum(counts) - counts, counts)  # ... of which its row's begin here

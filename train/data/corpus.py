@@ -1,6 +1,8 @@
 """The corpus as token ids: computed once, kept in an Arrow file, read row by row."""
 
 import hashlib
+import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -9,7 +11,9 @@ import numpy as np
 
 from jaxformer.config import EOS_ID
 from jaxformer.tokenizer import Tokenizer
-from train.data.arrow import CACHE_VERSION, cache_folder, map_arrow, write_arrow
+from train.data.arrow import CACHE_VERSION, cache_folder, locate_lists, write_arrow, write_file
+from train.data.sources import iterate
+from train.progress import Count
 
 if TYPE_CHECKING:
     import datasets
@@ -19,40 +23,40 @@ _ROWS_PER_BATCH = 20_000
 
 
 class Sentences:
-    """Token ids of many sentences, each ending with eos; they stay in the memory-mapped file.
+    """Token ids of many sentences, each ending with eos; in memory is only where they lie.
+
+    They are read, not memory-mapped: the pages of a mapping count as the process's own, and a few
+    steps in random order touch them all.
+
+    Args:
+      path: the Arrow file.
+      column: its column of type list<int32>.
 
     Attributes:
       lengths: tokens of each sentence, eos counted, int32 [sentences].
     """
 
-    def __init__(self, column: "pa.ChunkedArray"):
-        offsets = [chunk.offsets.to_numpy() for chunk in column.chunks]
-        self._ids = [chunk.values.to_numpy(zero_copy_only=True) for chunk in column.chunks]
-        self._starts = np.concatenate([np.zeros(0, np.int32), *(array[:-1] for array in offsets)])
-        self._first_rows = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
-        self.lengths = np.concatenate(
-            [np.zeros(0, np.int32), *(np.diff(array) for array in offsets)]
-        )
+    def __init__(self, path: Path, column: str):
+        self._starts, self.lengths = locate_lists(path, column)
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Return the ids of the sentences `rows`, one after the other, int32 [tokens]."""
-        chunks = np.searchsorted(self._first_rows, rows, side="right") - 1
-        starts = self._starts[rows]
-        stops = starts + self.lengths[rows]
-        pieces = zip(chunks.tolist(), starts.tolist(), stops.tolist(), strict=True)
-        ids = [self._ids[chunk][start:stop] for chunk, start, stop in pieces]
-        return np.concatenate([np.zeros(0, np.int32), *ids])
+        pieces = zip((4 * self.lengths[rows]).tolist(), self._starts[rows].tolist(), strict=True)
+        ids = b"".join([os.pread(self._file, size, start) for size, start in pieces])
+        return np.frombuffer(ids, np.int32)
 
 
 class EncodedCorpus:
     """Sentence pairs as token ids: `source` and `target` are `Sentences` of equal number.
 
-    `table` has the columns "source" and "target" of type list<int32>, eos included.
+    The Arrow file `path` has the columns "source" and "target" of type list<int32>, eos included.
     """
 
-    def __init__(self, table: "pa.Table"):
-        self.source = Sentences(table.column("source"))
-        self.target = Sentences(table.column("target"))
+    def __init__(self, path: Path):
+        self.source = Sentences(path, "source")
+        self.target = Sentences(path, "target")
 
     def __len__(self) -> int:
         return len(self.source.lengths)
@@ -67,33 +71,46 @@ def encode_corpus(
     """Encode the columns "source" and "target", or find them encoded in `cache_dir`.
 
     The cache file is named after the text and the tokenizers' bytes, so it is found again
-    whatever the corpus is called, and never after either has changed.
+    whatever the corpus is called, and never after either has changed. Memory does not grow with
+    the corpus, but for 24 bytes a pair.
     """
     import pyarrow as pa
 
     tokenizers = {"source": source_tokenizer, "target": target_tokenizer}
 
     def batches() -> Iterator[dict[str, list[list[int]]]]:
-        for batch in cast("Iterator[dict[str, list[str]]]", dataset.iter(_ROWS_PER_BATCH)):
+        count = Count("tokenising", len(dataset))
+        for batch in iterate(dataset, _ROWS_PER_BATCH):
             yield {
                 side: [[*ids, EOS_ID] for ids in tokenizer.encode_batch(batch[side])]
                 for side, tokenizer in tokenizers.items()
             }
+            count.add(len(batch["source"]))
 
-    name = _fingerprint(dataset, source_tokenizer, target_tokenizer)
-    path = cache_folder(cache_dir) / f"ids-{name}.arrow"
-    if not path.exists():
-        ids = pa.list_(pa.int32())
-        write_arrow(path, pa.schema({"source": ids, "target": ids}), batches())
-    return EncodedCorpus(map_arrow(path))
+    folder = cache_folder(cache_dir)
+    name = hashlib.sha256(text_digest(dataset, folder))
+    for tokenizer in tokenizers.values():
+        name.update(hashlib.sha256(tokenizer.model).digest())
+        name.update(repr(getattr(tokenizer, "vocabulary", None)).encode())
+    path = folder / f"ids-{name.hexdigest()[:20]}.arrow"
+    ids = pa.list_(pa.int32())
+    write_arrow(path, pa.schema({"source": ids, "target": ids}), batches())
+    return EncodedCorpus(path)
 
 
-def _fingerprint(dataset: "datasets.Dataset", *tokenizers: Tokenizer) -> str:
+def text_digest(dataset: "datasets.Dataset", folder: Path) -> bytes:
+    """Return a digest of the columns "source" and "target".
+
+    To read all of a large corpus takes a while, so the digest is kept in `folder`, under the
+    fingerprint by which `datasets` tells one state of its files from another.
+    """
+    note = folder / f"digest-{dataset._fingerprint}"
+    if note.exists():
+        return note.read_bytes()
     digest = hashlib.sha256(f"{CACHE_VERSION} {len(dataset)}".encode())
-    for tokenizer in tokenizers:
-        digest.update(hashlib.sha256(tokenizer.model).digest())
     columns = dataset.select_columns(["source", "target"]).with_format("arrow")
-    for table in cast("Iterator[pa.Table]", columns.iter(_ROWS_PER_BATCH)):
+    for table in cast("Iterator[pa.Table]", iterate(columns, _ROWS_PER_BATCH)):
         for batch in table.combine_chunks().to_batches():
             digest.update(batch.serialize())
-    return digest.hexdigest()[:20]
+    write_file(note, digest.digest())
+    return digest.digest()

@@ -7,6 +7,7 @@ streamed into an Arrow file, so that a corpus may be larger than memory.
 
 import contextlib
 import hashlib
+import pickle
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 from jaxformer.errors import UserError
 from train.data.arrow import CACHE_VERSION, cache_folder, write_arrow
 from train.data.files import Pair, existing, pair_lines, pair_table_rows, table_suffixes
+from train.progress import Count
 
 if TYPE_CHECKING:
     import datasets
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from train.config import DataConfig
 
 _ROWS_PER_BATCH = 10_000
+# Text that is mapped at a time; a multiple of all batches that are asked for.
+_MAPPED_ROWS = 100_000
 
 
 def load_split(data: "DataConfig", split: str) -> "datasets.Dataset":
@@ -41,6 +45,29 @@ def load_split(data: "DataConfig", split: str) -> "datasets.Dataset":
     if len(dataset) == 0:
         raise UserError(f"data.{split} ({', '.join(names)}) holds no sentence pair: nothing to use")
     return dataset
+
+
+def load_extra(data: "DataConfig", name: str) -> "datasets.Dataset":
+    """Return the sentence pairs of one of `data.extra`.
+
+    Raises:
+      UserError: as for `load_split`.
+    """
+    dataset = _local(data, (name,))
+    if len(dataset) == 0:
+        raise UserError(f"data.extra: {name} holds no sentence pair: leave it out")
+    return dataset
+
+
+def iterate(dataset: "datasets.Dataset", rows: int) -> Iterator[Any]:
+    """Do as `dataset.iter(rows)`, without memory growing by the pages of the file that are read.
+
+    Only a part at a time is mapped: what is pickled of a file is its name, so the copy has a
+    mapping of its own, which goes with it.
+    """
+    for start in range(0, len(dataset), _MAPPED_ROWS):
+        part = dataset.select(range(start, min(start + _MAPPED_ROWS, len(dataset))))
+        yield from pickle.loads(pickle.dumps(part)).iter(rows)
 
 
 def _names(data: "DataConfig", split: str) -> tuple[str, ...]:
@@ -99,9 +126,14 @@ def _local(data: "DataConfig", names: tuple[str, ...]) -> "datasets.Dataset":
         pairs = pair_table_rows(existing(paths[0]), data.source, data.target)
     else:
         if len(paths) == 1:
-            paths = [Path(f"{paths[0]}.{language}") for language in (data.source, data.target)]
+            paths = [_beside(paths[0], column, data) for column in (data.source, data.target)]
         pairs = pair_lines(existing(paths[0]), existing(paths[1]))
     return _stream_to_arrow(pairs, paths, data)
+
+
+def _beside(prefix: Path, column: str, data: "DataConfig") -> Path:
+    """Return the text file of a prefix; beside a hub data set "translation.en" means "en"."""
+    return Path(f"{prefix}.{column.rpartition('.')[2] if data.dataset else column}")
 
 
 def _parquet(path: Path, data: "DataConfig") -> "datasets.Dataset":
@@ -133,17 +165,18 @@ def _stream_to_arrow(
         origin += [str(path.resolve()), status.st_size, status.st_mtime_ns]
     name = hashlib.sha256(repr(origin).encode()).hexdigest()[:20]
     arrow = cache_folder(data.cache_dir) / f"text-{name}.arrow"
-    if not arrow.exists():
-        schema = pa.schema({"source": pa.string(), "target": pa.string()})
-        write_arrow(arrow, schema, _columns(pairs))
+    schema = pa.schema({"source": pa.string(), "target": pa.string()})
+    write_arrow(arrow, schema, _columns(pairs, f"reading {paths[0].name}"))
     with _quiet():
         return datasets.Dataset.from_file(str(arrow))
 
 
-def _columns(pairs: Iterator[Pair]) -> Iterator[dict[str, tuple[str, ...]]]:
+def _columns(pairs: Iterator[Pair], what: str) -> Iterator[dict[str, tuple[str, ...]]]:
+    count = Count(what)
     while rows := list(islice(pairs, _ROWS_PER_BATCH)):
         source, target = zip(*rows, strict=True)
         yield {"source": source, "target": target}
+        count.add(len(rows))
 
 
 def _select_columns(

@@ -1,43 +1,53 @@
 """Learning the vocabulary: sentencepiece on the training split, and on nothing else."""
 
+import hashlib
 import io
-import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from jaxformer.errors import UserError
 from jaxformer.run import SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, TOKENIZER_FILE
 from jaxformer.tokenizer import Tokenizer
+from train.data.arrow import CACHE_VERSION, write_file
+from train.data.corpus import text_digest
+from train.data.sources import iterate
+from train.progress import Count
 
 if TYPE_CHECKING:
     import datasets
 
 # More sentences hardly change the pieces, but training on them takes memory and hours.
 _MAX_SENTENCES = 2_000_000
+# Sentences from which on learning takes so long that it is announced.
+_MANY_SENTENCES = 200_000
 
 
 def learn_tokenizers(
-    dataset: "datasets.Dataset",
+    corpora: "Sequence[datasets.Dataset]",
     run: str | Path,
     *,
     vocab_size: int,
     joint: bool,
     model_type: Literal["bpe", "unigram"] = "bpe",
     character_coverage: float = 1.0,
+    cache: Path | None = None,
 ) -> tuple[Tokenizer, Tokenizer]:
     """Learn, write into the directory `run`, and return the source and the target tokenizer.
 
     Args:
-      dataset: the training pairs, with the columns "source" and "target".
+      corpora: the training pairs, with the columns "source" and "target". If their sentences
+        are more than two million, it is learned on so many, evenly spread.
       run: the run directory; made if it is not there.
       vocab_size: pieces of each vocabulary, the four special ones included.
       joint: one vocabulary of both languages, returned twice (§5.1), instead of one of each.
       model_type: byte-pair encoding, or sentencepiece's unigram language model.
       character_coverage: share of the corpus whose characters become pieces; the rarest others
         become unk.
+      cache: a folder to keep in what was learned, and to find it in when it is asked for again.
 
     Raises:
       UserError: `vocab_size` is more or less than this corpus allows; the message says how many.
@@ -47,21 +57,37 @@ def learn_tokenizers(
         if joint
         else {SOURCE_TOKENIZER_FILE: ("source",), TARGET_TOKENIZER_FILE: ("target",)}
     )
+    settings = vocab_size, model_type, character_coverage
     tokenizers = [
-        _learn(dataset, columns, vocab_size, model_type, character_coverage)
+        _learn(corpora, columns, *settings)
+        if cache is None
+        else _learn_once(cache, corpora, columns, *settings)
         for columns in files.values()
     ]
     for file, tokenizer in zip(files, tokenizers, strict=True):
         path = Path(run) / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(tokenizer.model)
-        os.replace(partial, path)
+        write_file(path, tokenizer.model)
     return tokenizers[0], tokenizers[-1]
 
 
+def _learn_once(
+    cache: Path, corpora: "Sequence[datasets.Dataset]", columns: tuple[str, ...], *settings: Any
+) -> Tokenizer:
+    """Do as `_learn`, unless the same has been learned of the same text."""
+    name = hashlib.sha256(repr((CACHE_VERSION, columns, settings)).encode())
+    for dataset in corpora:
+        name.update(text_digest(dataset, cache))
+    path = cache / f"tokenizer-{name.hexdigest()[:20]}.model"
+    if path.exists():
+        return Tokenizer.load(path)
+    tokenizer = _learn(corpora, columns, *settings)
+    write_file(path, tokenizer.model)
+    return tokenizer
+
+
 def _learn(
-    dataset: "datasets.Dataset",
+    corpora: "Sequence[datasets.Dataset]",
     columns: tuple[str, ...],
     vocab_size: int,
     model_type: str,
@@ -72,7 +98,7 @@ def _learn(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(dataset, columns),
+            sentence_iterator=_sentences(corpora, columns),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
@@ -89,13 +115,21 @@ def _learn(
     return Tokenizer(model.getvalue())
 
 
-def _sentences(dataset: "datasets.Dataset", columns: tuple[str, ...]) -> Iterator[str]:
+def _sentences(corpora: "Sequence[datasets.Dataset]", columns: tuple[str, ...]) -> Iterator[str]:
     """Yield the sentences of `columns`, or every n-th pair's where there are very many."""
-    every = -(-len(dataset) * len(columns) // _MAX_SENTENCES)
-    chosen = dataset.select(range(0, len(dataset), every))
-    for batch in cast("Iterator[dict[str, list[str]]]", chosen.iter(10_000)):
-        for column in columns:
-            yield from batch[column]
+    pairs = sum(map(len, corpora))
+    every = -(-pairs * len(columns) // _MAX_SENTENCES)
+    count = Count("reading for the vocabulary", pairs)
+    for dataset in corpora:
+        first = 0  # of the next batch's rows, the first that is chosen
+        for batch in iterate(dataset, 10_000):
+            for column in columns:
+                yield from batch[column][first::every]
+            rows = len(batch[columns[0]])
+            first = (first - rows) % every
+            count.add(rows)
+    if (number := pairs * len(columns) // every) >= _MANY_SENTENCES:
+        print(f"learning the vocabulary on {number:,} sentences", file=sys.stderr, flush=True)
 
 
 def _explain(error: str, vocab_size: int, side: str) -> str:

@@ -8,6 +8,7 @@ import jax
 
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
+from train.benchmark.machine import describe_machine
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.evaluate import LossEvaluator, Quality, decoder, score
@@ -21,7 +22,7 @@ from train.parallel import (
 )
 from train.prepare import RunData, prepare
 from train.progress import Progress
-from train.report import Report, check_finite, describe, examples
+from train.reporting import Report, check_finite, describe, examples
 from train.state import create_state, make_optimizer, make_schedule
 from train.step import make_train_step
 
@@ -70,7 +71,8 @@ def fit(config: TrainConfig) -> Path:
         ):
             for line in describe(config, state.params, batches, start):
                 progress.message(line)
-            report = Report(writer, progress, batches.steps_per_epoch)
+            writer.write(start, "start", describe_machine(jax.devices()))
+            report = Report(writer, progress, batches)
             history = _validation_history(run, metric, start)
             evaluate_every = config.evaluate.every or batches.steps_per_epoch
             steps = range(start, config.steps)

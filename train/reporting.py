@@ -21,9 +21,10 @@ class Report:
     Between reports nothing waits for the device, so that it always has the next step queued.
     """
 
-    def __init__(self, writer: MetricsWriter, progress: Progress, steps_per_epoch: int) -> None:
+    def __init__(self, writer: MetricsWriter, progress: Progress, batches: Batches) -> None:
         self._writer, self._progress = writer, progress
-        self._steps_per_epoch = steps_per_epoch
+        self._steps_per_epoch = batches.steps_per_epoch
+        self._positions = batches.rows_per_batch * batches.packing.target_length
         self._pending: list[dict[str, jax.Array]] = []
         self.restart_clock()
 
@@ -71,6 +72,7 @@ class Report:
             "learning_rate": float(steps[-1]["learning_rate"]),
             "target_tokens": float(tokens.sum()),
             "tokens_per_second": float(tokens.sum()) / seconds,
+            "padding": 1.0 - float(tokens.sum()) / (self._positions * len(steps)),
             "host_wait": self._waited / seconds,
             "epoch": step / self._steps_per_epoch,
         }

@@ -93,7 +93,7 @@ def test_runs_are_laid_over_each_other_and_their_configurations_compared(
         assert label in loss
     differing = page.partition("What differs:")[2].partition("<details>")[0]
     names = re.findall(r"<tr><td>(.*?)</td>", differing)
-    assert names == ["run", "optimizer.peak_learning_rate"]
+    assert names == ["run", "data.path", "data.cache_dir", "optimizer.peak_learning_rate"]
 
 
 def test_where_the_time_went(run):

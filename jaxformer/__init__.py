@@ -23,9 +23,15 @@ from jaxformer.linear import Linear, quantize
 from jaxformer.losses import LossSums, cross_entropy, cross_entropy_sums
 from jaxformer.masks import causal_mask, padding_mask, segment_mask
 from jaxformer.positions import segment_positions, sinusoid
+from jaxformer.results import Alignment, Explanation, Hypothesis
 from jaxformer.sampling import Sampling
 from jaxformer.schedules import cooldown, warmup_inverse_sqrt
-from jaxformer.scoring import attention_alignment, token_log_probs
+from jaxformer.scoring import (
+    AttentionMaps,
+    attention_alignment,
+    attention_maps,
+    token_log_probs,
+)
 from jaxformer.search import BeamResult
 from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
@@ -39,6 +45,8 @@ __all__ = [
     "PAD_ID",
     "PRESETS",
     "UNK_ID",
+    "Alignment",
+    "AttentionMaps",
     "BeamResult",
     "BeamSearch",
     "Decoder",
@@ -48,9 +56,11 @@ __all__ = [
     "Embedding",
     "Encoder",
     "EncoderLayer",
+    "Explanation",
     "FeedForward",
     "GenerationConfig",
     "Generator",
+    "Hypothesis",
     "LayerCache",
     "Linear",
     "LossSums",
@@ -64,6 +74,7 @@ __all__ = [
     "Translator",
     "UserError",
     "attention_alignment",
+    "attention_maps",
     "attention_weights",
     "beam_search",
     "causal_mask",

@@ -15,6 +15,7 @@ from jaxformer.config import Precision
 from jaxformer.convert import add_convert
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, PenaltyForm
+from jaxformer.inspection import add_inspect
 from jaxformer.terminal import Progress, write_line
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_translate(commands)
     _add_score(commands)
+    add_inspect(commands)
     add_convert(commands)
     return parser
 

@@ -1,13 +1,15 @@
 """What a model thinks of a given translation: log-probabilities, and which word is from which."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxformer.config import BOS_ID, PAD_ID, TransformerConfig
+from jaxformer.layers import PositionalEncoding
 from jaxformer.transformer import Transformer
 
 
@@ -49,6 +51,49 @@ def speakable(logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
     return logits.at[..., jnp.array([PAD_ID, BOS_ID])].set(-jnp.inf)
 
 
+class AttentionMaps(NamedTuple):
+    """The weights of all three attentions, every layer and head; queries before keys."""
+
+    encoder_self: Float[Array, "Le B N S S"]
+    decoder_self: Float[Array, "Ld B N T T"]
+    cross: Float[Array, "Ld B N T S"]
+
+
+@partial(jax.jit, static_argnums=0)
+def attention_maps(
+    config: TransformerConfig,
+    params: Any,
+    source_ids: Int[Array, "B S"],
+    target: Int[Array, "B T"],
+) -> AttentionMaps:
+    """Where the model looks when it reads a sentence and writes a given translation.
+
+    Position t of the decoder's input writes token t of the target, so row t of the encoder-decoder
+    attention is where the model looked to write it. Rows and columns of padding mean nothing.
+
+    Args:
+      source_ids, target: sentences with eos, then padding.
+    """
+    _, sown = Transformer(config).apply(
+        {"params": params},
+        source_ids,
+        shift_right(target),
+        method="hidden",
+        mutable="intermediates",
+    )
+    encoder, decoder = (sown["intermediates"][stack]["layers"] for stack in ("encoder", "decoder"))
+    attentions = encoder["self_attention"], decoder["self_attention"], decoder["cross_attention"]
+    return AttentionMaps(*(attention["attention_weights"][0] for attention in attentions))
+
+
+def alignment_layer(config: TransformerConfig) -> int:
+    """The decoder layer to read word alignments from, from 0: the last but one.
+
+    Its attention agrees best with alignments made by people (Garg et al. 2019).
+    """
+    return max(0, config.decoder_layers - 2)
+
+
 @partial(jax.jit, static_argnums=(0, 4))
 def attention_alignment(
     config: TransformerConfig,
@@ -61,22 +106,19 @@ def attention_alignment(
 
     Args:
       source_ids, target: sentences with eos, then padding.
-      layer: decoder layer, from 0; by default the last but one, whose attention agrees best with
-        word alignments made by people (Garg et al. 2019).
+      layer: decoder layer, from 0; by default that of `alignment_layer`.
     """
-    if layer is None:
-        layer = max(0, config.decoder_layers - 2)
-    _, sown = Transformer(config).apply(
-        {"params": params},
-        source_ids,
-        shift_right(target),
-        method="hidden",
-        mutable="intermediates",
-    )
-    decoder = sown["intermediates"]["decoder"]["layers"]
-    (weights,) = decoder["cross_attention"]["attention_weights"]  # [L, B, N, T, S]
-    # Position t of the input writes token t, so row t is where the model looked to write it.
-    return jnp.mean(weights[layer], axis=1)
+    layer = alignment_layer(config) if layer is None else layer
+    return jnp.mean(attention_maps(config, params, source_ids, target).cross[layer], axis=1)
+
+
+def positional_encoding(
+    config: TransformerConfig, params: Any, length: int
+) -> Float[np.ndarray, "P D"]:
+    """What is added to the source's embeddings at positions 0 … length - 1."""
+    model = PositionalEncoding(config.positions, config.max_length)
+    variables = {"params": params.get("source_positions", {})}
+    return np.asarray(model.apply(variables, jnp.zeros((1, length, config.d_model))))[0]
 
 
 def shift_right(target: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -10,53 +10,26 @@ import jax
 import numpy as np
 
 from jaxformer.batching import batches, pad
-from jaxformer.config import EOS_ID, Precision, TransformerConfig
+from jaxformer.config import BOS_ID, EOS_ID, Precision, TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, Generator
 from jaxformer.linear import quantize
+from jaxformer.results import Alignment, Explanation, Hypothesis, Score
 from jaxformer.run import load_params, load_tokenizers, read_model_config
 from jaxformer.sampling import fold_in_rows
-from jaxformer.scoring import attention_alignment, token_log_probs
+from jaxformer.scoring import (
+    alignment_layer,
+    attention_alignment,
+    attention_maps,
+    positional_encoding,
+    token_log_probs,
+)
 from jaxformer.search import BeamResult
 from jaxformer.tokenizer import Tokenizer
 
 # Lines that are read, sorted by length and translated together: enough to fill batches with
 # sentences of like length, few enough that memory stays flat and output soon begins.
 _WINDOW = 4096
-
-
-class Hypothesis(NamedTuple):
-    """One translation of a line."""
-
-    text: str
-    score: float  # log_prob over the length penalty: what hypotheses are ranked by
-    log_prob: float  # of its tokens and eos, natural logarithm
-    tokens: list[str]  # pieces of the vocabulary, without eos
-
-
-class Score(NamedTuple):
-    """What the model thinks of a translation that it was given."""
-
-    log_prob: float  # the sum of `token_log_probs`, natural logarithm
-    tokens: list[str]  # pieces of the vocabulary, eos last
-    token_log_probs: list[float]
-
-
-class Alignment(NamedTuple):
-    """Where the model looks when it writes a given translation."""
-
-    source_tokens: list[str]  # S pieces, eos last
-    target_tokens: list[str]  # T pieces, eos last
-    weights: np.ndarray  # [T, S], rows sum to 1
-
-    def words(self) -> list[tuple[int, int]]:
-        """The source word that each target word looked at most, as (source, target) from 0."""
-        source, target = map(_word_numbers, (self.source_tokens[:-1], self.target_tokens[:-1]))
-        if not source or not target:
-            return []
-        weights = np.zeros((target[-1] + 1, source[-1] + 1))
-        np.add.at(weights, np.ix_(target, source), self.weights[:-1, :-1])
-        return [(int(row.argmax()), index) for index, row in enumerate(weights)]
 
 
 class _Part(NamedTuple):
@@ -256,6 +229,51 @@ class Translator:
                 )
         return found
 
+    def explain(self, line: str, **options: Any) -> Explanation:
+        """Translate a line and keep what the (first) model looked at to write the best translation.
+
+        Args:
+          line: one sentence, as long as the model takes at once.
+          **options: fields of `GenerationConfig`, `beam_size=4` among them.
+
+        Raises:
+          UserError: the line is empty or too long.
+        """
+        ids = self.source_tokenizer.encode(line)
+        limit = min(config.max_length for config in self._configs) - 1  # and eos
+        if not ids:
+            raise UserError("there is nothing to explain in an empty line: give a sentence")
+        if len(ids) > limit:
+            raise UserError(
+                f"the sentence has {len(ids)} pieces, more than the model's {limit}: give a part"
+            )
+        source = [*ids, EOS_ID]
+        generator = self._generator(GenerationConfig(**options))
+        (result,) = generator.sentences([source], batch_tokens=len(source))
+        target = [int(token) for token in result.sequences[0][: result.lengths[0]]]
+        ((_, source_ids, target_ids),) = _pair_batches([source], [target], len(source))
+        log_probs = token_log_probs(self._configs, self._params, source_ids, target_ids)
+        maps = attention_maps(self.config, self._params[0], source_ids, target_ids)
+        S, T = len(source), len(target)
+        encoder, decoder, cross = (np.asarray(weights)[:, 0] for weights in maps)
+        cross = cross[:, :, :T, :S]
+        source_tokens = self.source_tokenizer.pieces(source)
+        target_tokens = self.target_tokenizer.pieces(target)
+        layer = alignment_layer(self.config)
+        return Explanation(
+            source=line,
+            hypotheses=self._hypotheses(result),
+            source_tokens=source_tokens,
+            target_tokens=target_tokens,
+            decoder_tokens=self.target_tokenizer.pieces([BOS_ID, *target[:-1]]),
+            token_log_probs=np.asarray(log_probs)[0, :T],
+            encoder_self_attention=encoder[:, :, :S, :S],
+            decoder_self_attention=decoder[:, :, :T, :T],
+            cross_attention=cross,
+            alignment=Alignment(source_tokens, target_tokens, cross[layer].mean(axis=0)),
+            positional_encoding=positional_encoding(self.config, self._params[0], max(S, T)),
+        )
+
     def _generator(self, options: GenerationConfig) -> Generator:
         if options not in self._generators:
             self._generators[options] = Generator(
@@ -412,12 +430,3 @@ def _pair_batches(
     for chosen, rows, length in batches(lengths, batch_tokens):
         source, target = ([side[index] for index in chosen] for side in (sources, targets))
         yield chosen, pad(source, rows, length), pad(target, rows, length)
-
-
-def _word_numbers(pieces: list[str]) -> list[int]:
-    """The number of the word that each piece belongs to: ▁a b ▁c -> 0 0 1."""
-    numbers, word = [], -1
-    for piece in pieces:
-        word += piece.startswith("▁") or word < 0
-        numbers.append(word)
-    return numbers

@@ -43,19 +43,24 @@ MAY_IMPORT = {
     "transformer": MODEL,
     "tokenizer": BASE,
     "run": FILES,
-    "scoring": {"config", "transformer"},
+    "results": set(),
+    "scoring": {"config", "layers", "transformer"},
     "generation": WITH_MODEL,
-    "translator": WITH_MODEL | FILES,
+    "translator": WITH_MODEL | FILES | {"results"},
     "interop": WITH_MODEL | FILES | {"translator"},
+    "page": {"errors"},
+    "heatmap": {"page", "results"},
+    "pictures": {"errors", "results"},
+    "inspection": BASE | {"compilation", "heatmap", "page", "pictures", "results", "translator"},
     "convert": {"errors", "interop"},
     "terminal": set(),
-    "cli": FILES | {"compilation", "convert", "generation", "terminal", "translator"},
+    "cli": FILES | {"compilation", "convert", "generation", "inspection", "terminal", "translator"},
 }
-MAY_IMPORT["__init__"] = set(MAY_IMPORT) - {"cli", "convert"}
+MAY_IMPORT["__init__"] = set(MAY_IMPORT) - {"cli", "convert", "inspection"}
 
 # What only training from text needs, or is slow to import. (Flax itself imports rich and absl.)
-NEVER_IN_JAXFORMER = {"absl", "datasets", "logging", "matplotlib", "rich", "tensorboardX", "train"}
-IMPORTED_WHERE_USED = {"orbax", "sacrebleu", "sentencepiece", "torch"}
+NEVER_IN_JAXFORMER = {"absl", "datasets", "logging", "rich", "tensorboardX", "train"}
+IMPORTED_WHERE_USED = {"matplotlib", "orbax", "sacrebleu", "sentencepiece", "torch"}
 
 
 def imports(path: Path, *, top_level: bool = False) -> set[str]:

@@ -49,7 +49,8 @@ def test_metrics_of_both_splits_and_the_final_scores(run):
     train = records["train", 6]
     assert train["loss"] > 0 and train["nll"] > 0
     assert train["perplexity"] == pytest.approx(np.exp(train["nll"]))
-    assert 0 <= train["host_wait"] <= 1
+    assert 0 <= train["host_wait"] <= 1 and 0 <= train["padding"] < 1
+    assert records["start", 0]["jax"] == jax.__version__
     for key in (("validation", 3), ("validation", 6), ("final_validation", 6), ("final_test", 6)):
         assert "tok:13a" in records[key]["bleu_signature"]
     assert records["validation", 6]["loss"] < records["validation", 3]["loss"]

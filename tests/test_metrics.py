@@ -112,6 +112,17 @@ def test_a_new_run_starts_anew(tmp_path):
     assert steps(tmp_path) == [("train", 30)]
 
 
+def test_what_a_run_began_on_is_kept_until_it_starts_anew(tmp_path):
+    for start_step in (0, 20):
+        with MetricsWriter(tmp_path, start_step=start_step, tensorboard=False) as writer:
+            writer.write(start_step, "start", {"device": "cpu"})
+            writer.write(start_step + 20, "train", {})
+    expected = [("start", 0), ("train", 20), ("start", 20), ("train", 40)]
+    assert steps(tmp_path) == expected
+    write_steps(tmp_path, 10)
+    assert steps(tmp_path) == [("train", 10)]
+
+
 def test_a_second_record_replaces_the_first(tmp_path):
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         for step, split, loss in [(5, "train", 1), (5, "test", 2), (7, "test", 3), (5, "test", 4)]:

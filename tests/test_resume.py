@@ -18,7 +18,7 @@ from jaxformer.run import checkpoint_steps, load_params
 from small_run import change, small_config, write_corpus
 from train.loop import fit
 from train.metrics import read_metrics
-from train.report import Report
+from train.reporting import Report
 
 SCRIPT = Path(__file__).parent / "fit_small.py"
 

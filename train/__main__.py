@@ -6,10 +6,14 @@ import os
 import sys
 from collections.abc import Sequence
 
+import jax
+
 from jaxformer.compilation import keep_compiled_programs
 from jaxformer.errors import UserError
 from train.arguments import config_names, load_config, override
 from train.benchmark.command import add_benchmark
+from train.metrics import has_ended
+from train.report import add_report, report_after_training
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output", help="file to write the translations to")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(command=_evaluate)
+    add_report(commands)
     add_benchmark(commands)
     return parser
 
@@ -87,7 +92,9 @@ def _fit(options: argparse.Namespace, overrides: list[str]) -> None:
 
     from train.loop import fit
 
-    fit(config)
+    run = fit(config)
+    if jax.process_index() == 0 and has_ended(run):  # not stopped, with no time for a report
+        print(report_after_training(run))
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -12,13 +12,14 @@ from jaxformer.translator import Translator
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.evaluate import LossEvaluator, Quality, decoder, score
+from train.machine import describe_machine
 from train.metrics import MetricsWriter, read_metrics
 from train.parallel import initialize_hosts, make_runner
 from train.preemption import Preemption
 from train.prefetch import prefetch
 from train.prepare import RunData, prepare
 from train.progress import Progress
-from train.report import Report, check_finite, describe, examples
+from train.reporting import Report, check_finite, describe, examples
 from train.state import create_state, make_optimizer, make_schedule
 from train.step import Batch, make_train_step
 
@@ -74,7 +75,8 @@ def fit(config: TrainConfig) -> Path:
         ):
             for line in describe(config, state.params, batches, start):
                 progress.message(line)
-            report = Report(writer, progress, batches.steps_per_epoch)
+            writer.write(start, "start", describe_machine(jax.devices()))
+            report = Report(writer, progress, batches)
             history = _validation_history(run, metric, start)
             evaluate_every = evaluate.every or batches.steps_per_epoch
             steps = range(start, config.steps)

@@ -98,12 +98,19 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def has_ended(run: str | Path) -> bool:
+    """Whether the last that a run wrote are its final scores."""
+    records = read_metrics(run)
+    return bool(records) and records[-1]["split"].startswith("final_")
+
+
 class MetricsWriter:
     """Write a run's numbers to metrics.jsonl and as TensorBoard events, in the run directory.
 
     A line of metrics.jsonl is one record: `{"step": 500, "split": "validation", "time": 61.7,
     "loss": 3.2, …}`, where time is in seconds of training, over all resumed runs. There is one
-    record for each step and split; nan and infinity are null.
+    record for each step and split; nan and infinity are null. The split "start" says on what the
+    training began, or went on, at its step.
 
     Args:
       run: the run directory, which exists.
@@ -129,7 +136,7 @@ class MetricsWriter:
         if not active:
             return
         try:
-            self._keep(lambda record: 0 < record["step"] <= start_step)
+            self._keep(lambda record: 0 < start_step >= record["step"])
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror}") from error
         records = read_metrics(run)

@@ -91,7 +91,7 @@ class Progress:
         first, start = self._clock
         if step <= first or step >= self._total:
             return ""
-        return f"ETA {_duration((now - start) / (step - first) * (self._total - step))}"
+        return f"ETA {duration((now - start) / (step - first) * (self._total - step))}"
 
 
 class Count:
@@ -153,7 +153,7 @@ def _bar(file: TextIO, total_steps: int, start_step: int) -> "rich.progress.Prog
     return bar
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Return a time such as "1d 02h", "3h 07m", "12m 05s" or "9s"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -1,137 +1,321 @@
-"""What a run says about itself while it trains."""
+"""`python -m train report RUN …`: what runs have learned, as one page and pictures."""
 
-import math
-import time
-from collections.abc import Iterable, Iterator
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
+from jaxformer.config import TransformerConfig
 from jaxformer.errors import UserError
-from train.config import TrainConfig
-from train.data.batches import Batches
-from train.metrics import MetricsWriter
-from train.progress import Progress
+from jaxformer.heatmap import alignment_lines
+from jaxformer.page import details, page, script_note, section, table, write
+from jaxformer.pictures import can_draw
+from jaxformer.run import read_model_config
+from jaxformer.transformer import Transformer
+from train.curves import Chart, Line, png, svg
+from train.history import PARTS, History
+from train.progress import duration
+from train.samples import Sample, best_and_worst
 
 
-class Report:
-    """Collects the metrics of steps and now and then writes and shows their means.
+def add_report(commands: Any) -> None:
+    """Add the command to the sub-parsers of `python -m train`."""
+    report = commands.add_parser(
+        "report",
+        help="a page about a run, or about several in comparison",
+        description="Write index.html, which needs nothing beside it, and, if matplotlib is "
+        "installed, a PNG of each chart.",
+    )
+    report.add_argument("runs", metavar="RUN", nargs="+", help="directory that training wrote")
+    report.add_argument(
+        "--output", metavar="DIR", help="default: RUN/report, or report if there are several runs"
+    )
+    report.set_defaults(command=_report)
 
-    Between reports nothing waits for the device, so that it always has the next step queued.
+
+def _report(options: argparse.Namespace, overrides: list[str]) -> None:
+    if overrides:
+        raise UserError(f"unknown argument {overrides[0]}: see python -m train report --help")
+    index = write_report(options.runs, options.output)
+    without = "" if can_draw() else '; for PNGs too: pip install -e ".[plot]"'
+    print(f"wrote {index}{without}", file=sys.stderr)
+
+
+def report_after_training(run: Path) -> str:
+    """Write the report of a run that has ended and say where it is, or why there is none."""
+    try:
+        return f"report: {write_report([run])}"
+    except UserError as error:
+        return f"no report: {error}"
+
+
+def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """Write index.html and PNGs about runs into a folder; return the page's path.
+
+    Args:
+      runs: run directories.
+      output: the folder, by default RUN/report, or report for several runs.
+
+    Raises:
+      UserError: a run has no metrics, or they are damaged, or the folder cannot be written to.
     """
+    histories = [History(run) for run in runs]
+    if output is None:
+        output = Path(runs[0], "report") if len(runs) == 1 else "report"
+    index = Path(output, "index.html")
+    charts = _charts(histories)
+    write(index, report_page(histories, charts))
+    if can_draw():
+        for name, chart in charts.items():
+            png(chart, index.parent / f"{name}.png")
+    return index
 
-    def __init__(self, writer: MetricsWriter, progress: Progress, steps_per_epoch: int) -> None:
-        self._writer, self._progress = writer, progress
-        self._steps_per_epoch = steps_per_epoch
-        self._pending: list[dict[str, jax.Array]] = []
-        self.restart_clock()
 
-    def timed(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Pass batches on and note how long they were waited for."""
-        batches = iter(batches)
-        while True:
-            began = time.monotonic()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self._waited += time.monotonic() - began
-            yield batch
+def report_page(histories: Sequence[History], charts: dict[str, Chart]) -> str:
+    """Return the whole page."""
+    names = ", ".join(history.name for history in histories)
+    drawn = "".join(map(svg, charts.values()))
+    samples = [_sentences(history, len(histories) > 1) for history in histories]
+    body = [
+        f"<h1>{escape(names)}</h1>",
+        script_note(names + "".join(samples)),
+        _results(histories),
+        section("Curves", f'<div class="grid">{drawn}</div>'),
+        _time(histories),
+        section("Best and worst sentences", *samples),
+        _parameters(histories),
+        _configuration(histories),
+        _machines(histories),
+    ]
+    return page(names, filter(None, body))
 
-    def add(self, metrics: dict[str, jax.Array]) -> None:
-        """Take the metrics of one step, without waiting for them."""
-        self._pending.append(metrics)
 
-    def restart_clock(self) -> None:
-        """Leave out of the speed what was not training."""
-        self._began, self._waited = time.monotonic(), 0.0
+def _results(histories: Sequence[History]) -> str:
+    rows, signatures = [], {}
+    for history in histories:
+        last = history.series("train", "step")[0][-1]
+        seconds = sum(history.time_split().values())
+        summary = f"{last:,.0f} steps in {duration(seconds)}"
+        records = [(f"validation, step {r['step']:,}", r) for r in _best_validation(history)]
+        for split in ("validation", "test"):
+            records += [(f"{split}, at the end", r) for r in history.records(f"final_{split}")[-1:]]
+        for what, record in records:
+            rows.append(
+                (
+                    history.name,
+                    summary,
+                    what,
+                    *(_number(record, name) for name in ("perplexity", "bleu", "chrf")),
+                    f"{record['exact_match']:.1%}" if "exact_match" in record else "",
+                )
+            )
+            for name in ("bleu_signature", "chrf_signature"):
+                signatures[record.get(name)] = name.removesuffix("_signature")
+        if not records:
+            rows.append((history.name, summary, "not evaluated yet", "", "", "", ""))
+    said = "; ".join(
+        f"{'BLEU' if name == 'bleu' else 'chrF2'} {signature}"
+        for signature, name in signatures.items()
+        if signature
+    )
+    header = ("run", "trained", "split", "perplexity", "BLEU", "chrF2", "exact match")
+    return section(
+        "Results",
+        table(header, rows, numbers=range(3, 7)),
+        f'<p class="soft">{escape(said)}</p>' if said else "",
+    )
 
-    def flush(self, step: int) -> None:
-        """Report the steps since the last time, `step` of them being done in all.
 
-        Raises:
-          UserError: a loss was not finite; the message names the step.
+def _best_validation(history: History) -> list[dict[str, Any]]:
+    """The record of the best evaluation by the metric that the run itself goes by."""
+    metric = history.settings.get("evaluate.metric", "bleu")
+    records = [record for record in history.records("validation") if metric in record]
+    sign = -1 if metric == "loss" else 1
+    return sorted(records, key=lambda record: sign * record[metric])[-1:]
+
+
+def _number(record: dict[str, Any], name: str) -> str:
+    return f"{record[name]:.2f}" if name in record else ""
+
+
+def _charts(histories: Sequence[History]) -> dict[str, Chart]:
+    several = len(histories) > 1
+
+    def lines(*wanted: tuple[str, str, str], percent: bool = False) -> list[Line]:
+        """Of each run the metrics (split, name, label): its first solid, its second dashed.
+
+        A single run has colours to spare: there the second has one of its own, too.
         """
-        steps = jax.device_get(self._pending)
-        seconds = time.monotonic() - self._began
-        for number, metrics in enumerate(steps, start=step - len(steps) + 1):
-            check_finite("loss", float(metrics["loss"]), number)
-        tokens = np.array([metrics["tokens"] for metrics in steps], np.float64)
+        found = []
+        for number, history in enumerate(histories):
+            for index, (split, name, label) in enumerate(wanted):
+                steps, values = history.series(split, name)
+                label = " ".join(filter(None, (history.name if several else "", label)))
+                values = 100 * values if percent else values
+                colour = number if several else index
+                found.append(Line(label, steps, values, colour, dashed=index > 0))
+        return found
 
-        def per_token(name: str) -> float:
-            return float(np.average([metrics[name] for metrics in steps], weights=tokens))
+    def both(name: str) -> list[Line]:
+        return lines(("train", name, "training"), ("validation", name, "validation"))
 
-        nll = per_token("nll")
-        values = {
-            "loss": per_token("loss"),
-            "nll": nll,
-            "perplexity": math.exp(min(nll, 700.0)),
-            "gradient_norm": float(np.mean([metrics["gradient_norm"] for metrics in steps])),
-            "learning_rate": float(steps[-1]["learning_rate"]),
-            "target_tokens": float(tokens.sum()),
-            "tokens_per_second": float(tokens.sum()) / seconds,
-            "host_wait": self._waited / seconds,
-            "epoch": step / self._steps_per_epoch,
-        }
-        self._writer.write(step, "train", values)
-        self._progress.update(step, values)
-        self._pending = []
-        self.restart_clock()
+    warmup, *others = {history.settings.get("optimizer.warmup_steps") for history in histories}
+    cooldown = [history.settings.get("optimizer.cooldown_steps") for history in histories]
+    marks = {} if others or warmup is None else {"warm-up ends": warmup}
+    return {
+        "loss": Chart("Loss, label-smoothed, nats a token", both("loss")),
+        "perplexity": Chart("Perplexity, unsmoothed, a token", both("perplexity"), log=True),
+        "learning-rate": Chart(
+            "Learning rate",
+            lines(("train", "learning_rate", "learning rate")),
+            note="rises in a line, then falls with the inverse square root of the step"
+            + ", in the end in a line again" * any(cooldown),
+            marks=marks,
+        ),
+        "gradient-norm": Chart(
+            "Gradient norm, before clipping",
+            lines(("train", "gradient_norm", "gradient norm")),
+            log=True,
+        ),
+        "speed": Chart(
+            "Speed, real target tokens a second",
+            lines(("train", "tokens_per_second", "tokens/s")),
+            note="evaluation and saving left out",
+        ),
+        "waste": Chart(
+            "Waste, %",
+            lines(
+                ("train", "padding", "target positions that are padding"),
+                ("train", "host_wait", "time that devices wait for data"),
+                percent=True,
+            ),
+        ),
+        "scores": Chart(
+            "BLEU and chrF2 of the validation split",
+            lines(("validation", "bleu", "BLEU"), ("validation", "chrf", "chrF2")),
+        ),
+    }
 
 
-def check_finite(name: str, loss: float, step: int) -> None:
-    """Raise `UserError` if training has failed: a state after this one is not worth saving."""
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the {name} is {loss} at step {step}: lower optimizer.peak_learning_rate or set "
-            "optimizer.clip_norm; the checkpoints saved before are intact"
-        )
-
-
-def describe(config: TrainConfig, params: Any, batches: Batches, start: int) -> Iterator[str]:
-    """Yield what is about to happen, in a few lines."""
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    yield f"run        {config.run}" + (f", from step {start:,}" if start else "")
-    yield (
-        f"devices    {jax.device_count()} x {jax.devices()[0].device_kind} "
-        f"in {jax.process_count()} process{'es' * (jax.process_count() > 1)}, jax {jax.__version__}"
+def _time(histories: Sequence[History]) -> str:
+    """A bar a run: what its time went into."""
+    height, width, rows, bars = 26, 720, [], []
+    splits = [history.time_split() for history in histories]
+    longest = max(sum(parts.values()) for parts in splits) or 1.0
+    for number, (history, parts) in enumerate(zip(histories, splits, strict=True)):
+        total, x = sum(parts.values()) or 1.0, 0.0
+        for colour, (name, seconds) in enumerate(parts.items()):
+            length = seconds / longest * width
+            title = f"{history.name}: {name} {duration(seconds)}, {seconds / total:.0%}"
+            bars.append(
+                f'<rect x="{x:.1f}" y="{number * (height + 8)}" width="{length:.1f}" '
+                f'height="{height}" fill="var(--line-{colour})">'
+                f"<title>{escape(title)}</title></rect>"
+            )
+            x += length
+        cells = [f"{duration(parts[name])} ({parts[name] / total:.0%})" for name in PARTS]
+        rows.append((history.name, *cells, duration(sum(parts.values()))))
+    keys = "".join(
+        '<span class="key"><svg width="12" height="12" aria-hidden="true"><rect width="12" '
+        f'height="12" fill="var(--line-{colour})"/></svg>{name}</span>'
+        for colour, name in enumerate(PARTS)
     )
-    yield f"model      {size / 1e6:.2f} million parameters, {config.model.dtype}"
-    names = ["data.train", *config.data.extra]
-    for name, part, share in zip(names, batches.parts, batches.shares, strict=True):
-        left_out = [
-            f"{len(pairs):,} {why}"
-            for why, pairs in (("empty", part.packing.empty), ("too long", part.packing.too_long))
-            if len(pairs)
-        ]
-        pairs = f"{len(part.corpus):,} pairs" + (
-            f", {' and '.join(left_out)} left out" if left_out else ""
-        )
-        if share == 1.0:
-            yield f"data       {pairs}"
-        else:
-            epoch = len(part) / (share * batches.rows_per_batch)
-            yield f"data       {share:.1%} {name}: {pairs}; {epoch:,.1f} steps an epoch"
-    packing = batches.packing
-    fill = sum(
-        share * part.packing.target_fill
-        for part, share in zip(batches.parts, batches.shares, strict=True)
-    )
-    yield (
-        f"batches    {batches.rows_per_batch} rows of {packing.source_length} source and "
-        f"{packing.target_length} target positions, {fill:.1%} of the target's "
-        f"real; {batches.steps_per_epoch:,} steps an epoch"
-        + (" of data.train" if len(batches.parts) > 1 else "")
+    tall = len(histories) * (height + 8)
+    return section(
+        "Time",
+        f'<svg role="img" aria-label="time by activity" width="{width}" height="{tall}" '
+        f'viewBox="0 0 {width} {tall}">{"".join(bars)}</svg><p class="soft">{keys}</p>',
+        table(("run", *PARTS, "in all"), rows, numbers=range(1, len(PARTS) + 2)),
+        '<p class="soft">compile is the first step after each start; save is how long training '
+        "waits for it, files being written meanwhile; other is starting, and what no record "
+        "covers.</p>",
     )
 
 
-def examples(
-    sources: list[str], hypotheses: list[str], references: list[str], count: int = 5
-) -> Iterator[str]:
-    """Yield a few translations, evenly spread."""
-    for index in range(0, len(sources), max(1, len(sources) // count))[:count]:
-        yield (
-            f"\nsource     {sources[index]}\noutput     {hypotheses[index]}\n"
-            f"reference  {references[index]}"
-        )
+def _sentences(history: History, several: bool) -> str:
+    title = f"<h3>{escape(history.name)}</h3>" if several else ""
+    try:
+        best, worst = best_and_worst(history.run)
+    except UserError as error:
+        return f'{title}<p class="soft">{escape(f"No sentences: {error}")}</p>'
+    groups = (("worst", worst), ("best", best))
+    return title + "".join(
+        _sample(sample, f"{name} {number}")
+        for name, samples in groups
+        for number, sample in enumerate(samples, start=1)
+    )
+
+
+def _sample(sample: Sample, title: str) -> str:
+    rows = [
+        ("source", sample.source),
+        ("reference", sample.reference),
+        ("output", sample.output),
+    ]
+    drawn = details("where the decoder looked", alignment_lines(sample.alignment.joined()))
+    return f"<h3>{title}: chrF2 {sample.chrf:.1f}</h3>{table(('', ''), rows)}{drawn}"
+
+
+def parameter_counts(config: TransformerConfig) -> dict[str, int]:
+    """Parameters of each module of a model, all layers of a stack together."""
+    ids = jax.ShapeDtypeStruct((1, 2), "int32")
+    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), ids, ids)["params"]
+    counts: dict[str, int] = {}
+    for path, leaf in jax.tree.leaves_with_path(shapes):
+        names = [key.key for key in path]
+        name = names[0]
+        if "layers" in names:
+            module = names[2].replace("_residual", ", layer norm").replace("_", " ")
+            name = f"{names[0]}, {leaf.shape[0]} x {module}"
+        counts[name] = counts.get(name, 0) + leaf.size
+    # Embeddings, then the encoder, then the decoder.
+    return dict(sorted(counts.items(), key=lambda item: (item[0][:3] == "dec", "," in item[0])))
+
+
+def _parameters(histories: Sequence[History]) -> str:
+    parts: list[str] = []
+    for history in histories:
+        counts = parameter_counts(read_model_config(history.run))
+        total = sum(counts.values())
+        rows = [(name, f"{n:,}", f"{n / total:.1%}") for name, n in counts.items()]
+        rows.append(("in all", f"{total:,}", ""))
+        parts += [f"<h3>{escape(history.name)}</h3>"] * (len(histories) > 1)
+        parts.append(table(("module", "parameters", "share"), rows, numbers=(1, 2)))
+    return section("Parameters", *parts)
+
+
+def _configuration(histories: Sequence[History]) -> str:
+    names = list(dict.fromkeys(name for history in histories for name in history.settings))
+    rows = [
+        (name, *(str(history.settings.get(name, "not set")) for history in histories))
+        for name in names
+    ]
+    header = ("", *(history.name for history in histories))
+    if len(histories) == 1:
+        return section("Configuration", table(header, rows))
+    differing = [row for row in rows if len(set(row[1:])) > 1]
+    return section(
+        "Configuration",
+        '<p class="soft">What differs:</p>',
+        table(header, differing),
+        details(f"all {len(rows)} settings", table(header, rows)),
+    )
+
+
+def _machines(histories: Sequence[History]) -> str:
+    def starts() -> Iterator[tuple[str, ...]]:
+        for history in histories:
+            for record in history.records("start"):
+                step, _ = record.pop("step"), (record.pop("split"), record.pop("time"))
+                device = f"{record.pop('devices', '?')} x {record.pop('device', '?')}"
+                rest = ", ".join(f"{name} {value}" for name, value in record.items() if value)
+                yield history.name, f"{step:,}", device, rest
+
+    rows = list(starts())
+    if not rows:
+        return section("Machine", '<p class="soft">not recorded</p>')
+    return section("Machine", table(("run", "from step", "devices", ""), rows, numbers=(1,)))

@@ -29,8 +29,8 @@ from jaxformer.run import load_tokenizers, save_params, save_tokenizers, write_c
 from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
-from train.benchmark.machine import describe_machine
 from train.benchmark.processes import in_a_process
+from train.machine import describe_machine
 
 Translate = Callable[[Sequence[str]], list[str]]
 Engine = Callable[[Sequence[str]], tuple[list[str], float]]  # translations and seconds

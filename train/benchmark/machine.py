@@ -1,13 +1,10 @@
 """What the machine can do at best, measured: the yardstick of everything else."""
 
-import os
-import platform
 import resource
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 
@@ -24,20 +21,6 @@ DATASHEET_BFLOAT16 = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
 }
-
-
-def describe_machine(devices: Sequence[jax.Device]) -> dict[str, Any]:
-    """Devices, versions and flags, for a record."""
-    return {
-        "device": devices[0].device_kind,
-        "devices": len(devices),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
-    }
 
 
 def separate_devices(devices: Sequence[jax.Device]) -> int:

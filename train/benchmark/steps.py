@@ -24,7 +24,6 @@ from jaxformer.config import DType
 from jaxformer.errors import UserError
 from train.benchmark.machine import (
     datasheet_peak,
-    describe_machine,
     matmul_peak,
     memory_bandwidth,
     peak_memory,
@@ -36,6 +35,7 @@ from train.benchmark.turns import Turn, summary, take_turn
 from train.benchmark.work import Case, Kind, full_rows, padded_batches
 from train.config import TrainConfig
 from train.data.batches import Batches
+from train.machine import describe_machine
 
 PEERS = ("torch", "torch-compile", "marian", "flax-plain")
 

@@ -1,0 +1,170 @@
+"""The same heat maps as PNG files, by matplotlib."""
+
+import contextlib
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxformer.errors import UserError
+from jaxformer.results import Explanation
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+@contextlib.contextmanager
+def picture(path: Path, width: float, height: float, text: str = "") -> Iterator[Any]:
+    """Give a matplotlib figure to draw on, and write it as a PNG file at the end of the block.
+
+    Args:
+      path: where to.
+      width, height: in inches.
+      text: letters that are needed, for a choice of fonts.
+
+    Raises:
+      UserError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError('no picture without matplotlib: pip install -e ".[plot]"') from error
+    with rc_context({"font.family": fonts_for(text)[0], "font.size": 8}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=110)
+        except OSError as error:
+            reason = error.strerror
+            raise UserError(f"cannot write {path}: {reason}; choose another place") from error
+
+
+def fonts_for(text: str) -> tuple[list[str], str]:
+    """Installed fonts that have the letters of `text` together, and the letters that none has.
+
+    Matplotlib takes each letter from the first font that has it.
+    """
+    families = ["DejaVu Sans"]
+    missing = {letter for letter in text if letter.isprintable()} - _letters("DejaVu Sans")
+    for family in _families() if missing else ():
+        if found := missing & _letters(family):
+            families.append(family)
+            missing -= found
+        if not missing:
+            break
+    return families, "".join(sorted(missing))
+
+
+@cache
+def _families() -> dict[str, str]:
+    """The file of each installed family, plain ones before fancy ones."""
+    from matplotlib.font_manager import findSystemFonts, fontManager
+
+    # Matplotlib keeps a list, which knows nothing of a font that was installed after it was made.
+    for file in set(findSystemFonts()) - {font.fname for font in fontManager.ttflist}:
+        with contextlib.suppress(Exception):  # some files are no fonts that it can read
+            fontManager.addfont(file)
+    files = {
+        font.name: font.fname
+        for font in fontManager.ttflist
+        # The last resort has every letter, as a box.
+        if font.style == "normal" and not font.name.startswith("Last Resort")
+    }
+
+    def fancy(name: str) -> tuple[bool, bool, str]:
+        return "Noto Sans" not in name, not re.search(r"Sans|Gothic", name), name
+
+    return {name: files[name] for name in sorted(files, key=fancy)}
+
+
+@cache
+def _letters(family: str) -> frozenset[str]:
+    from matplotlib.font_manager import get_font
+
+    return frozenset(map(chr, get_font(_families()[family]).get_charmap()))
+
+
+def draw_explanation(explanation: Explanation, folder: Path) -> list[Path]:
+    """Write alignment, the three attentions and the positional encoding; return the files.
+
+    Letters that no installed font has are drawn as "?", and a line on standard error names them.
+
+    Raises:
+      UserError: matplotlib is not installed, or a file cannot be written.
+    """
+    text = "".join(explanation.source_tokens + explanation.decoder_tokens)
+    _, missing = fonts_for(text + "".join(explanation.target_tokens))
+    if missing:
+        print(
+            f"warning: no installed font has {missing}: PNGs show ? instead; install one "
+            "(Debian: fonts-noto-cjk, fonts-noto)",
+            file=sys.stderr,
+        )
+    gone = dict.fromkeys(map(ord, missing), "?")
+
+    def shown(labels: Sequence[str]) -> list[str]:
+        return [label.translate(gone) or "▁" for label in labels]
+
+    alignment = explanation.alignment
+    files = [folder / "alignment.png"]
+    _draw_maps(
+        files[0],
+        alignment.weights[None, None],
+        shown(alignment.target_tokens),
+        shown(alignment.source_tokens),
+        cell=0.28,
+    )
+    for name, weights, queries, keys in explanation.attentions():
+        files.append(folder / f"{name.replace(' ', '-').lower()}.png")
+        causal = weights is explanation.decoder_self_attention
+        _draw_maps(files[-1], weights, shown(queries), shown(keys), causal=causal)
+    files.append(folder / "positional-encoding.png")
+    encoding = explanation.positional_encoding
+    with picture(files[-1], 7.0, 2.0 + 0.05 * len(encoding)) as figure:
+        axis = figure.subplots()
+        image = axis.imshow(encoding, cmap="RdBu", aspect="auto", interpolation="none")
+        axis.set(xlabel="dimension", ylabel="position")
+        figure.colorbar(image)
+    return files
+
+
+def _draw_maps(
+    path: Path,
+    weights: np.ndarray,
+    queries: list[str],
+    keys: list[str],
+    *,
+    cell: float = 0.16,
+    causal: bool = False,
+) -> None:
+    """A row of maps for each layer of [L, N, T, S], `cell` inches a weight."""
+    from matplotlib import colormaps
+    from matplotlib.colors import PowerNorm
+
+    # Grey where a causal map is masked: 0 and above the diagonal.
+    colours = colormaps["Blues"].with_extremes(bad="0.88")
+    ahead = np.triu(np.ones(weights.shape[2:], bool), 1) & causal
+    weights = np.ma.masked_where(ahead & (weights == 0), weights)
+    layers, heads, rows, columns = weights.shape
+    width = heads * (max(1.0, cell * columns) + 0.9)
+    height = layers * (max(1.0, cell * rows) + 0.9)
+    with picture(path, width, height, "".join(queries + keys)) as figure:
+        grid = figure.subplots(layers, heads, squeeze=False)
+        for (layer, head), axis in np.ndenumerate(grid):
+            axis.imshow(
+                weights[layer, head], cmap=colours, norm=PowerNorm(0.5, 0, 1), interpolation="none"
+            )
+            axis.set_xticks(range(columns), keys, rotation=60, ha="right", rotation_mode="anchor")
+            axis.set_yticks(range(rows), queries)
+            axis.tick_params(length=0)
+            if weights.shape[:2] != (1, 1):
+                axis.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)

@@ -1,0 +1,143 @@
+"""What a translator says about a sentence: plain data, no model behind it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+
+class Hypothesis(NamedTuple):
+    """One translation of a line."""
+
+    text: str
+    score: float  # log_prob over the length penalty: what hypotheses are ranked by
+    log_prob: float  # of its tokens and eos, natural logarithm
+    tokens: list[str]  # pieces of the vocabulary, without eos
+
+
+class Score(NamedTuple):
+    """What the model thinks of a translation that it was given."""
+
+    log_prob: float  # the sum of `token_log_probs`, natural logarithm
+    tokens: list[str]  # pieces of the vocabulary, eos last
+    token_log_probs: list[float]
+
+
+class Alignment(NamedTuple):
+    """Where the model looks when it writes a given translation."""
+
+    source_tokens: list[str]  # S pieces, eos last
+    target_tokens: list[str]  # T pieces, eos last
+    weights: np.ndarray  # [T, S], rows sum to 1
+
+    def words(self) -> list[tuple[int, int]]:
+        """The source word that each target word looked at most, as (source, target) from 0."""
+        source, target = map(word_numbers, (self.source_tokens[:-1], self.target_tokens[:-1]))
+        if not source or not target:
+            return []
+        weights = np.zeros((target[-1] + 1, source[-1] + 1))
+        np.add.at(weights, np.ix_(target, source), self.weights[:-1, :-1])
+        return [(int(row.argmax()), index) for index, row in enumerate(weights)]
+
+    def joined(self) -> "Alignment":
+        """The same with words in the place of their pieces; eos is a word of its own."""
+        source, target = (_words(side) for side in (self.source_tokens, self.target_tokens))
+        return Alignment(source[0], target[0], _join(self.weights, target[1], source[1]))
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """How a model came to a translation. Weights are float32, and each query's sum to 1.
+
+    Attributes:
+      source: the sentence.
+      hypotheses: its translations, best first. All that follows is about the best one.
+      source_tokens: what the encoder read, S pieces, eos last.
+      target_tokens: what the decoder wrote, T pieces, eos last unless the length limit came first.
+      decoder_tokens: what it read meanwhile: bos, then the target but for its last piece.
+      token_log_probs: of each target piece given those before it, natural logarithm.
+      encoder_self_attention: from source to source, query first.
+      decoder_self_attention: from decoder input to decoder input, masked.
+      cross_attention: from decoder input to source: row t is where the model looked, layer by
+        layer and head by head, to write target piece t.
+      alignment: which source piece each target piece is from.
+      positional_encoding: the vector that is added at each position, of the longer side.
+    """
+
+    source: str
+    hypotheses: list[Hypothesis]
+    source_tokens: list[str]
+    target_tokens: list[str]
+    decoder_tokens: list[str]
+    token_log_probs: Float[np.ndarray, "T"]
+    encoder_self_attention: Float[np.ndarray, "Le N S S"]
+    decoder_self_attention: Float[np.ndarray, "Ld N R R"]
+    cross_attention: Float[np.ndarray, "Ld N T S"]
+    alignment: Alignment
+    positional_encoding: Float[np.ndarray, "P D"]
+
+    def attentions(self) -> Iterator[tuple[str, np.ndarray, list[str], list[str]]]:
+        """Yield name, weights [L, N, T, S], queries and keys of the paper's three attentions."""
+        source, read, written = self.source_tokens, self.decoder_tokens, self.target_tokens
+        yield "Encoder self-attention", self.encoder_self_attention, source, source
+        yield "Masked decoder self-attention", self.decoder_self_attention, read, read
+        yield "Encoder-decoder attention", self.cross_attention, written, source
+
+    def words(self) -> "Explanation":
+        """The same with words in the place of their pieces.
+
+        A word is looked at as much as all its pieces together, and looks where they look on
+        average; its log-probability is their sum. The positional encoding stays one of pieces.
+        """
+        source_tokens, source = _words(self.source_tokens)
+        target_tokens, target = _words(self.target_tokens)
+        decoder_tokens, decoder = _words(self.decoder_tokens)
+        log_probs = np.zeros(len(target_tokens), np.float32)
+        np.add.at(log_probs, target, self.token_log_probs)
+        return replace(
+            self,
+            source_tokens=source_tokens,
+            target_tokens=target_tokens,
+            decoder_tokens=decoder_tokens,
+            token_log_probs=log_probs,
+            encoder_self_attention=_join(self.encoder_self_attention, source, source),
+            decoder_self_attention=_join(self.decoder_self_attention, decoder, decoder),
+            cross_attention=_join(self.cross_attention, target, source),
+            alignment=self.alignment.joined(),
+        )
+
+
+def word_numbers(pieces: list[str]) -> list[int]:
+    """The number of the word that each piece belongs to: ▁a b ▁c -> 0 0 1."""
+    numbers, word = [], -1
+    for piece in pieces:
+        word += piece.startswith("▁") or word < 0
+        numbers.append(word)
+    return numbers
+
+
+def _words(pieces: list[str]) -> tuple[list[str], list[int]]:
+    """Words, and the number of each piece's. Marks such as </s> are words, too.
+
+    ["▁a", "b", "▁c", "</s>"] -> ["ab", "c", "</s>"], [0, 0, 1, 2]
+    """
+    words: list[str] = []
+    numbers: list[int] = []
+    after_mark = True
+    for piece in pieces:
+        mark = piece in ("<s>", "</s>")
+        if mark or after_mark or piece.startswith("▁"):
+            words.append("")
+        words[-1] += piece.removeprefix("▁")
+        numbers.append(len(words) - 1)
+        after_mark = mark
+    return words, numbers
+
+
+def _join(weights: np.ndarray, queries: list[int], keys: list[int]) -> np.ndarray:
+    """Sum over the keys of a word and average over its queries: [..., T, S] to words."""
+    to_key = np.equal.outer(keys, np.arange(max(keys) + 1)).astype(np.float32)
+    to_query = np.equal.outer(np.arange(max(queries) + 1), queries).astype(np.float32)
+    return to_query / to_query.sum(axis=1, keepdims=True) @ weights @ to_key

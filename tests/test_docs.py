@@ -1,0 +1,148 @@
+"""What README and guide show works as it is printed: Python as it stands, commands as follows.
+
+`jaxformer translate|score|inspect|convert` and `python -m train evaluate|report` are run, on a tiny
+run that bears the names of the guide's. Of what takes longer (`fit`, `benchmark`, StableHLO) the
+command line is parsed, and data files that it names are looked for. A block that is no command,
+such as a synopsis, has "notest" after its language.
+"""
+
+import io
+import os
+import re
+import shlex
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+import jaxformer.cli
+import train.__main__
+from jaxformer.cli import main
+from small_run import LEXICON, trained_run, write_corpus
+from train.arguments import load_config, override
+from train.data.sources import load_split
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+OPTIONAL = {"ctranslate2", "sentencepiece", "torch", "transformers"}
+
+# Programs of others: they are not run.
+OTHERS = {"pip", "python3", "gcloud", "apt-get"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a reader of the guide would be: with runs and files of the names it uses."""
+    folder = write_corpus(tmp_path_factory.mktemp("guide"))
+    for name in ("quickstart", "multi30k"):
+        shutil.copytree(trained_run(tmp_path_factory), folder / "runs" / name)
+    (folder / "RUN").symlink_to(folder / "runs" / "quickstart")
+    for language in ("en", "de"):
+        shutil.copy(folder / f"valid.{language}", folder / f"dev.{language}")
+    (folder / "source.txt").write_text("red dogs run\n")
+    (folder / "reference.txt").write_text("rot Hunde laufen\n")
+    rows = ["english\tgerman", *(f"{english}\t{german}" for english, german in LEXICON.items())]
+    for name in ("pairs", "dev", "test"):
+        (folder / f"{name}.tsv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def blocks(page, language):
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    return [text for name, text in found if name == language]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands(page, folder, monkeypatch, capfdbinary):
+    monkeypatch.chdir(folder)
+    for block in blocks(page, "bash"):
+        text = block.replace("\\\n", " ")
+        for line in text.splitlines():
+            for command in line.split("&&"):
+                run_command(command, monkeypatch, capfdbinary)
+
+
+def run_command(command, monkeypatch, capfdbinary):
+    """Run a command, or the last of a pipe that begins with echo, with < and > of files."""
+    text = b""
+    *before, command = command.split(" | ")
+    words = shlex.split(command, comments=True)
+    if before:
+        echo, *said = shlex.split(before[0])
+        assert echo == "echo"
+        text = " ".join(said).encode() + b"\n"
+    output = None
+    if ">" in words:
+        output = words[words.index(">") + 1]
+        words = words[: words.index(">")]
+    if "<" in words:
+        text = Path(words[words.index("<") + 1]).read_bytes()
+        words = words[: words.index("<")]
+    if not words:
+        return
+    program = os.path.basename(words[0])
+    if program == "python" and words[1:3] == ["-m", "train"]:
+        run_train(words[3:])
+    elif program == "jaxformer":
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        run_jaxformer(words[1:])
+        printed, said = capfdbinary.readouterr()
+        assert b"error" not in said
+        if output is not None:
+            Path(output).write_bytes(printed)
+    else:
+        assert program in OTHERS or words[1:2] == ["-m"], f"is this a command? {command}"
+
+
+def run_train(arguments):
+    options, overrides = train.__main__._parser().parse_known_args(arguments)
+    if arguments[0] in ("evaluate", "report"):
+        assert not overrides
+        assert train.__main__.main(arguments) == 0
+    elif arguments[0] == "fit":
+        config = override(load_config(options.config), overrides, "fit")
+        if config.data.train != load_config(options.config).data.train:
+            for split in ("train", "validation", "test"):
+                assert len(load_split(config.data, split)) > 0
+    else:
+        assert arguments[0] == "benchmark"
+
+
+def run_jaxformer(arguments):
+    if arguments[0] != "convert":
+        assert main(arguments) == 0
+        return
+    options = jaxformer.cli._parser().parse_args(arguments)
+    needs = {"marian": "safetensors", "ctranslate2": "ctranslate2"}.get(options.to)
+    if needs:
+        pytest.importorskip(needs)
+        shutil.rmtree(options.destination, ignore_errors=True)  # of another page
+        assert main(arguments) == 0
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "README.md"], ids=lambda page: page.name
+)
+def test_python(page, folder, monkeypatch):
+    """The blocks of a page are one program."""
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    for block in blocks(page, "python"):
+        for name in OPTIONAL & set(re.findall(r"^import (\w+)", block, re.MULTILINE)):
+            pytest.importorskip(name)
+        if "multi30k-" in block:
+            for to, made in (("marian", "multi30k-marian"), ("ctranslate2", "multi30k-ct2")):
+                if made in block and not Path(made).exists():
+                    assert main(["convert", "runs/multi30k", made, "--to", to]) == 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other packages, about their own affairs
+            exec(block, names)

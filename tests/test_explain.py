@@ -1,0 +1,306 @@
+"""What a model looked at, against the model; and how that is shown."""
+
+import base64
+import re
+import struct
+import zlib
+from html.parser import HTMLParser
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxformer.cli import main
+from jaxformer.errors import UserError
+from jaxformer.heatmap import describe_head, png, shades
+from jaxformer.inspection import inspection_page
+from jaxformer.page import script_note
+from jaxformer.pictures import draw_explanation, fonts_for
+from jaxformer.positions import sinusoid
+from jaxformer.results import Alignment
+from jaxformer.transformer import Transformer
+from jaxformer.translator import Translator
+from random_run import CONFIG, SENTENCES, random_params, write_random_run
+
+LINE = max(SENTENCES, key=len)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("explain") / "run"
+    write_random_run(run, CONFIG)
+    return run
+
+
+@pytest.fixture(scope="module")
+def translator(run):
+    return Translator.load(run, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def explanation(translator):
+    return translator.explain(LINE, beam_size=3)
+
+
+def test_it_is_the_translation_that_translate_gives(translator, explanation):
+    (hypotheses,) = translator.generate([LINE], beam_size=3)
+    assert [h.text for h in explanation.hypotheses] == [h.text for h in hypotheses]
+    best = explanation.hypotheses[0]
+    # The end of the sentence is a piece, unless the length limit came first.
+    assert explanation.target_tokens in (best.tokens, [*best.tokens, "</s>"])
+    assert explanation.decoder_tokens == ["<s>", *explanation.target_tokens[:-1]]
+    np.testing.assert_allclose(explanation.token_log_probs.sum(), best.log_prob, rtol=1e-5)
+
+
+def test_weights_are_those_of_the_forward_pass_without_padding(translator, explanation):
+    source, target = (
+        jnp.array([[*map(pieces.index, tokens)]])
+        for pieces in [translator.source_tokenizer.pieces(range(CONFIG.vocab_size))]
+        for tokens in (explanation.source_tokens, explanation.decoder_tokens)
+    )
+    _, sown = Transformer(CONFIG).apply(
+        {"params": translator.params}, source, target, mutable="intermediates"
+    )
+    stacks = sown["intermediates"]
+    for actual, stack, kind in (
+        (explanation.encoder_self_attention, "encoder", "self_attention"),
+        (explanation.decoder_self_attention, "decoder", "self_attention"),
+        (explanation.cross_attention, "decoder", "cross_attention"),
+    ):
+        (expected,) = stacks[stack]["layers"][kind]["attention_weights"]
+        np.testing.assert_allclose(actual, expected[:, 0], atol=1e-5)
+        np.testing.assert_allclose(actual.sum(-1), 1.0, rtol=1e-5)
+    aligned = explanation.cross_attention[-2].mean(axis=0)
+    np.testing.assert_array_equal(explanation.alignment.weights, aligned)
+    length = max(source.size, target.size)
+    encoding = sinusoid(jnp.arange(length), CONFIG.d_model)
+    np.testing.assert_allclose(explanation.positional_encoding, encoding, atol=1e-6)
+
+
+def test_learned_positions_are_shown(tmp_path):
+    config = CONFIG.replace(positions="learned")
+    params = write_random_run(tmp_path / "run", config)
+    explanation = Translator.load(tmp_path / "run").explain("red dogs", beam_size=1)
+    table = params["source_positions"]["embedding"]
+    length = len(explanation.positional_encoding)
+    np.testing.assert_allclose(explanation.positional_encoding, table[:length], rtol=1e-6)
+
+
+def test_words_are_looked_at_as_much_as_their_pieces(explanation):
+    words = explanation.words()
+    assert words.source_tokens == [*LINE.split(), "</s>"]
+    assert words.decoder_tokens[0] == "<s>"
+    for (_, joined, queries, keys), (_, pieces, _, _) in zip(
+        words.attentions(), explanation.attentions(), strict=True
+    ):
+        assert joined.shape == (*pieces.shape[:2], len(queries), len(keys))
+        np.testing.assert_allclose(joined.sum(-1), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(
+        words.token_log_probs.sum(), explanation.token_log_probs.sum(), rtol=1e-5
+    )
+    weights = np.array([[0.1, 0.2, 0.7], [0.5, 0.1, 0.4]], np.float32)
+    joined = Alignment(["▁a", "b", "▁c"], ["▁x", "y"], weights).joined()
+    assert joined.source_tokens == ["ab", "c"] and joined.target_tokens == ["xy"]
+    np.testing.assert_allclose(joined.weights, [[0.45, 0.55]])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [(" ", "nothing to explain"), ("red dogs " * 20, "more than the model's")]
+)
+def test_what_cannot_be_explained(translator, line, message):
+    with pytest.raises(UserError, match=message):
+        translator.explain(line)
+
+
+# Attention costs nothing when nobody asks
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_weights_that_nobody_asks_for_cost_neither_work_nor_memory(monkeypatch, scan_layers):
+    """And those who ask get one array for all layers, in training as in evaluation."""
+    config = CONFIG.replace(scan_layers=scan_layers, dropout=0.1)
+    model, params = Transformer(config), jax.tree.map(jnp.asarray, random_params(config))
+    source, target = jnp.ones((2, 5), jnp.int32), jnp.ones((2, 7), jnp.int32)
+
+    def loss(params, rng, **options):
+        found = model.apply(
+            {"params": params},
+            *(source, target, target),
+            deterministic=False,
+            rngs={"dropout": rng},
+            method="loss",
+            **options,
+        )
+        return (found[0].loss, found[1]) if options else (found.loss, None)
+
+    def costs(**options):
+        def step(params, rng):  # a new one: traced again
+            return jax.grad(lambda params: loss(params, rng, **options), has_aux=True)(params)
+
+        program = jax.jit(step).lower(params, jax.random.key(0)).compile()
+        memory = program.memory_analysis()
+        return (
+            program.cost_analysis()["flops"],
+            program.cost_analysis()["bytes accessed"],
+            memory.temp_size_in_bytes,
+            memory.output_size_in_bytes,
+        )
+
+    unasked, asked = costs(), costs(mutable=["intermediates"])
+    _, sown = jax.eval_shape(lambda: loss(params, jax.random.key(0), mutable=["intermediates"]))
+    (cross,) = sown["intermediates"]["decoder"]["layers"]["cross_attention"]["attention_weights"]
+    assert cross.shape == (config.decoder_layers, 2, config.num_heads, 7, 5)
+    assert asked[3] > unasked[3], "this measures nothing"
+    monkeypatch.setattr(nn.Module, "sow", lambda *_: False)
+    assert costs() == unasked
+
+
+# Pictures
+
+
+def pixels_of(data):
+    """Width, height and palette indices of a PNG."""
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    chunks, rest = {}, data[8:]
+    while rest:
+        (size,) = struct.unpack(">I", rest[:4])
+        chunks[rest[4:8]] = rest[8 : 8 + size]
+        assert struct.unpack(">I", rest[8 + size : 12 + size]) == (zlib.crc32(rest[4 : 8 + size]),)
+        rest = rest[12 + size :]
+    width, height = struct.unpack(">II", chunks[b"IHDR"][:8])
+    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, width + 1)
+    colours = len(chunks[b"PLTE"]) // 3
+    assert len(chunks[b"tRNS"]) == colours > rows.max() and not rows[:, 0].any()
+    return rows[:, 1:]
+
+
+def test_a_map_has_a_pixel_a_weight():
+    weights = np.array([[1.0, 0.0, 0.0], [0.25, 0.75, 0.0]])
+    pixels = pixels_of(png(shades(weights)))
+    assert pixels.tolist() == [[31, 0, 0], [16, 27, 0]]
+
+
+def test_what_is_masked_and_what_should_be_looks_different():
+    weights = np.array([[1.0, 0.0, 0.0], [0.5, 0.4, 0.1], [0.0, np.nan, 0.0]])
+    (_, masked, _), (_, _, ahead), (nothing, nan, _) = shades(weights, causal=True)
+    assert len({masked, ahead, nothing}) == 3 and nan == ahead > masked > 31
+
+
+def test_a_page_is_complete_in_itself(explanation):
+    class Reader(HTMLParser):
+        open, texts, addresses = (), (), ()
+
+        def handle_starttag(self, tag, attributes):
+            names = dict(attributes)
+            self.addresses += tuple(names[n] for n in ("href", "src") if n in names)
+            if tag not in ("meta", "link"):
+                self.open += (tag,)
+
+        def handle_startendtag(self, tag, attributes):
+            self.addresses += tuple(value for name, value in attributes if name == "href")
+
+        def handle_endtag(self, tag):
+            assert self.open[-1] == tag
+            self.open = self.open[:-1]
+
+        def handle_data(self, data):
+            self.texts += (data,)
+
+    reader = Reader()
+    page = inspection_page(explanation)
+    reader.feed(page)
+    assert reader.open == ()
+    assert {address[:5] for address in reader.addresses} <= {"data:", "#axes", "#enco", "#mask"}
+    assert "<script" not in page
+    for hypothesis in explanation.hypotheses:
+        assert hypothesis.text in reader.texts
+    images = [a for a in reader.addresses if a.startswith("data:image/png;base64,")]
+    # Encoder, two of the decoder, alignment, legend and positions.
+    assert len(images) == 3 * (2 + 4 + 4) + 3
+    pixels = pixels_of(base64.b64decode(images[-1].partition(",")[2]))
+    assert pixels.shape == explanation.positional_encoding.shape
+
+
+def test_a_page_escapes_what_it_shows(explanation):
+    import dataclasses
+
+    page = inspection_page(dataclasses.replace(explanation, source="<b>&amp;"))
+    assert "&lt;b&gt;&amp;amp;" in page and "<b>" not in page
+
+
+def test_scripts_are_named():
+    assert script_note("Büsche") == ""
+    assert "Hangul" in script_note("집") and "Hebrew" in script_note("בית")
+
+
+EVEN = np.full((4, 4), 0.25)
+COLUMN = np.tile([0.0, 0.0, 0.0, 1.0], (4, 1))
+
+
+@pytest.mark.parametrize(
+    ("weights", "causal", "note", "failed"),
+    [
+        (EVEN, False, "everywhere alike", True),
+        (np.eye(4), False, "itself", False),
+        (np.eye(4, k=-1), False, "the one before", False),
+        (np.eye(4, k=1), False, "the one after", False),
+        (COLUMN, False, "always “d”", False),
+        (np.full((4, 4), np.nan), False, "not a number", True),
+        (np.tril(EVEN), True, "everywhere alike", True),
+        (EVEN, True, "looks ahead", True),
+        (np.full((4, 2), 0.5), False, "everywhere alike", True),
+        (np.ones((4, 1)), False, "one piece", False),
+        (np.tile([0.9, 0.1, 0.0, 0.0], (4, 1))[:, ::-1], False, "always “d”", False),
+        (np.array([[0.5, 0.5, 0.0]]), False, "about 2.0 pieces", False),
+    ],
+)
+def test_a_failing_head_is_named(weights, causal, note, failed):
+    if note == "everywhere alike" and causal:
+        weights = weights / weights.sum(axis=1, keepdims=True)
+    assert describe_head(weights, list("abcd")[: weights.shape[1]], causal=causal) == (note, failed)
+
+
+def test_pngs_name_letters_that_no_font_has(explanation, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    import dataclasses
+
+    from jaxformer import pictures
+
+    families, missing = fonts_for("a▁é")
+    assert (families, missing) == (["DejaVu Sans"], "")
+    monkeypatch.setattr(pictures, "_families", lambda: {"DejaVu Sans": ""})
+    monkeypatch.setattr(pictures, "_letters", lambda _: frozenset(map(chr, range(0x24F))))
+    pieces = ["▁집", *explanation.source_tokens[1:]]
+    files = draw_explanation(dataclasses.replace(explanation, source_tokens=pieces), tmp_path)
+    assert "no installed font has" in (warning := capsys.readouterr().err) and "집" in warning
+    assert len(files) == 5
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def test_the_command(run, tmp_path, capsys, monkeypatch):
+    from jaxformer import pictures
+
+    monkeypatch.setattr(pictures, "can_draw", lambda: False)
+    output = tmp_path / "deep" / "inspection"
+    arguments = ["inspect", str(run), LINE, "--output", str(output), "--words"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() and "index.html; for PNGs too" in printed.err
+    page = (output / "index.html").read_text(encoding="utf-8")
+    assert re.search(rf"<h1>{LINE}</h1>", page)
+    assert [path.name for path in output.iterdir()] == ["index.html"]
+
+
+def test_one_line_says_what_is_wrong(run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        (["inspect", str(tmp_path / "none"), "x"], "is not a directory"),
+        (["inspect", str(run), ""], "nothing to explain"),
+        (["inspect", str(run), "x", "--beam-size", "0"], "--beam-size is 0"),
+        (["inspect", str(run), "red", "--output", str(tmp_path / "file")], "cannot write"),
+    ):
+        assert main(arguments) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and message in line

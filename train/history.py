@@ -1,0 +1,138 @@
+"""A run's metrics.jsonl as columns, fast enough for a million records."""
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxformer.errors import UserError
+from jaxformer.run import METRICS_FILE, read_config
+from train.metrics import read_metrics
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Series = tuple[np.ndarray, np.ndarray]
+
+#: What a run spends its time on, in the order it is shown in.
+PARTS = ("compile", "steps", "evaluate", "save", "other")
+
+
+class History:
+    """What a run wrote down.
+
+    Attributes:
+      run: its directory.
+      name: a short name.
+      config: its configuration as a nested dictionary.
+      settings: the same, {"model.d_model": 512, …}.
+
+    Raises:
+      UserError: the directory is no run, or its metrics are missing, empty or damaged.
+    """
+
+    def __init__(self, run: str | Path):
+        self.run = Path(run)
+        self.name = self.run.resolve().name
+        self.config: dict[str, Any] = read_config(run)
+        self.settings = _flatten(self.config)
+        self._table = _read(self.run)
+        if len(self._rows("train")) == 0:
+            raise UserError(f"{self.run / METRICS_FILE} holds no record of training yet: train on")
+
+    def column(self, split: str, name: str) -> np.ndarray:
+        """The values of a split, in order, float64; nan where a record has none."""
+        rows = self._rows(split)
+        if name not in rows.column_names:
+            return np.full(len(rows), np.nan)
+        return _numbers(rows.column(name))
+
+    def series(self, split: str, name: str) -> Series:
+        """Steps and values of a split, as far as there are values, by step."""
+        steps, values = self.column(split, "step"), self.column(split, name)
+        known = np.isfinite(values)
+        steps, values = steps[known], values[known]
+        order = np.argsort(steps, kind="stable")
+        return steps[order], values[order]
+
+    def records(self, split: str) -> list[dict[str, Any]]:
+        """The records of a split that has few, without what they lack."""
+        rows = self._rows(split).to_pylist()
+        return [{name: x for name, x in row.items() if x is not None} for row in rows]
+
+    def time_split(self) -> dict[str, float]:
+        """Seconds spent on each of `PARTS`.
+
+        A record of training knows how long its steps took, tokens / (tokens / s), and `time` is
+        when each record was written: the rest is what lies between. The first step after a start
+        counts as compilation; to save is as long as training waits for it.
+        """
+        splits = self._table.column("split").to_numpy(zero_copy_only=False).astype(str)
+        times = _numbers(self._table.column("time"))
+        gaps = np.maximum(np.diff(times, prepend=0.0), 0.0)
+        before = np.concatenate([["start"], splits[:-1]])
+        is_train = splits == "train"
+        seconds = np.zeros(len(gaps))
+        tokens, speed = (self.column("train", n) for n in ("target_tokens", "tokens_per_second"))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            seconds[is_train] = np.nan_to_num(tokens / speed, posinf=0.0)
+        seconds = np.minimum(seconds, gaps)
+        first = is_train & (before == "start")
+        evaluation = (splits == "validation") | (np.strings.find(splits, "final_") == 0)
+        after_evaluation = is_train & (before == "validation")
+        rest = gaps - seconds
+        parts = {
+            "compile": seconds[first].sum(),
+            "steps": seconds[is_train & ~first].sum(),
+            "evaluate": gaps[evaluation].sum(),
+            "save": rest[after_evaluation].sum(),
+        }
+        parts["other"] = gaps.sum() - sum(parts.values())
+        return {name: float(parts[name]) for name in PARTS}
+
+    @cache  # noqa: B019 (a handful of runs, read once)
+    def _rows(self, split: str) -> "pa.Table":
+        import pyarrow.compute as pc
+
+        return self._table.filter(pc.equal(self._table.column("split"), split))
+
+
+def _read(run: Path) -> "pa.Table":
+    import pyarrow as pa
+    import pyarrow.json
+
+    path = run / METRICS_FILE
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; train the run first") from error
+    data = data[: data.rfind(b"\n") + 1]  # a last line without an end is of a run that was killed
+    if not data.strip():
+        raise UserError(f"{path} is empty: nothing has been trained yet")
+    try:
+        table = pyarrow.json.read_json(pa.BufferReader(data))
+    except pa.ArrowInvalid as error:
+        read_metrics(run)  # names the line
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if missing := {"step", "split", "time"} - set(table.column_names):
+        raise UserError(f"{path} has no {', '.join(sorted(missing))}: it is not of a training run")
+    return table
+
+
+def _numbers(column: "pa.ChunkedArray") -> np.ndarray:
+    import pyarrow as pa
+
+    if pa.types.is_string(column.type):
+        return np.full(len(column), np.nan)
+    return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+
+
+def _flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

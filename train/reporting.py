@@ -1,0 +1,139 @@
+"""What a run says about itself while it trains."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxformer.errors import UserError
+from train.config import TrainConfig
+from train.data.batches import Batches
+from train.metrics import MetricsWriter
+from train.progress import Progress
+
+
+class Report:
+    """Collects the metrics of steps and now and then writes and shows their means.
+
+    Between reports nothing waits for the device, so that it always has the next step queued.
+    """
+
+    def __init__(self, writer: MetricsWriter, progress: Progress, batches: Batches) -> None:
+        self._writer, self._progress = writer, progress
+        self._steps_per_epoch = batches.steps_per_epoch
+        self._positions = batches.rows_per_batch * batches.packing.target_length
+        self._pending: list[dict[str, jax.Array]] = []
+        self.restart_clock()
+
+    def timed(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Pass batches on and note how long they were waited for."""
+        batches = iter(batches)
+        while True:
+            began = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited += time.monotonic() - began
+            yield batch
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        """Take the metrics of one step, without waiting for them."""
+        self._pending.append(metrics)
+
+    def restart_clock(self) -> None:
+        """Leave out of the speed what was not training."""
+        self._began, self._waited = time.monotonic(), 0.0
+
+    def flush(self, step: int) -> None:
+        """Report the steps since the last time, `step` of them being done in all.
+
+        Raises:
+          UserError: a loss was not finite; the message names the step.
+        """
+        steps = jax.device_get(self._pending)
+        seconds = time.monotonic() - self._began
+        for number, metrics in enumerate(steps, start=step - len(steps) + 1):
+            check_finite("loss", float(metrics["loss"]), number)
+        tokens = np.array([metrics["tokens"] for metrics in steps], np.float64)
+
+        def per_token(name: str) -> float:
+            return float(np.average([metrics[name] for metrics in steps], weights=tokens))
+
+        nll = per_token("nll")
+        values = {
+            "loss": per_token("loss"),
+            "nll": nll,
+            "perplexity": math.exp(min(nll, 700.0)),
+            "gradient_norm": float(np.mean([metrics["gradient_norm"] for metrics in steps])),
+            "learning_rate": float(steps[-1]["learning_rate"]),
+            "target_tokens": float(tokens.sum()),
+            "tokens_per_second": float(tokens.sum()) / seconds,
+            "padding": 1.0 - float(tokens.sum()) / (self._positions * len(steps)),
+            "host_wait": self._waited / seconds,
+            "epoch": step / self._steps_per_epoch,
+        }
+        self._writer.write(step, "train", values)
+        self._progress.update(step, values)
+        self._pending = []
+        self.restart_clock()
+
+
+def check_finite(name: str, loss: float, step: int) -> None:
+    """Raise `UserError` if training has failed: a state after this one is not worth saving."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the {name} is {loss} at step {step}: lower optimizer.peak_learning_rate or set "
+            "optimizer.clip_norm; the checkpoints saved before are intact"
+        )
+
+
+def describe(config: TrainConfig, params: Any, batches: Batches, start: int) -> Iterator[str]:
+    """Yield what is about to happen, in a few lines."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    yield f"run        {config.run}" + (f", from step {start:,}" if start else "")
+    yield (
+        f"devices    {jax.device_count()} x {jax.devices()[0].device_kind} "
+        f"in {jax.process_count()} process{'es' * (jax.process_count() > 1)}, jax {jax.__version__}"
+    )
+    yield f"model      {size / 1e6:.2f} million parameters, {config.model.dtype}"
+    names = ["data.train", *config.data.extra]
+    for name, part, share in zip(names, batches.parts, batches.shares, strict=True):
+        left_out = [
+            f"{len(pairs):,} {why}"
+            for why, pairs in (("empty", part.packing.empty), ("too long", part.packing.too_long))
+            if len(pairs)
+        ]
+        pairs = f"{len(part.corpus):,} pairs" + (
+            f", {' and '.join(left_out)} left out" if left_out else ""
+        )
+        if share == 1.0:
+            yield f"data       {pairs}"
+        else:
+            epoch = len(part) / (share * batches.rows_per_batch)
+            yield f"data       {share:.1%} {name}: {pairs}; {epoch:,.1f} steps an epoch"
+    packing = batches.packing
+    fill = sum(
+        share * part.packing.target_fill
+        for part, share in zip(batches.parts, batches.shares, strict=True)
+    )
+    yield (
+        f"batches    {batches.rows_per_batch} rows of {packing.source_length} source and "
+        f"{packing.target_length} target positions, {fill:.1%} of the target's "
+        f"real; {batches.steps_per_epoch:,} steps an epoch"
+        + (" of data.train" if len(batches.parts) > 1 else "")
+    )
+
+
+def examples(
+    sources: list[str], hypotheses: list[str], references: list[str], count: int = 5
+) -> Iterator[str]:
+    """Yield a few translations, evenly spread."""
+    for index in range(0, len(sources), max(1, len(sources) // count))[:count]:
+        yield (
+            f"\nsource     {sources[index]}\noutput     {hypotheses[index]}\n"
+            f"reference  {references[index]}"
+        )

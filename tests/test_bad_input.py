@@ -74,6 +74,12 @@ def test_help_lists_every_field_with_its_value(capsys):
         (["fit", "multi30k", "--steps", "0"], "steps is 0: give at least 1"),
         (["fit", "multi30k", "--checkpoint.average", "99"], "raise checkpoint.keep_last"),
         (["fit", "multi30k", "--data.path", "/no/such"], "there is no folder /no/such"),
+        (["fit", "multi30k", "--data.batch-tokens", "0"], "data.batch_tokens is 0: give at least"),
+        (["fit", "multi30k", "--data.weights", "1", "2"], "2 numbers for 1 training corpora"),
+        (["fit", "multi30k", "--data.extra", "bt", "--data.weights", "1"], "1 numbers for 2"),
+        (["fit", "multi30k", "--data.weights", "0"], "data.weights are (0.0,): give numbers above"),
+        (["fit", "multi30k", "--data.weights", "nan"], "give numbers above 0"),
+        (["fit", "multi30k", "--data.weights", "inf"], "give numbers above 0"),
         (["evaluate", "/no/such/run"], "/no/such/run is not a directory"),
         (["evaluate", "run", "--source", "x"], "--source and --reference go together"),
         (["evaluate", "run", "--bogus"], "unknown argument --bogus"),
@@ -138,6 +144,16 @@ def test_empty_corpus(capsys, folder, tmp_path):
         (tmp_path / name).write_text("")
     line = fit_with(capsys, folder, tmp_path, "--data.train", tmp_path / "empty")
     assert "holds no sentence pair" in line
+
+
+def test_extra_corpora_that_cannot_be_mixed_in(capsys, folder, tmp_path):
+    line = fit_with(capsys, folder, tmp_path, "--data.extra", "valid", "tset")
+    assert "tset.en" in line and "test.en" in line
+    for name in ("empty.en", "empty.de"):
+        (tmp_path / name).write_text("")
+    line = fit_with(capsys, folder, tmp_path, "--data.extra", "valid", tmp_path / "empty")
+    assert "data.extra" in line and "empty holds no sentence pair" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_vocabulary_larger_than_the_corpus_allows(capsys, folder, tmp_path):

@@ -5,7 +5,7 @@ import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from train.progress import Count
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow as pa
 
 _ROWS_PER_BATCH = 20_000
 
@@ -109,7 +108,7 @@ def text_digest(dataset: "datasets.Dataset", folder: Path) -> bytes:
         return note.read_bytes()
     digest = hashlib.sha256(f"{CACHE_VERSION} {len(dataset)}".encode())
     columns = dataset.select_columns(["source", "target"]).with_format("arrow")
-    for table in cast("Iterator[pa.Table]", iterate(columns, _ROWS_PER_BATCH)):
+    for table in iterate(columns, _ROWS_PER_BATCH):
         for batch in table.combine_chunks().to_batches():
             digest.update(batch.serialize())
     write_file(note, digest.digest())

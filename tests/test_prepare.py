@@ -1,0 +1,231 @@
+"""From files to batches: what is kept, what is noticed, and what does not depend on the machine."""
+
+import dataclasses
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from jaxformer.tokenizer import Tokenizer
+from random_corpus import unpack
+from small_run import LEXICON, change, small_config, write_corpus
+from train.config import DataConfig
+from train.data import sources, tokenizer
+from train.data.arrow import write_arrow
+from train.data.sources import iterate, load_extra, load_split
+from train.prepare import prepare
+from train.report import describe
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_corpus(tmp_path / "corpus")
+
+
+def same_batches(some, others):
+    return all(
+        np.array_equal(some.at(step)[name], array)
+        for step in range(5)
+        for name, array in others.at(step).items()
+    )
+
+
+def refuse(*_args, **_kwargs):
+    raise AssertionError("this was done before")
+
+
+def test_the_second_start_reads_and_tokenises_nothing(folder, monkeypatch):
+    first = prepare(small_config(folder)).batches
+    monkeypatch.setattr(sources, "pair_lines", lambda *paths: map(refuse, paths))
+    monkeypatch.setattr(tokenizer, "_learn", refuse)
+    monkeypatch.setattr(Tokenizer, "encode_batch", refuse)
+    assert same_batches(prepare(small_config(folder)).batches, first)
+    # Also in another run directory, of other settings.
+    other = small_config(folder, run=str(folder / "other"), seed=1)
+    assert not same_batches(prepare(other).batches, first)
+    # The refusal is real: another vocabulary has to be learned.
+    with pytest.raises(AssertionError, match="done before"):
+        prepare(change(other, model__vocab_size=60))
+
+
+def test_a_changed_file_is_noticed(folder):
+    first = prepare(small_config(folder))
+    lines = (folder / "train.de").read_text().splitlines()
+    (folder / "train.de").write_text("\n".join(["Hunde laufen", *lines[1:]]) + "\n")
+    again = prepare(small_config(folder))
+    assert again.pairs["train"]["target"][0] == "Hunde laufen"
+    assert not same_batches(again.batches, first.batches)
+    ids = again.batches.corpus.target.take(np.array([0]))
+    assert again.target_tokenizer.decode(ids) == "Hunde laufen"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Of 17 rows of 16 positions."""
+    folder = write_corpus(tmp_path_factory.mktemp("corpus"))
+    return prepare(small_config(folder, data__batch_tokens=17 * 16 + 3))
+
+
+@pytest.mark.parametrize(
+    ("processes", "devices", "accumulate"), [(1, 1, 1), (1, 1, 3), (1, 3, 2), (2, 4, 1), (3, 8, 1)]
+)
+def test_every_topology_sees_the_same_rows(data, monkeypatch, processes, devices, accumulate):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(jax, "local_device_count", lambda: devices)
+    parts = processes * devices * accumulate
+    here = dataclasses.replace(data, parts=parts)
+    whole = data.batches.at(4)
+    assert len(whole["labels"]) == data.batches.rows_per_batch == 17
+    shares = []
+    for process in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        shares.append(here.batch(4))
+        assert shares[-1]["labels"].shape[0] == devices
+        assert shares[-1]["labels"].shape[1] % accumulate == 0
+    for name, array in whole.items():
+        joined = np.concatenate([share[name] for share in shares])
+        joined = joined.reshape(-1, joined.shape[-1])
+        np.testing.assert_array_equal(joined[:17], array)
+        assert not joined[17:].any() and len(joined) - 17 < parts
+
+
+def test_batches_know_no_devices(data, folder, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 3)
+    three = prepare(small_config(folder, data__batch_tokens=17 * 16 + 3, accumulate=2))
+    assert same_batches(three.batches, data.batches)
+    assert (three.parts, data.parts) == (6, jax.local_device_count())
+
+
+def write_extra(folder):
+    """Twice the validation sentences, in capitals on the source's side."""
+    for language in ("en", "de"):
+        text = (folder / f"valid.{language}").read_text() * 2
+        (folder / f"back.{language}").write_text(text.upper() if language == "en" else text)
+
+
+def test_a_mixture_from_configuration_to_batches(folder):
+    write_extra(folder)
+    mixed = small_config(
+        folder, data__extra=("back",), data__weights=(3.0, 1.0), model__vocab_size=90
+    )
+    run = prepare(mixed)
+    assert "RED" not in (folder / "train.en").read_text()
+    assert 3 not in run.source_tokenizer.encode("RED DOGS")  # the vocabulary knows both corpora
+    capitals = [
+        run.source_tokenizer.decode(batch["source_ids"][row][:5]).isupper()
+        for batch in map(run.batches.at, range(20))
+        for row in range(run.batches.rows_per_batch)
+    ]
+    assert np.mean(capitals) == pytest.approx(0.25, abs=0.01)
+    lines = list(describe(mixed, {}, run.batches, 0))
+    assert any("75.0% data.train: 200 pairs" in line for line in lines)
+    assert any("25.0% back: 40 pairs" in line for line in lines)
+    assert f"{run.batches.steps_per_epoch:,} steps an epoch of data.train" in lines[-1]
+
+
+def test_without_weights_corpora_end_together(folder):
+    write_extra(folder)
+    mixed = small_config(
+        folder,
+        data__extra=("back",),
+        data__source_length=96,
+        data__target_length=64,
+        model__vocab_size=90,
+    )
+    batches = prepare(mixed).batches
+    seen = [pair for step in range(batches.steps_per_epoch) for pair in unpack(batches.at(step))]
+    distinct = {str(pair) for pair in seen}
+    assert len(distinct) == 200 + 20  # each of the 20 twice in the extra corpus
+    assert 240 <= len(seen) < 300  # the last batch is full, of the next epoch
+
+
+def test_extra_files_beside_a_hub_data_set_have_short_names(tmp_path):
+    for language in ("en", "ko"):
+        (tmp_path / f"back.{language}").write_text(f"{language} 1\n")
+    data = DataConfig(
+        path=str(tmp_path),
+        dataset="somebody/corpus",
+        extra=("back",),
+        source="translation.ko",
+        target="translation.en",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    assert load_extra(data, "back")[0] == {"source": "ko 1", "target": "en 1"}
+
+
+def test_of_several_writers_one_writes(tmp_path):
+    written, gate = [], threading.Barrier(4)
+
+    def batches():
+        written.append(threading.get_ident())
+        yield {"number": [len(written)]}
+
+    def write():
+        gate.wait()
+        write_arrow(tmp_path / "x.arrow", pa.schema({"number": pa.int32()}), batches())
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(written) == 1
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_parts_of_a_corpus_are_the_whole(folder, monkeypatch):
+    dataset = load_split(small_config(folder).data, "train")
+    whole = list(dataset.iter(10))
+    monkeypatch.setattr(sources, "_MAPPED_ROWS", 30)
+    assert list(iterate(dataset, 10)) == whole
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from train.config import DataConfig
+from train.data.arrow import cache_folder
+from train.data.corpus import encode_corpus
+from train.data.sources import load_split
+from train.data.tokenizer import learn_tokenizers
+
+folder = Path(sys.argv[1])
+tokenizers = None
+for name in ("few", "many"):
+    data = DataConfig(
+        path=str(folder), train=(name,), source="en", target="de", cache_dir=str(folder / "cache")
+    )
+    pairs = load_split(data, "train")
+    tokenizers = tokenizers or learn_tokenizers([pairs], folder, vocab_size=40, joint=True)
+    corpus = encode_corpus(pairs, *tokenizers, data.cache_dir)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(len(corpus), int(corpus.source.lengths.sum() + corpus.target.lengths.sum()), peak)
+"""
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """Four times the pairs: the token ids are 30 MB more, as Python objects twice that."""
+    words = list(LEXICON)
+    for name, number in (("few", 20_000), ("many", 80_000)):
+        for language, shift in (("en", 0), ("de", 5)):
+            lines = (
+                " ".join(words[(i * j + shift) % 12] for j in range(10 + i % 11))
+                for i in range(number)
+            )
+            (tmp_path / f"{name}.{language}").write_text("\n".join(lines) + "\n")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    few, many = ([int(number) for number in line.split()] for line in done.stdout.splitlines())
+    assert (few[0], many[0]) == (20_000, 80_000)
+    assert 4 * (many[1] - few[1]) > 20e6  # what the ids take in the file
+    assert many[2] - few[2] < 12_000  # KiB

@@ -59,8 +59,8 @@ figure { margin: 0; }
 .flow figure { max-width: 100%; }
 svg { display: block; max-width: 100%; height: auto; }
 .scroll > svg { max-width: none; }
-svg text { fill: var(--ink); font-family: inherit; }
-svg text.soft { fill: var(--soft); }
+text { fill: var(--ink); font-family: inherit; } /* no ancestors: <use> draws outside of them */
+text.soft { fill: var(--soft); }
 svg image { image-rendering: pixelated; }
 details { margin: .75rem 0; }
 summary { cursor: pointer; color: var(--link); }
@@ -75,7 +75,7 @@ def page(title: str, body: Iterable[str]) -> str:
     """Return a whole HTML document."""
     style = _STYLE.replace("LIGHT", _LIGHT).replace("DARK", _DARK)
     return (
-        '<!doctype html>\n<html>\n<head>\n<meta charset="utf-8">\n'
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
         f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n"

@@ -34,7 +34,8 @@ class Alignment(NamedTuple):
 
     def words(self) -> list[tuple[int, int]]:
         """The source word that each target word looked at most, as (source, target) from 0."""
-        source, target = map(word_numbers, (self.source_tokens[:-1], self.target_tokens[:-1]))
+        _, source = _words(self.source_tokens[:-1])
+        _, target = _words(self.target_tokens[:-1])
         if not source or not target:
             return []
         weights = np.zeros((target[-1] + 1, source[-1] + 1))
@@ -55,7 +56,7 @@ class Explanation:
       source: the sentence.
       hypotheses: its translations, best first. All that follows is about the best one.
       source_tokens: what the encoder read, S pieces, eos last.
-      target_tokens: what the decoder wrote, T pieces, eos last unless the length limit came first.
+      target_tokens: what the decoder wrote, T pieces, eos last, also if the length limit came first.
       decoder_tokens: what it read meanwhile: bos, then the target but for its last piece.
       token_log_probs: of each target piece given those before it, natural logarithm.
       encoder_self_attention: from source to source, query first.
@@ -109,20 +110,15 @@ class Explanation:
         )
 
 
-def word_numbers(pieces: list[str]) -> list[int]:
-    """The number of the word that each piece belongs to: ▁a b ▁c -> 0 0 1."""
-    numbers, word = [], -1
-    for piece in pieces:
-        word += piece.startswith("▁") or word < 0
-        numbers.append(word)
-    return numbers
-
-
 def _words(pieces: list[str]) -> tuple[list[str], list[int]]:
     """Words, and the number of each piece's. Marks such as </s> are words, too.
 
     ["▁a", "b", "▁c", "</s>"] -> ["ab", "c", "</s>"], [0, 0, 1, 2]
+
+    Every sentence begins with a "▁": where there is none, pieces are words already.
     """
+    if not any(piece.startswith("▁") for piece in pieces):
+        return list(pieces), list(range(len(pieces)))
     words: list[str] = []
     numbers: list[int] = []
     after_mark = True

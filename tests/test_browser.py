@@ -80,6 +80,9 @@ addEventListener("load", () => {
     if (svg && e.tagName === "svg" && !e.getAttribute("aria-label") && !e.ariaHidden)
       found.broken.push(e.outerHTML.slice(0, 80));
   }
+  // Its ancestors in the page are not those of what <use> draws: a rule that names one misses it.
+  for (const rule of document.styleSheets[0].cssRules)
+    if (/\S\s+text\b/.test(rule.selectorText ?? "")) found.broken.push(rule.selectorText);
   found.fetched = performance.getEntriesByType("resource").map(e => e.name)
     .filter(name => !name.startsWith("data:"));
   const result = parent.document.createElement("pre");

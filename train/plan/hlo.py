@@ -43,7 +43,9 @@ class Instruction:
     def callees(self) -> tuple[str, ...]:
         """Computations that it runs: a loop's body, a fusion's content."""
         found = _CALLEES.findall(self.attributes)
-        return tuple(name for one, many in found for name in (one, *re.findall(r"[\w.-]+", many)) if name)
+        return tuple(
+            name for one, many in found for name in (one, *re.findall(r"[\w.-]+", many)) if name
+        )
 
     @property
     def trip_count(self) -> int | None:
@@ -122,7 +124,9 @@ class Program:
             return 2 * num_bytes(instruction.type)
         if instruction.opcode == "dynamic-update-slice":
             return 2 * num_bytes(types[instruction.operands[1]].type)
-        written = sum(shape_bytes(instruction.type)[: 1 if "-start" in instruction.opcode else None])
+        written = sum(
+            shape_bytes(instruction.type)[: 1 if "-start" in instruction.opcode else None]
+        )
         return written + sum(num_bytes(types[name].type) for name in instruction.operands)
 
     def _moved_by_fusion(self, computation: str, fusion: Instruction) -> float:

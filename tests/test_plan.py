@@ -43,9 +43,7 @@ def no_compiles(monkeypatch):
     monkeypatch.setattr(planning, "decode_program", lambda *_: DecodeProgram(100, 50.0, 0.5))
 
 
-def test_records_of_the_machine_that_is_here(config, tmp_path, capsys, monkeypatch):
-    """Everything is compiled; the search for the largest batch has a test of its own."""
-    monkeypatch.setattr(planning, "largest_fitting", lambda needs, memory, first: 2 * first)
+def test_records_of_the_machine_that_is_here(config, tmp_path, capsys):
     path = tmp_path / "mine.py"
     path.write_text(
         "from train.config import TrainConfig\n"
@@ -63,8 +61,8 @@ def test_records_of_the_machine_that_is_here(config, tmp_path, capsys, monkeypat
     assert train["fits"] and train["memory"]["total"] < train["memory_available"]
     parts = set(train["memory"]) - {"total"}
     assert sum(train["memory"][part] for part in parts) == train["memory"]["total"]
-    assert train["largest_batch_tokens"] == 2 * 16 * 16
-    assert "step_seconds" not in train  # of this machine there is no data sheet
+    # Of this machine there is no data sheet.
+    assert "step_seconds" not in train and "largest_batch_tokens" not in train
     assert decode["plan"] == "decode" and decode["step_flops"] > 0 and decode["step_bytes"] > 0
     printed = capsys.readouterr()
     assert "Compiled, not measured" in printed.out and "Assumed:" in printed.out
@@ -117,13 +115,21 @@ def test_the_largest_batch_of_a_straight_line(memory, largest):
 
 
 def test_the_largest_batch_that_is_reported_was_seen_to_fit():
-    def bent(size):  # and the compiler says no more than that it is too much
-        return 100 + size**1.5 if size < 90 else float("inf")
+    def bent(size):
+        return 100 + size**1.5
 
-    for memory in (300, 900, 5000):
+    for memory in (300, 900):
         largest = largest_fitting(bent, memory, first=4)
-        assert 100 + largest**1.5 <= memory
-        assert 100 + (2 * largest) ** 1.5 > min(memory, 100 + 90**1.5)
+        assert bent(largest) <= memory < bent(1.2 * largest)
+    assert largest_fitting(bent, 900, first=400) > 0
+
+
+def test_a_compiler_that_says_no_more_than_no():
+    def refusing(size):
+        return 100 + 2 * size if size < 90 else float("inf")
+
+    assert 20 < largest_fitting(refusing, 5000, first=4) < 90
+    assert 20 < largest_fitting(refusing, 150, first=300) <= 25
 
 
 def test_the_largest_batch_is_sought_once_a_chip(config, no_compiles):
@@ -151,7 +157,7 @@ def test_what_does_not_fit_is_said(config, monkeypatch):
 
 def test_a_smaller_memory_holds_a_smaller_batch(config):
     """Real programs, of the devices that are here."""
-    machine = present_machine()
+    machine = dataclasses.replace(present_machine(), chip=V5E)
     needed = step_program(config, machine, 64, 16).memory
     record = next(iter(plan(config, [dataclasses.replace(machine, memory=needed)])))
     rows = record["largest_batch_tokens"] // 16

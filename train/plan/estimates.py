@@ -1,5 +1,6 @@
 """From what a program asks for and what a chip can do to times, and to the largest batch."""
 
+import math
 from collections.abc import Callable
 
 from train.chips import Chip
@@ -27,38 +28,43 @@ def largest_fitting(
     """Return the largest size that was seen to fit, 0 if none was.
 
     The need grows about linearly: a straight line through two sizes says which third to try, and,
-    where that did not fit after all, the next one.
+    where that was not it, a line through nearer ones which next.
 
     Args:
-      needs: bytes for a size; each call compiles.
+      needs: bytes for a size, inf where all that is known is that they are too many; each call
+        compiles.
       memory: bytes there are.
       first: a size to begin with.
       tries: sizes to compile after the first two.
     """
     seen = {first: needs(first)}
-    second = 2 * first if seen[first] <= memory else max(first // 2, 1)
-    seen.setdefault(second, needs(second))
-    for _ in range(tries):
-        fitting = max((size for size in seen if seen[size] <= memory), default=0)
-        too_large = min((size for size in seen if seen[size] > memory), default=None)
-        guess = _where_the_line_meets(seen, memory)
-        if too_large is not None:
-            guess = min(guess, too_large - 1)
-        if guess <= fitting:
+    for _ in range(1 + tries):
+        if len(seen) == 1:
+            size = 2 * first if seen[first] <= memory else first // 2
+        else:
+            size = _next_size(seen, memory)
+        if size in seen or size < 1:
             break
-        seen[guess] = needs(guess)
-        if 0.95 * memory <= seen[guess] <= memory:
+        seen[size] = needs(size)
+        if 0.95 * memory <= seen[size] <= memory:
             break
     return max((size for size in seen if seen[size] <= memory), default=0)
 
 
-def _where_the_line_meets(seen: dict[int, float], memory: float) -> int:
-    """The size at which the line through the two nearest to `memory` reaches it."""
-    finite = [size for size in seen if seen[size] < float("inf")]
-    if len(finite) < 2:
-        return min(seen) // 2 if not finite else (finite[0] + max(seen)) // 2
-    low, high = sorted(sorted(finite, key=lambda size: abs(seen[size] - memory))[:2])
+def _next_size(seen: dict[int, float], memory: float) -> int:
+    """The size at which a line through the sizes on both sides of `memory` reaches it.
+
+    Where all are on one side, the line goes through the two nearest.
+    """
+    fits = sorted(size for size in seen if seen[size] <= memory)
+    too_large = sorted(size for size in seen if seen[size] > memory)
+    if too_large and seen[too_large[0]] == float("inf"):
+        return math.isqrt(fits[-1] * too_large[0]) if fits else too_large[0] // 4
+    low, high = fits[-1:] + too_large[:1] if fits and too_large else fits[-2:] or too_large[:2]
     slope = (seen[high] - seen[low]) / (high - low)
     if slope <= 0:
         return 2 * high
-    return max(int(low + (memory - seen[low]) / slope), 1)
+    if math.isinf(slope):
+        return low // 2
+    size = int(low + (memory - seen[low]) / slope)
+    return min(max(size, low + 1), high - 1) if fits and too_large else size

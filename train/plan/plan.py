@@ -63,13 +63,15 @@ def plan(
         make_runner(config, machine.devices)  # before minutes of compiling, not after
     largest: dict[str, tuple[int, str]] = {}
     for machine, work in zip(machines, works, strict=True):
-        kind = machine.devices[0].device_kind
         record = _train_record(config, machine, work)
-        if kind not in largest:
-            largest[kind] = _largest_rows_per_device(config, machine, work, record), machine.name
-        rows, found_on = largest[kind]
-        tokens = rows * len(machine.devices) * work.target
-        yield record | {"largest_batch_tokens": tokens, "largest_found_on": found_on}
+        if machine.chip is not None:
+            if machine.chip.name not in largest:
+                rows = _largest_rows_per_device(config, machine, work, record)
+                largest[machine.chip.name] = rows, machine.name
+            rows, found_on = largest[machine.chip.name]
+            tokens = rows * len(machine.devices) * work.target
+            record |= {"largest_batch_tokens": tokens, "largest_found_on": found_on}
+        yield record
     for machine in {machine.devices[0].device_kind: machine for machine in machines}.values():
         yield _decode_record(config, machine)
 

@@ -49,7 +49,7 @@ def _memory(record: dict[str, Any]) -> tuple[str, ...]:
         *(_size(memory[name]) if name in memory else "" for name in names),
         _size(record["memory_available"]),
         "yes" if record["fits"] else "NO",
-        f"{record['largest_batch_tokens']:,}",
+        f"{record['largest_batch_tokens']:,}" if "largest_batch_tokens" in record else "",
     )
 
 
@@ -130,9 +130,6 @@ def _assumptions(steps: Records, decodes: Records, machines: Sequence[Machine]) 
         "rows are those that a run takes of data.batch_tokens, but at least one for each device",
         "temporaries: activations, gradients and all else that XLA plans for; what JAX and the "
         "driver keep for themselves is not in any figure",
-        "largest batch: seen to compile and fit on "
-        + ", ".join(dict.fromkeys(record["largest_found_on"] for record in steps))
-        + "; as much per device elsewhere",
         "TFLOP: matrix products by the paper's formulas; by XLA: what it counts, loops once",
         "moved: bytes of main memory by the compiled program's text, loops as often as they go "
         "round; by XLA: its count, on-chip memory included, loops once",
@@ -143,6 +140,14 @@ def _assumptions(steps: Records, decodes: Records, machines: Sequence[Machine]) 
         f"decoding: {decodes[0]['sentences']} sentences of {decodes[0]['source_length']} tokens; "
         "tokens of the best beam",
     ]
+    if first["dtype"] == "float32":
+        lines.append("float32 products are made at the rate of bfloat16, as on a TPU by default")
+    searched = dict.fromkeys(one["largest_found_on"] for one in steps if "largest_found_on" in one)
+    if searched:
+        lines.append(
+            f"largest batch: seen to compile and fit on {', '.join(searched)}; as much per device "
+            "on other slices of the same chips"
+        )
     chips = {machine.chip.name: machine.chip for machine in machines if machine.chip is not None}
     for chip in chips.values():
         half = " A chip is two devices." if chip.devices == 2 else ""
@@ -152,7 +157,9 @@ def _assumptions(steps: Records, decodes: Records, machines: Sequence[Machine]) 
             f"({chip.source}).{half}"
         )
     if not chips:
-        lines.append("no data sheet of this machine is known here, so no times")
+        lines.append(
+            "no data sheet of this machine is known here, so no times and no largest batch"
+        )
     return "Assumed:\n" + "\n".join(f"- {line}" for line in lines)
 
 

@@ -14,7 +14,7 @@ from train.chips import CHIPS, chip_of
 from train.plan import plan as planning
 from train.plan.estimates import largest_fitting, roofline
 from train.plan.machines import TPUS, Machine, present_machine, tpu_machine
-from train.plan.plan import plan, work_of
+from train.plan.plan import Work, plan, work_of
 from train.plan.programs import DecodeProgram, DoesNotFit, StepProgram, step_program
 from train.plan.report import plan_tables, plot_plan
 
@@ -91,12 +91,12 @@ def test_roofline():
     assert roofline(TPUS["tpu7x"], 2307e12, 7380e9)["compute"] == 2.0
 
 
-def test_the_batch_is_the_run_s_but_reaches_every_device(config):
-    assert work_of(config, as_if(V5E, devices=3), None).rows == 15
-    wide = change(config, data__batch_tokens=16)
-    assert work_of(wide, as_if(V5E), None).rows == 8
-    assert work_of(change(wide, accumulate=2), as_if(V5E), None).rows == 16
-    assert work_of(config, as_if(V5E), 5).rows == 40
+def test_the_batch_is_that_of_the_run_on_such_a_machine(config):
+    assert work_of(config, as_if(V5E, devices=3), None) == Work(16, 18, 16, 16)
+    small = change(config, data__batch_tokens=16)
+    assert work_of(small, as_if(V5E), None) == Work(1, 8, 16, 16)
+    assert work_of(change(small, accumulate=2), as_if(V5E), None).rows == 16
+    assert work_of(config, as_if(V5E), 5) == Work(40, 40, 16, 16)
     assert work_of(change(config, data__source_length=20), as_if(V5E), None).source == 20
     with pytest.raises(UserError, match="--rows-per-device is 3: give a multiple of accumulate=2"):
         work_of(change(config, accumulate=2), as_if(V5E), 3)

@@ -234,8 +234,7 @@ def test_flops_of_a_token_are_those_that_xla_counts():
 
 
 def test_what_does_not_fit_says_how_much_it_would_need():
-    message = (
-        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
-    )
-    assert DoesNotFit(message).needed == 20.5 * 2**30
-    assert DoesNotFit("RESOURCE_EXHAUSTED: no").needed == float("inf")
+    message = "RESOURCE_EXHAUSTED: Ran out of memory. Used 20.50G of 15.75G hbm. Exceeded by more"
+    refusal = DoesNotFit(message)
+    assert (refusal.needed, refusal.reason) == (20.5 * 2**30, "Used 20.50G of 15.75G hbm")
+    assert DoesNotFit("RESOURCE_EXHAUSTED: no").needed is None

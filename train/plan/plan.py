@@ -8,6 +8,7 @@ compiler has made; times are what a chip's data sheet allows for them at best.
 """
 
 import dataclasses
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,6 @@ from train.plan.collectives import Collective
 from train.plan.estimates import largest_fitting, roofline
 from train.plan.machines import Machine
 from train.plan.programs import DoesNotFit, decode_program, step_program
-from train.prepare import rows_per_batch
 
 # What is decoded at once: a batch of sentences of WMT's usual length.
 SENTENCES, SOURCE_LENGTH = 64, 32
@@ -34,10 +34,12 @@ class Work:
     """A global batch.
 
     Attributes:
-      rows: over all devices.
+      full: rows with tokens, over all devices.
+      rows: these and the empty ones that complete them, so that every device has as many.
       source, target: positions of a row.
     """
 
+    full: int
     rows: int
     source: int
     target: int
@@ -77,25 +79,22 @@ def plan(
 
 
 def work_of(config: TrainConfig, machine: Machine, rows_per_device: int | None) -> Work:
-    """Return the batch of a machine: the rows that a run takes, but at least one for each part.
+    """Return the batch that a run takes on a machine, as `train.prepare` makes it.
 
     Raises:
       UserError: the rows of a device cannot be split into `config.accumulate` parts.
     """
     devices, target = len(machine.devices), config.data.target_length
+    parts = devices * config.accumulate
+    full = max(1, config.data.batch_tokens // target)
     if rows_per_device is not None:
         if rows_per_device < 1 or rows_per_device % config.accumulate:
             raise UserError(
                 f"--rows-per-device is {rows_per_device}: give a multiple of "
                 f"accumulate={config.accumulate}"
             )
-        rows = rows_per_device * devices
-    else:
-        parts = devices * config.accumulate
-        completed = max(config.data.batch_tokens, parts * target)
-        data = dataclasses.replace(config.data, batch_tokens=completed)
-        rows = rows_per_batch(dataclasses.replace(config, data=data), devices)
-    return Work(rows, config.data.source_length or target, target)
+        full = rows_per_device * devices
+    return Work(full, -(-full // parts) * parts, config.data.source_length or target, target)
 
 
 def _train_record(config: TrainConfig, machine: Machine, work: Work) -> dict[str, Any]:
@@ -109,9 +108,10 @@ def _train_record(config: TrainConfig, machine: Machine, work: Work) -> dict[str
         "layout": _layout(config, devices),
         "dtype": model.dtype,
         "rows": work.rows,
+        "full_rows": work.full,
         "source_length": work.source,
         "target_length": work.target,
-        "batch_tokens": work.rows * work.target,
+        "batch_tokens": work.full * work.target,
         "steps": config.steps,
         "model_flops": flops,
         "memory_available": machine.memory,
@@ -122,7 +122,7 @@ def _train_record(config: TrainConfig, machine: Machine, work: Work) -> dict[str
         return record | {
             "fits": False,
             "memory": {"total": refusal.needed},
-            "refusal": str(refusal),
+            "refusal": refusal.reason,
         }
     _say(machine, f"{work.rows} rows", program.compile_seconds)
     sent = sum(one.sent for one in program.collectives)
@@ -167,18 +167,11 @@ def _largest_rows_per_device(
 
     def needs(rows_per_part: int) -> float:
         rows = rows_per_part * parts
-        if rows == work.rows:
-            return (
-                record["memory"]["total"]
-                if record["fits"]
-                else max(record["memory"]["total"], machine.memory + 1)
-            )
-        try:
-            program = step_program(config, machine, rows, work.source)
-        except DoesNotFit as refusal:
-            return max(refusal.needed, machine.memory + 1)
-        _say(machine, f"{rows} rows", program.compile_seconds)
-        return program.memory
+        tried = record
+        if rows != work.rows:
+            tried = _train_record(config, machine, dataclasses.replace(work, rows=rows))
+        needed = tried["memory"]["total"] or math.inf
+        return needed if tried["fits"] else max(needed, machine.memory + 1)
 
     return largest_fitting(needs, machine.memory, work.rows // parts) * config.accumulate
 
@@ -207,7 +200,7 @@ def _decode_record(config: TrainConfig, machine: Machine) -> dict[str, Any]:
     try:
         program = decode_program(config, machine, options, SENTENCES, SOURCE_LENGTH)
     except DoesNotFit as refusal:
-        return record | {"fits": False, "memory": refusal.needed, "refusal": str(refusal)}
+        return record | {"fits": False, "memory": refusal.needed, "refusal": refusal.reason}
     _say(machine, "decoding", program.compile_seconds)
     record |= {
         "fits": program.memory <= machine.memory,

@@ -28,13 +28,16 @@ class DoesNotFit(Exception):
     """The compiler found no way to run a program in a device's memory.
 
     Attributes:
-      needed: bytes that it would take, inf where the compiler does not say.
+      needed: bytes that it would take, None where the compiler does not say.
+      reason: what it says.
     """
 
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        found = re.search(r"Used ([\d.]+)([KMGT]?) of", reason)
-        self.needed = float(found[1]) * _UNITS[found[2]] if found else float("inf")
+    def __init__(self, message: str):
+        super().__init__(message)
+        found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+\w? \w+", message)
+        self.needed = int(float(found[1]) * _UNITS[found[2]]) if found else None
+        # After its first sentence the compiler lists every array.
+        self.reason = found[0] if found else message
 
 
 @dataclasses.dataclass(frozen=True)

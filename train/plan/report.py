@@ -26,7 +26,9 @@ def plan_tables(records: Records, machines: Sequence[Machine]) -> str:
     decodes = [record for record in records if record["plan"] == "decode"]
     parts.append(aligned([_DECODE, *map(_decode, decodes)]))
     parts += [
-        f"{record['machine']}: {record['refusal']}" for record in records if "refusal" in record
+        f"{record['machine']}: the compiler says: {record['refusal']}"
+        for record in records
+        if "refusal" in record
     ]
     return "\n\n".join([*parts, _assumptions(steps, decodes, machines)])
 
@@ -126,8 +128,9 @@ def _assumptions(steps: Records, decodes: Records, machines: Sequence[Machine]) 
     first = steps[0]
     lines = [
         f"a row has {first['source_length']} source and {first['target_length']} target positions, "
-        "all of them full (data.source_length=0 is taken for data.target_length)",
-        "rows are those that a run takes of data.batch_tokens, but at least one for each device",
+        "full of tokens (data.source_length=0 is taken for data.target_length)",
+        "rows: those of the batch, and the empty ones that a run adds so that all devices have as "
+        "many; they take time and hold no tokens",
         "temporaries: activations, gradients and all else that XLA plans for; what JAX and the "
         "driver keep for themselves is not in any figure",
         "TFLOP: matrix products by the paper's formulas; by XLA: what it counts, loops once",
@@ -163,7 +166,9 @@ def _assumptions(steps: Records, decodes: Records, machines: Sequence[Machine]) 
     return "Assumed:\n" + "\n".join(f"- {line}" for line in lines)
 
 
-def _size(number: float) -> str:
+def _size(number: float | None) -> str:
+    if number is None:
+        return "too much"
     return f"{number / 1e9:,.2f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
 
 

@@ -13,6 +13,7 @@ from jaxformer.errors import UserError
 from train.arguments import config_names, load_config, override
 from train.benchmark.command import add_benchmark
 from train.metrics import has_ended
+from train.plan.command import add_plan
 from train.report import add_report, report_after_training
 
 
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(command=_evaluate)
     add_report(commands)
     add_benchmark(commands)
+    add_plan(commands)
     return parser
 
 

@@ -5,7 +5,7 @@ the numbers: the step sums over everything and divides once.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -30,6 +30,14 @@ class Runner(Protocol):
     def train(self, train_step: Callable) -> Callable[[Any, Batch, jax.Array], tuple[Any, Any]]:
         """Return `(state, batch, rng) -> (state, metrics)`; the old state's memory is reused."""
 
+    def compiled_step(
+        self, train_step: Callable, state: Any, batch: Any, rng: Any
+    ) -> jax.stages.Compiled:
+        """Compile what `train` returns without running it; shapes of `abstract` will do."""
+
+    def abstract(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        """Return shapes as `create` and `place` lay such arrays out, with their shardings."""
+
     def evaluate(self, eval_step: Callable) -> Callable[[Any, Batch], Any]:
         """Return `(params, batch) -> sums` over all devices."""
 
@@ -46,16 +54,16 @@ class Runner(Protocol):
         """The inverse of `to_save`."""
 
 
-def make_runner(config: TrainConfig) -> Runner:
-    """Return the runner that `config.parallel` names, on all devices.
+def make_runner(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Runner:
+    """Return the runner that `config.parallel` names, on all devices or on these.
 
     Raises:
       UserError: the devices or the model cannot be split so.
     """
     parallel = config.parallel
     if parallel.strategy == "mesh":
-        return MeshParallel(make_mesh(parallel, config.model, jax.devices()))
-    return DataParallel()
+        return MeshParallel(make_mesh(parallel, config.model, devices or jax.devices()))
+    return DataParallel(tuple(devices) if devices else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +90,23 @@ class DataParallel:
             out_axes=None,
             donate_argnums=0,
             devices=self.devices,
+        )
+
+    def compiled_step(
+        self, train_step: Callable, state: Any, batch: Any, rng: Any
+    ) -> jax.stages.Compiled:
+        return self.train(train_step).lower(state, batch, rng).compile()
+
+    def abstract(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        everywhere, devices = self._replicated(), len(self._local())
+        return (
+            jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state
+            ),
+            {
+                name: jax.ShapeDtypeStruct((devices, x.shape[0] // devices, *x.shape[1:]), x.dtype)
+                for name, x in batch.items()
+            },
         )
 
     def evaluate(self, eval_step: Callable) -> Any:
@@ -144,11 +169,19 @@ class MeshParallel:
         return self._within(self._jitted(train_step))
 
     def compiled_step(
-        self, train_step: Callable, state: Any, batch: Batch, rng: jax.Array
+        self, train_step: Callable, state: Any, batch: Any, rng: Any
     ) -> jax.stages.Compiled:
-        """Compile without running; placed arrays, or shapes with shardings, will do."""
         with in_mesh(self.mesh):
             return self._jitted(train_step).lower(state, batch, rng).compile()
+
+    def abstract(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        def placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        return (
+            jax.tree.map(placed, state, shardings(self.mesh, state)),
+            jax.tree.map(lambda x: placed(x, self._by_rows()), batch),
+        )
 
     def _jitted(self, train_step: Callable) -> Any:
         def step(state: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Any]:
@@ -162,7 +195,7 @@ class MeshParallel:
         return self._within(jax.jit(eval_step))
 
     def place(self, rows_per_batch: int, read: Callable[[slice], HostBatch]) -> Any:
-        by_rows = NamedSharding(self.mesh, PartitionSpec((AXIS, "fsdp")))
+        by_rows = self._by_rows()
         mine = by_rows.addressable_devices_indices_map((rows_per_batch,)).values()
         spans = [index[0].indices(rows_per_batch) for index in mine if index is not None]
         first, last = min(span[0] for span in spans), max(span[1] for span in spans)
@@ -189,6 +222,9 @@ class MeshParallel:
 
     def from_saved(self, state: Any) -> Any:
         return state
+
+    def _by_rows(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec((AXIS, "fsdp")))
 
     def _within(self, function: Callable) -> Callable:
         def call(*arguments: Any) -> Any:

@@ -12,13 +12,10 @@ def forward_flops(config: TransformerConfig, batch: int, source: int, target: in
     Args:
       batch, source, target: B, S and T.
     """
-    heads, key, value = config.num_heads, config.query_key_dim, config.head_value_dim
-    width, hidden = config.d_model, config.d_ff
-    query_and_output = width * heads * (key + value)  # as many as of keys and values
-    feed_forward = width * hidden * (3 if config.activation.endswith("glu") else 2)
+    query_and_output, feed_forward = _weights(config)
 
     def scores(queries: int, keys: int) -> int:
-        return queries * keys * heads * (key + value)
+        return _scores(config, queries, keys)
 
     encoder_layer = source * (2 * query_and_output + feed_forward) + scores(source, source)
     decoder_layer = (
@@ -30,7 +27,7 @@ def forward_flops(config: TransformerConfig, batch: int, source: int, target: in
     products = (
         config.encoder_layers * encoder_layer
         + config.decoder_layers * decoder_layer
-        + target * width * config.vocab_size
+        + target * config.d_model * config.vocab_size
     )
     return 2 * batch * products
 
@@ -41,3 +38,30 @@ def train_flops(config: TransformerConfig, batch: int, source: int, target: int)
     What `remat` computes twice is counted once.
     """
     return 3 * forward_flops(config, batch, source, target)
+
+
+def decode_step_flops(
+    config: TransformerConfig, sentences: int, beams: int, source: int, room: int
+) -> int:
+    """Of one token of every beam, with logits, as `jaxformer.cache` keeps the past.
+
+    Args:
+      sentences, beams, source: B, K and S; keys and values of the source are there already.
+      room: T, positions of a beam's slot; each beam is compared with the slots of all.
+    """
+    query_and_output, feed_forward = _weights(config)
+    tokens = sentences * beams
+    layer = tokens * (3 * query_and_output + feed_forward)
+    layer += _scores(config, tokens, beams * room) + _scores(config, tokens, source)
+    return 2 * (config.decoder_layers * layer + tokens * config.d_model * config.vocab_size)
+
+
+def _weights(config: TransformerConfig) -> tuple[int, int]:
+    """Of query and output projection, or key and value; and of the feed-forward network."""
+    head = config.query_key_dim + config.head_value_dim
+    matrices = 3 if config.activation.endswith("glu") else 2
+    return config.d_model * config.num_heads * head, config.d_model * config.d_ff * matrices
+
+
+def _scores(config: TransformerConfig, queries: int, keys: int) -> int:
+    return queries * keys * config.num_heads * (config.query_key_dim + config.head_value_dim)

@@ -8,19 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 matrix products, FLOP/s of one device, from the makers' data sheets. A float32
-# product is no fair comparison there: what it is computed in depends on the precision settings.
-DATASHEET_BFLOAT16 = {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v3": 123e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
+from train.chips import chip_of
 
 
 def separate_devices(devices: Sequence[jax.Device]) -> int:
@@ -52,8 +40,12 @@ def _best_seconds(function: Callable, *arguments: Any) -> float:
 
 
 def datasheet_peak(dtype: str, device: jax.Device) -> float | None:
-    """FLOP/s of one device as its maker states it, where known."""
-    return DATASHEET_BFLOAT16.get(device.device_kind) if dtype == "bfloat16" else None
+    """FLOP/s of one device as its maker states it, where known.
+
+    A float32 product is no fair comparison: what it is computed in depends on precision settings.
+    """
+    chip = chip_of(device)
+    return chip.flops / chip.devices if chip and dtype == "bfloat16" else None
 
 
 def peak_memory(devices: Sequence[jax.Device]) -> int:

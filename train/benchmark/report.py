@@ -25,7 +25,7 @@ def decode_table(records: Records) -> str:
                 f"{record['same_as_first']:.1%}",
             )
         )
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def steps_table(records: Records) -> str:
@@ -80,7 +80,7 @@ def steps_table(records: Records) -> str:
         "compile: trace + lower + compile; memory: what the program plans; peak: in use so far\n"
         "GFLOP, bytes: by XLA, which counts once what a loop repeats, such as chunks of the loss"
     )
-    return "\n\n".join((_aligned(rows), _aligned(programs), footer))
+    return "\n\n".join((aligned(rows), aligned(programs), footer))
 
 
 def _ratio(record: dict[str, Any]) -> str:
@@ -88,7 +88,8 @@ def _ratio(record: dict[str, Any]) -> str:
     return "{:.2f}x ({:.2f} to {:.2f})".format(*ratios)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -1,0 +1,263 @@
+"""`python -m train plan`: the figures of its report, and what it refuses."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from jaxformer.errors import UserError
+from jaxformer.generation import GenerationConfig
+from small_run import change, small_config
+from train.__main__ import main
+from train.benchmark.flops import train_flops
+from train.chips import CHIPS, chip_of
+from train.plan import plan as planning
+from train.plan.estimates import largest_fitting, roofline
+from train.plan.machines import TPUS, Machine, tpu_machine
+from train.plan.plan import Work, plan, work_of
+from train.plan.programs import DecodeProgram, DoesNotFit, StepProgram, decode_program, step_program
+from train.plan.report import plan_tables, plot_plan
+
+V5E = TPUS["v5e"]
+
+
+@pytest.fixture
+def config(tmp_path):
+    return small_config(tmp_path / "nothing is here", steps=3600)
+
+
+def as_if(chip, devices=8):
+    """The devices that are here, with the data sheet of `chip`."""
+    return Machine(f"{chip.name}:test", tuple(jax.devices()[:devices]), chip.memory, chip)
+
+
+@pytest.fixture
+def no_compiles(monkeypatch):
+    """Programs that need 100 bytes, and 2 a row, for each device."""
+
+    def compiled(config, machine, rows, source):
+        rows //= len(machine.devices)
+        return StepProgram(40, 60, 100 + rows, rows, 0, 0, 1e9, 1e9, 3e6, (), 0.5)
+
+    monkeypatch.setattr(planning, "step_program", compiled)
+    monkeypatch.setattr(planning, "decode_program", lambda *_: DecodeProgram(100, 50.0, 0.5))
+
+
+def test_records_of_the_machine_that_is_here(config, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from train.config import TrainConfig\n"
+        f"config = TrainConfig.from_dict({config.to_dict()!r})\n"
+    )
+    output = tmp_path / "plan.jsonl"
+    assert main(["plan", str(path), "--output", str(output), "--model.d_ff", "40"]) == 0
+    train, decode = map(json.loads, output.read_text().splitlines())
+    devices = jax.device_count()
+    model = dataclasses.replace(config.model, d_ff=40)
+    assert train["machine"] == f"{devices} x cpu" and train["chips"] == devices
+    assert train["rows"] == 16 and train["batch_tokens"] == 16 * 16
+    assert train["source_length"] == 16  # as long as the target, since data.source_length is 0
+    assert train["model_flops"] == train_flops(model, 16, 16, 16)
+    assert train["fits"] and train["memory"]["total"] < train["memory_available"]
+    parts = set(train["memory"]) - {"total"}
+    assert sum(train["memory"][part] for part in parts) == train["memory"]["total"]
+    # Of this machine there is no data sheet.
+    assert "step_seconds" not in train and "largest_batch_tokens" not in train
+    assert decode["plan"] == "decode" and decode["step_flops"] > 0 and decode["step_bytes"] > 0
+    printed = capsys.readouterr()
+    assert "Compiled, not measured" in printed.out and "Assumed:" in printed.out
+    assert "no data sheet of this machine" in printed.out
+    assert printed.err.count("compiled in") == 2
+
+
+def test_times_are_those_of_the_slowest_resource(config, no_compiles):
+    machine = as_if(V5E)
+    record = next(iter(plan(config, [machine])))
+    terms = record["roofline_seconds"]
+    flops = train_flops(config.model, record["rows"], 16, 16)
+    assert terms["compute"] == pytest.approx(flops / 8 / 197e12)
+    assert terms["memory"] == pytest.approx(3e6 / 819e9)
+    assert record["bound_by"] == "memory" and record["step_seconds"] == terms["memory"]
+    assert record["hours"] == pytest.approx(record["step_seconds"])  # 3600 steps
+    assert record["chip_hours"] == pytest.approx(8 * record["hours"])
+    assert record["tokens_per_second"] == pytest.approx(256 / terms["memory"])
+
+
+def test_roofline():
+    assert roofline(V5E, 197e12, 819e9, 100e9) == {
+        "compute": 1.0, "memory": 1.0, "interconnect": 0.5
+    }  # fmt: skip
+    # A device of this chip has half of everything.
+    assert roofline(TPUS["tpu7x"], 2307e12, 7380e9)["compute"] == 2.0
+
+
+def test_the_batch_is_that_of_the_run_on_such_a_machine(config):
+    assert work_of(config, as_if(V5E, devices=3), None) == Work(16, 18, 16, 16)
+    small = change(config, data__batch_tokens=16)
+    assert work_of(small, as_if(V5E), None) == Work(1, 8, 16, 16)
+    assert work_of(change(small, accumulate=2), as_if(V5E), None).rows == 16
+    assert work_of(config, as_if(V5E), 5) == Work(40, 40, 16, 16)
+    assert work_of(change(config, data__source_length=20), as_if(V5E), None).source == 20
+    with pytest.raises(UserError, match="--rows-per-device is 3: give a multiple of accumulate=2"):
+        work_of(change(config, accumulate=2), as_if(V5E), 3)
+
+
+@pytest.mark.parametrize(("memory", "largest"), [(120, 10), (121, 10), (1100, 500), (99, 0)])
+def test_the_largest_batch_of_a_straight_line(memory, largest):
+    asked = []
+
+    def needs(size):
+        asked.append(size)
+        return 100 + 2 * size
+
+    assert largest_fitting(needs, memory, first=2) == largest
+    assert len(asked) == len(set(asked)) <= 5
+
+
+def test_the_largest_batch_that_is_reported_was_seen_to_fit():
+    def bent(size):
+        return 100 + size**1.5
+
+    for memory in (300, 900):
+        largest = largest_fitting(bent, memory, first=4)
+        assert bent(largest) <= memory < bent(1.2 * largest)
+    assert largest_fitting(bent, 900, first=400) > 0
+
+
+def test_a_compiler_that_says_no_more_than_no():
+    def refusing(size):
+        return 100 + 2 * size if size < 90 else float("inf")
+
+    assert 20 < largest_fitting(refusing, 5000, first=4) < 90
+    assert 20 < largest_fitting(refusing, 150, first=300) <= 25
+
+
+def test_the_largest_batch_is_sought_once_a_chip(config, no_compiles):
+    machines = [as_if(V5E, devices=2), as_if(V5E, devices=4)]
+    machines = [dataclasses.replace(machine, memory=140) for machine in machines]
+    first, second, *_ = plan(config, machines, rows_per_device=4)
+    assert first["largest_batch_tokens"] == 20 * 2 * 16
+    assert second["largest_batch_tokens"] == 20 * 4 * 16
+    assert first["largest_found_on"] == second["largest_found_on"] == machines[0].name
+
+
+def test_what_does_not_fit_is_said(config, monkeypatch):
+    def refused(*_):
+        raise DoesNotFit("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm.")
+
+    monkeypatch.setattr(planning, "step_program", refused)
+    monkeypatch.setattr(planning, "decode_program", refused)
+    machine = as_if(V5E)
+    train, decode = plan(config, [machine])
+    assert not train["fits"] and train["memory"]["total"] == 20.5 * 2**30
+    assert train["largest_batch_tokens"] == 0 and not decode["fits"]
+    table = plan_tables([train, decode], [machine])
+    assert "NO" in table and "Used 20.50G of 15.75G hbm" in table
+
+
+def test_the_sheets_are_of_chips_that_jax_knows():
+    names = [chip.name for chip in CHIPS]
+    kinds = [chip.device_kind for chip in CHIPS]
+    assert len(set(names)) == len(names) and len(set(kinds)) == len(kinds)
+    for chip in CHIPS:
+        # FLOP a byte of memory and of links: out of this range a figure has a wrong unit.
+        assert 100 < chip.flops / chip.memory_bandwidth < 700
+        assert 800 < chip.flops / chip.interconnect < 4000
+        assert chip.source
+    assert chip_of(jax.devices()[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v9:2x2", r"no TPU 'v9' .* give one of v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB, tpu7x:A"),
+        ("v5e", "'v5e' does not say how many chips .* such as v5e:2x2"),
+        ("v5e:2x2x2", "does not say how many chips there are along each axis"),
+        ("v5p:2x2", "such as v5p:2x2x1"),
+        ("v5e:0x2", "does not say"),
+        ("v5e:32x32", "v5e:32x32 has 1,024 chips, a v5e pod 256"),
+    ],
+)
+def test_impossible_topologies(topology, message):
+    with pytest.raises(UserError, match=message):
+        tpu_machine(topology)
+
+
+def test_without_libtpu_a_line_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'not installed: pip install -e "\.\[tpu\]"'):
+        tpu_machine("v5e:2x2")
+
+
+def test_a_model_that_cannot_be_split_is_refused_before_anything_is_compiled(config, monkeypatch):
+    monkeypatch.setattr(planning, "step_program", lambda *_: pytest.fail("compiled"))
+    split = dataclasses.replace(config.parallel, strategy="mesh", tensor=4)
+    with pytest.raises(UserError, match=r"model.num_heads=2 cannot be split by parallel.tensor=4"):
+        next(plan(dataclasses.replace(config, parallel=split), [as_if(V5E)]))
+
+
+def test_errors_of_the_command_line(capsys, tmp_path):
+    assert main(["plan", "wmt15_base"]) == 1
+    assert "did you mean wmt14_base?" in capsys.readouterr().err
+    assert main(["plan", "wmt14_base", "--topology", "v5e:2x2,v3:2x2"]) == 1
+    assert "no TPU 'v3'" in capsys.readouterr().err
+    assert main(["plan", "quickstart", "--topologie", "v5e:2x2"]) == 1
+    assert "no field --topologie" in capsys.readouterr().err
+
+
+def test_a_picture_over_the_machines(config, no_compiles, tmp_path):
+    pytest.importorskip("matplotlib")
+    machines = [as_if(V5E, devices=1), as_if(V5E, devices=8), as_if(TPUS["v5p"], devices=2)]
+    records = [record for record, _ in zip(plan(config, machines), machines, strict=False)]
+    path = tmp_path / "cost.png"
+    plot_plan(str(path), records)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="give --topology several slices"):
+        plot_plan(str(path), records[:1])
+    with pytest.raises(UserError, match="cannot write"):
+        plot_plan(str(tmp_path / "nowhere" / "cost.png"), records)
+
+
+def test_slices_that_are_compiled_for(config):
+    pytest.importorskip("libtpu")
+    for topology, devices, kind in (
+        ("v4:2x2x1", 4, "TPU v4"),
+        ("v5e:2x2", 4, "TPU v5 lite"),
+        ("v5p:2x2x1", 4, "TPU v5"),
+        ("v6e:2x2", 4, "TPU v6 lite"),
+        ("tpu7x:2x2x1", 8, "TPU7x"),
+    ):
+        machine = tpu_machine(topology)
+        assert len(machine.devices) == devices and machine.chips == 4
+        assert machine.chip == chip_of(machine.devices[0])
+        assert machine.chip.device_kind == kind
+    with pytest.raises(UserError, match=r"libtpu refuses the topology v5e:3x3: .*not divisible"):
+        tpu_machine("v5e:3x3")
+
+
+@pytest.mark.parametrize("strategy", ["pmap", "mesh"])
+def test_a_step_for_tpu(config, strategy):
+    pytest.importorskip("libtpu")
+    mesh = dataclasses.replace(config.parallel, strategy="mesh", fsdp=2)
+    if strategy == "mesh":
+        config = dataclasses.replace(config, parallel=mesh)
+    program = step_program(config, tpu_machine("v5e:2x2"), 16, 16)
+    kinds = {one.kind for one in program.collectives}
+    sent = sum(one.bytes for one in program.collectives)
+    if strategy == "pmap":
+        assert kinds == {"all-reduce"}
+        assert sent == pytest.approx(program.parameters, rel=0.01)
+    else:
+        assert "all-gather" in kinds
+    assert 0 < program.bytes_moved < program.xla_bytes
+    assert program.arguments > program.parameters + program.optimizer
+    with pytest.raises(DoesNotFit) as refusal:
+        step_program(config, tpu_machine("v5e:2x2"), 2**22, 16)
+    assert refusal.value.needed > V5E.memory
+
+
+def test_decoding_for_tpu(config):
+    pytest.importorskip("libtpu")
+    program = decode_program(config, tpu_machine("v5e:2x2"), GenerationConfig(beam_size=2), 4, 8)
+    assert 0 < program.step_bytes < program.memory

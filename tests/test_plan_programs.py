@@ -1,0 +1,240 @@
+"""What is read from compiled programs: against figures that can be reckoned by hand."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxformer.config import TransformerConfig
+from jaxformer.generation import GenerationConfig
+from jaxformer.transformer import Transformer
+from packed_rows import BATCH, KEY, SOURCE, TARGET
+from train.benchmark.flops import decode_step_flops
+from train.config import DataConfig, ParallelConfig, TrainConfig
+from train.parallel import make_runner
+from train.plan.collectives import Collective, collectives
+from train.plan.hlo import Program, known_trips
+from train.plan.machines import present_machine
+from train.plan.programs import DoesNotFit, decode_program, device_bytes, step_program
+from train.state import create_state, make_optimizer, make_schedule
+from train.step import make_train_step
+
+CONFIG = TrainConfig(
+    model=TransformerConfig(
+        vocab_size=64,
+        d_model=16,
+        d_ff=24,
+        num_heads=4,
+        encoder_layers=1,
+        decoder_layers=2,
+        scan_layers=True,
+    ),
+    data=DataConfig(target_length=TARGET, source_length=SOURCE, batch_tokens=16 * TARGET),
+)
+ROWS = len(BATCH["labels"])
+MESH = dataclasses.replace(CONFIG, parallel=ParallelConfig(strategy="mesh", fsdp=2, tensor=2))
+
+pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
+
+
+@pytest.fixture(scope="module")
+def planned():
+    return {
+        config.parallel.strategy: step_program(config, present_machine(), ROWS, SOURCE)
+        for config in (CONFIG, MESH)
+    }
+
+
+@pytest.fixture(scope="module", params=[CONFIG, MESH], ids=["pmap", "mesh"])
+def real(request):
+    """State, batch and program of a run."""
+    config = request.param
+    runner, model = make_runner(config), Transformer(config.model)
+    schedule = make_schedule(config.optimizer, config.model.d_model, config.steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    state = runner.create(partial(create_state, model, optimizer, jax.random.key(0)))
+    batch = runner.place(ROWS, lambda rows: {name: x[rows] for name, x in BATCH.items()})
+    step = make_train_step(model, optimizer, schedule)
+    return config.parallel.strategy, state, runner.compiled_step(step, state, batch, KEY)
+
+
+def test_the_planned_program_is_the_one_that_runs(planned, real):
+    strategy, state, compiled = real
+    plan, memory = planned[strategy], compiled.memory_analysis()
+    assert plan.arguments == memory.argument_size_in_bytes
+    assert plan.temporaries == memory.temp_size_in_bytes
+    assert plan.results == memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert plan.xla_flops == compiled.cost_analysis()["flops"]
+    device = jax.devices()[0]
+    for planned_bytes, tree in ((plan.parameters, state.params), (plan.optimizer, state.opt_state)):
+        live = sum(
+            shard.data.nbytes
+            for leaf in jax.tree.leaves(tree)
+            for shard in leaf.addressable_shards
+            if shard.device == device
+        )
+        assert planned_bytes == live == device_bytes(tree)
+    assert plan.memory > 3 * plan.parameters
+
+
+def test_copies_sum_their_gradients_and_nothing_else(planned):
+    plan = planned["pmap"]
+    # Beside the gradients: loss, nll and weight.
+    (found,) = plan.collectives
+    assert found == Collective("all-reduce", plan.parameters + 3 * 4, group=8, times=1)
+    assert found.sent == 2 * 7 / 8 * found.bytes
+
+
+def test_parts_are_gathered_in_the_loop_over_the_layers(planned):
+    assert planned["mesh"].parameters < planned["pmap"].parameters / 2
+    gathers = [one for one in planned["mesh"].collectives if one.kind == "all-gather"]
+    # A layer's hidden/kernel, [16, 24], of which a device has [8, 12]: whole along fsdp.
+    hidden = [one for one in gathers if one.bytes == 16 * 12 * 4]
+    assert {one.group for one in hidden} == {2}
+    assert 2 in {one.times for one in hidden}
+
+
+@pytest.mark.parametrize("strategy", ["pmap", "mesh"])
+def test_bytes_moved_are_those_that_xla_counts_beside_the_loops(strategy, planned, real):
+    name, _, compiled = real
+    if name == strategy:
+        program = Program(compiled.as_text())
+        once = program.bytes_moved(program.entry, lambda loop: 1)
+        assert once == pytest.approx(planned[strategy].xla_bytes, rel=0.03)
+        assert planned[strategy].bytes_moved == program.bytes_moved(program.entry, known_trips)
+        assert planned[strategy].bytes_moved > 1.2 * once
+
+
+def over_all(function, *shapes):
+    """The program of `function` on 8 devices, each with its part of the first axis."""
+    mesh = Mesh(np.array(jax.devices()), ("d",))
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=PartitionSpec("d"), out_specs=PartitionSpec("d")
+    )
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return Program(jax.jit(mapped).lower(*arguments).compile().as_text())
+
+
+@pytest.mark.parametrize(
+    ("kind", "function", "size", "sent"),
+    [
+        ("all-gather", lambda x: jax.lax.all_gather(x, "d")[0], 8 * 24, 7 * 24),
+        ("reduce-scatter", lambda x: jax.lax.psum_scatter(x[0], "d", tiled=True), 24, 21),
+        ("all-to-all", lambda x: jax.lax.all_to_all(x[0], "d", 0, 0, tiled=True), 24, 21),
+        (
+            "collective-permute",
+            lambda x: jax.lax.ppermute(x, "d", [(i, (i + 1) % 8) for i in range(8)]),
+            24,
+            24,
+        ),
+    ],
+)
+def test_each_kind_of_collective(kind, function, size, sent):
+    """Every device has [1, 24] float32."""
+    (found,) = collectives(over_all(function, (8, 24)), 8)
+    assert (found.kind, found.bytes, found.group, found.times) == (kind, 4 * size, 8, 1)
+    assert found.sent == 4 * sent
+
+
+def test_a_collective_in_a_loop_counts_as_often_as_it_runs():
+    def function(x):
+        def add(carry, _):
+            return jnp.sin(jax.lax.pmean(carry, "d")) + x, None
+
+        return jax.lax.scan(add, x, None, length=5)[0]
+
+    program = over_all(function, (8, 1000))
+    (found,) = collectives(program, 8)
+    assert (found.kind, found.bytes, found.times) == ("all-reduce", 4000, 5)
+    assert found.sent == 5 * 2 * 7 / 8 * 4000
+    once = program.bytes_moved(program.entry, lambda loop: 1)
+    assert 4 * once < program.bytes_moved(program.entry, known_trips) < 5 * once
+
+
+# As the compiler for TPU writes: memory spaces, names instead of numbers of devices, sums of which
+# each device keeps its part, and collectives that begin and end.
+TPU = """HloModule jit_step, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[]{:T(128)} parameter(0)
+  %y = f32[]{:T(128)} parameter(1)
+  ROOT %s = f32[]{:T(128)} add(%x, %y)
+}
+
+%all-reduce-scatter.1 (p: f32[64,128]) -> f32[8,128] {
+  %p = f32[64,128]{1,0:T(8,128)S(1)} parameter(0)
+  %r = f32[64,128]{1,0:T(8,128)S(1)} all-reduce(%p), replica_groups=mesh['a'=2,'b'=8] {'b'}, to_apply=%add
+  ROOT %d = f32[8,128]{1,0:T(8,128)} dynamic-slice(%r, %c), dynamic_slice_sizes={8,128}
+}
+
+ENTRY %main (p0: f32[64,128], p1: f32[8,128]) -> f32[8,128] {
+  %p0 = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %p1 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %copy-start = (f32[64,128]{1,0:T(8,128)S(1)}, f32[64,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%p0)
+  %copy-done = f32[64,128]{1,0:T(8,128)S(1)} copy-done(%copy-start)
+  %f = f32[8,128]{1,0:T(8,128)} fusion(%copy-done), kind=kCustom, calls=%all-reduce-scatter.1
+  %g = (bf16[8,128]{1,0}, bf16[16,128]{1,0}) all-gather-start(%p1), replica_groups=mesh['a'=2,'b'=8] {'a'}, dimensions={0}
+  %h = bf16[16,128]{1,0} all-gather-done(%g)
+  ROOT %m = (f32[8,128]{1,0}, bf16[16,128]{1,0}) tuple(%f, %h)
+}
+"""  # noqa: E501
+
+
+def test_programs_for_tpu_are_read():
+    program = Program(TPU)
+    assert collectives(program, 16) == [
+        Collective("reduce-scatter", 64 * 128 * 4, group=8, times=1),
+        Collective("all-gather", 16 * 128 * 2, group=2, times=1),
+    ]
+    # The copy reads p0, the sum writes its part; the gather reads p1 and writes its result.
+    moved = 64 * 128 * 4 + 8 * 128 * 4 + 8 * 128 * 2 + 16 * 128 * 2
+    assert program.bytes_moved(program.entry, known_trips) == pytest.approx(moved, rel=0.05)
+
+
+def test_decoding_reads_the_parameters_and_the_past_at_each_token():
+    options = GenerationConfig(beam_size=2)
+    small = decode_program(CONFIG, present_machine(), options, 4, 8)
+    assert small.memory > 0 and small.compile_seconds > 0
+    params = jax.eval_shape(
+        Transformer(CONFIG.model).init, jax.random.key(0), *jnp.ones((2, 1, 2), jnp.int32)
+    )
+    decoder = {name: params["params"][name] for name in ("decoder", "embedding")}
+    read = sum(4 * leaf.size for leaf in jax.tree.leaves(decoder))
+    assert small.step_bytes > read
+    assert decode_program(CONFIG, present_machine(), options, 8, 8).step_bytes > small.step_bytes
+
+
+def test_flops_of_a_token_are_those_that_xla_counts():
+    """XLA counts the element-wise work too, so the model is wide enough for that to be little."""
+    config = TransformerConfig(
+        vocab_size=300, d_model=192, d_ff=500, num_heads=4, encoder_layers=1, decoder_layers=1
+    )
+    sentences, beams, source, room = 2, 3, 20, 10
+    model = Transformer(config)
+    ids = jnp.ones((sentences, source), jnp.int32)
+    params = model.init(jax.random.key(0), ids, ids)
+    cache = model.apply(
+        params,
+        jnp.zeros((sentences, source, config.d_model)),
+        ids,
+        beam_size=beams,
+        max_length=room,
+        method="init_cache",
+    )
+    step = jax.jit(partial(model.apply, method="decode_step"))
+    tokens = jnp.ones((sentences, beams), jnp.int32)
+    counted = step.lower(params, tokens, cache).compile().cost_analysis()["flops"]
+    flops = decode_step_flops(config, sentences, beams, source, room)
+    assert flops == pytest.approx(counted, rel=0.05)
+    assert flops < counted
+
+
+def test_what_does_not_fit_says_how_much_it_would_need():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory. Used 20.50G of 15.75G hbm. Exceeded by more"
+    refusal = DoesNotFit(message)
+    assert (refusal.needed, refusal.reason) == (20.5 * 2**30, "Used 20.50G of 15.75G hbm")
+    assert DoesNotFit("RESOURCE_EXHAUSTED: no").needed is None

@@ -1,0 +1,67 @@
+"""The command line of planning."""
+
+import argparse
+from typing import Any
+
+from train.arguments import config_names, load_config, override
+
+
+def add_plan(commands: Any) -> None:
+    """Add `plan` to the subcommands of `python -m train`."""
+    plan = commands.add_parser(
+        "plan",
+        help="memory, time and cost of training on a machine that is not there",
+        description="Compile the training step and the search for TPU slices, or for the devices "
+        "that are here, and say what they need and what they take at least; nothing is run. "
+        "--section.field VALUE changes any field of the configuration.",
+    )
+    plan.add_argument(
+        "config", metavar="CONFIG", help=f"{', '.join(config_names())}, or a .py file"
+    )
+    plan.add_argument(
+        "--topology",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        metavar="CHIP:AxB[xC],…",
+        help="TPU slices, such as v5e:2x4,v5e:4x4,v5p:2x2x2; needs libtpu but no TPU",
+    )
+    plan.add_argument(
+        "--rows-per-device",
+        type=int,
+        metavar="ROWS",
+        help="let the batch grow with the machine, instead of data.batch_tokens over all devices",
+    )
+    plan.add_argument("--plot", metavar="FILE.png", help="draw cost over the number of chips")
+    plan.add_argument("--output", metavar="FILE", help="add the results, as JSON lines")
+    plan.set_defaults(command=_plan)
+
+
+def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
+    config = override(
+        load_config(options.config), overrides, f"python -m train plan {options.config}"
+    )
+
+    import jax
+
+    # A program from the cache would be no news of how long it takes to compile.
+    jax.config.update("jax_enable_compilation_cache", False)
+    if options.topology and not jax.config.jax_platforms:
+        # JAX would look for the TPU that libtpu is for.
+        jax.config.update("jax_platforms", "cpu")
+
+    from train.benchmark.report import write_records
+    from train.plan.machines import present_machine, tpu_machine
+    from train.plan.plan import plan
+    from train.plan.report import plan_tables, plot_plan
+
+    machines = [tpu_machine(name) for name in options.topology] or [present_machine()]
+    if options.output is not None:
+        write_records(options.output, [])  # fails before the work, not after it
+    records = []
+    for record in plan(config, machines, options.rows_per_device):
+        records.append(record)
+        if options.output is not None:
+            write_records(options.output, [record])
+    print(plan_tables(records, machines))
+    if options.plot is not None:
+        plot_plan(options.plot, records)

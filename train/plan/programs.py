@@ -1,0 +1,199 @@
+"""The programs of a run, compiled for devices that need not be there, and what they ask for."""
+
+import dataclasses
+import re
+import time
+from functools import partial
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxformer.errors import UserError
+from jaxformer.generation import GenerationConfig, generate
+from jaxformer.transformer import Transformer
+from train.config import TrainConfig
+from train.parallel import make_runner
+from train.plan.collectives import Collective, collectives
+from train.plan.hlo import Program, known_trips
+from train.plan.machines import Machine
+from train.state import create_state, make_optimizer, make_schedule
+from train.step import make_train_step
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class DoesNotFit(Exception):
+    """The compiler found no way to run a program in a device's memory.
+
+    Attributes:
+      needed: bytes that it would take, None where the compiler does not say.
+      reason: what it says.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+\w? \w+", message)
+        self.needed = int(float(found[1]) * _UNITS[found[2]]) if found else None
+        # After its first sentence the compiler lists every array.
+        self.reason = found[0] if found else message
+
+
+@dataclasses.dataclass(frozen=True)
+class StepProgram:
+    """The compiled training step, in figures for one device.
+
+    Attributes:
+      parameters, optimizer: bytes of the state that the device holds.
+      arguments: bytes of all that the step is given: state, rows of the batch, key.
+      temporaries: bytes that XLA plans beside: activations, gradients, what moves.
+      results: bytes of what is returned in memory of its own, not in the old state's.
+      code: bytes of the program itself.
+      xla_flops, xla_bytes: XLA's own count, which has each loop go round once.
+      bytes_moved: bytes of main memory read and written, loops counted in full.
+      collectives: what the devices send each other.
+      compile_seconds: of tracing, lowering and compiling.
+    """
+
+    parameters: int
+    optimizer: int
+    arguments: int
+    temporaries: int
+    results: int
+    code: int
+    xla_flops: float
+    xla_bytes: float
+    bytes_moved: float
+    collectives: tuple[Collective, ...]
+    compile_seconds: float
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the device needs while the step runs."""
+        return self.arguments + self.temporaries + self.results + self.code
+
+
+def step_program(
+    config: TrainConfig, machine: Machine, rows: int, source_length: int
+) -> StepProgram:
+    """Compile the step that `train.loop.fit` runs, for a global batch of `rows`.
+
+    Raises:
+      UserError: the model or the devices cannot be split as `config.parallel` says.
+      DoesNotFit: on a TPU, whose compiler refuses what the memory cannot hold.
+    """
+    began = time.perf_counter()
+    runner = make_runner(config, machine.devices)
+    model = Transformer(config.model)
+    schedule = make_schedule(config.optimizer, config.model.d_model, config.steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    key = jax.eval_shape(jax.random.key, 0)
+    state, batch = runner.abstract(
+        jax.eval_shape(partial(create_state, model, optimizer), key),
+        _batch(rows, source_length, config.data.target_length),
+    )
+    step = make_train_step(model, optimizer, schedule, accumulate=config.accumulate)
+    compiled = _refusals(partial(runner.compiled_step, step, state, batch, key))
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    program = Program(compiled.as_text())
+    return StepProgram(
+        parameters=device_bytes(state.params),
+        optimizer=device_bytes(state.opt_state),
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        xla_flops=cost["flops"],
+        xla_bytes=cost["bytes accessed"],
+        bytes_moved=program.bytes_moved(program.entry, known_trips),
+        collectives=tuple(collectives(program, len(machine.devices))),
+        compile_seconds=time.perf_counter() - began,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeProgram:
+    """`jaxformer.generation.generate`, compiled for one device.
+
+    Attributes:
+      memory: bytes that the device needs, parameters among them.
+      step_bytes: bytes of main memory that one token of every beam reads and writes.
+      compile_seconds: of tracing, lowering and compiling.
+    """
+
+    memory: int
+    step_bytes: float
+    compile_seconds: float
+
+
+def decode_program(
+    config: TrainConfig,
+    machine: Machine,
+    options: GenerationConfig,
+    sentences: int,
+    source_length: int,
+) -> DecodeProgram:
+    """Compile the search for one batch of sentences, on the machine's first device.
+
+    Raises:
+      DoesNotFit: as for `step_program`.
+    """
+    began = time.perf_counter()
+    here = jax.sharding.SingleDeviceSharding(machine.devices[0])
+    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    init = Transformer(config.model).init
+    params = jax.eval_shape(init, jax.eval_shape(jax.random.key, 0), ids, ids)["params"]
+    params, sources = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+        (params, jax.ShapeDtypeStruct((sentences, source_length), jnp.int32)),
+    )
+    compiled = _refusals(
+        lambda: generate.lower((config.model,), (params,), sources, options).compile()
+    )
+    memory = compiled.memory_analysis()
+    program = Program(compiled.as_text())
+    # The one loop that goes on until the sentences are done; those inside it are smaller.
+    rounds = [
+        program.bytes_moved(computation, known_trips)
+        for loop, _ in program.loops()
+        if loop.trip_count is None
+        for computation in loop.callees
+    ]
+    return DecodeProgram(
+        memory=memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+        step_bytes=max(rounds),
+        compile_seconds=time.perf_counter() - began,
+    )
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of arrays, or of shapes with shardings."""
+    return sum(
+        prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _batch(rows: int, source_length: int, target_length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of what `train.data.batches.Batches` makes."""
+    lengths = {"source_ids": source_length, "target_ids": target_length, "labels": target_length}
+    lengths |= {"source_segment_ids": source_length, "target_segment_ids": target_length}
+    return {
+        name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name, length in lengths.items()
+    }
+
+
+def _refusals(compile: Any) -> Any:
+    """Compile, and tell apart why the compiler might not."""
+    try:
+        return compile()
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())
+        if "RESOURCE_EXHAUSTED" in reason:
+            raise DoesNotFit(reason) from error
+        raise UserError(f"the compiler gives up: {reason}") from error

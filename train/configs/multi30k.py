@@ -5,19 +5,19 @@
 DIR holds {train,val,test_2016_flickr}.lc.norm.tok.{en,de}.
 
 Published: BLEU 41.02 on test_2016_flickr (tokenised), with updates of about 8k target tokens, peak
-rate 0.005 and at most 8000 updates. The updates here are half as large, the rate is lower, and it
-cools down to zero, which averaging checkpoints of a constant rate does as well or better.
+rate 0.005 and at most 8000 updates. Here updates are half as large, and the rate falls to zero over
+the last fifth of the run.
 
-Two cores of an AMD EPYC (Zen 4), shared, JAX 0.12, 1 h 35 min: BLEU 40.55 on test_2016_flickr,
-42.37 on validation (tok:none, sacreBLEU 2.6.0), validation perplexity 5.00. Short of the published
-score.
+Two cores of an AMD EPYC (Zen 4), shared, JAX 0.12, 2 h 36 min: BLEU 40.93 on test_2016_flickr,
+42.46 on validation (tok:none, sacreBLEU 2.6.0). Training perplexity with dropout is then 2.7, that
+of validation 5.0: more epochs of the same would not help.
 """
 
 from jaxformer.config import PRESETS
 from train.config import CheckpointConfig, DataConfig, EvaluateConfig, OptimizerConfig, TrainConfig
 
 config = TrainConfig(
-    steps=6300,
+    steps=6820,
     model=PRESETS["tiny"].replace(max_length=128),
     data=DataConfig(
         train=("train.lc.norm.tok",),
@@ -28,9 +28,9 @@ config = TrainConfig(
         target_length=64,
         batch_tokens=4096,
     ),
-    optimizer=OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=1000, cooldown_steps=3000),
+    optimizer=OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=1000, cooldown_steps=1320),
     evaluate=EvaluateConfig(
-        every=330,
+        every=220,
         patience=10,
         beam_size=5,
         length_penalty=1.0,

@@ -54,7 +54,7 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums;
 figure { margin: 0; }
 .grid { display: grid; gap: 1.5rem 2rem; margin: 1rem 0;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); }
-.grid figure > svg { width: 100%; }
+.grid figure > svg { width: 100%; max-width: 34rem; }
 .flow { display: flex; flex-wrap: wrap; gap: 1.25rem 1.5rem; margin: .75rem 0; }
 .flow figure { max-width: 100%; }
 svg { display: block; max-width: 100%; height: auto; }

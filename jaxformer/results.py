@@ -56,7 +56,7 @@ class Explanation:
       source: the sentence.
       hypotheses: its translations, best first. All that follows is about the best one.
       source_tokens: what the encoder read, S pieces, eos last.
-      target_tokens: what the decoder wrote, T pieces, eos last, also if the length limit came first.
+      target_tokens: what the decoder wrote, T pieces, eos last even if the length limit came first.
       decoder_tokens: what it read meanwhile: bos, then the target but for its last piece.
       token_log_probs: of each target piece given those before it, natural logarithm.
       encoder_self_attention: from source to source, query first.

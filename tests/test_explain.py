@@ -22,8 +22,10 @@ from jaxformer.positions import sinusoid
 from jaxformer.results import Alignment
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
-from random_run import CONFIG, SENTENCES, random_params, write_random_run
+from random_run import CONFIG as LARGER
+from random_run import SENTENCES, random_params, write_random_run
 
+CONFIG = LARGER.replace(encoder_layers=1, decoder_layers=2)
 LINE = max(SENTENCES, key=len)
 
 
@@ -41,11 +43,11 @@ def translator(run):
 
 @pytest.fixture(scope="module")
 def explanation(translator):
-    return translator.explain(LINE, beam_size=3)
+    return translator.explain(LINE, beam_size=3, max_length_extra=4)
 
 
 def test_it_is_the_translation_that_translate_gives(translator, explanation):
-    (hypotheses,) = translator.generate([LINE], beam_size=3)
+    (hypotheses,) = translator.generate([LINE], beam_size=3, max_length_extra=4)
     assert [h.text for h in explanation.hypotheses] == [h.text for h in hypotheses]
     best = explanation.hypotheses[0]
     assert explanation.target_tokens == [*best.tokens, "</s>"]
@@ -220,7 +222,7 @@ def test_a_page_is_complete_in_itself(explanation):
         assert hypothesis.text in reader.texts
     images = [a for a in reader.addresses if a.startswith("data:image/png;base64,")]
     # Encoder, two of the decoder, alignment, legend and positions.
-    assert len(images) == 3 * (2 + 4 + 4) + 3
+    assert len(images) == 3 * (1 + 2 + 2) + 3
     pixels = pixels_of(base64.b64decode(images[-1].partition(",")[2]))
     assert pixels.shape == explanation.positional_encoding.shape
 

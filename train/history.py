@@ -61,6 +61,7 @@ class History:
         rows = self._rows(split).to_pylist()
         return [{name: x for name, x in row.items() if x is not None} for row in rows]
 
+    @cache  # noqa: B019
     def time_split(self) -> dict[str, float]:
         """Seconds spent on each of `PARTS`.
 
@@ -68,25 +69,31 @@ class History:
         when each record was written: the rest is what lies between. The first step after a start
         counts as compilation; to save is as long as training waits for it.
         """
-        splits = self._table.column("split").to_numpy(zero_copy_only=False).astype(str)
+        encoded = self._table.column("split").combine_chunks().dictionary_encode()
+        codes = encoded.indices.to_numpy(zero_copy_only=False)
+        names = encoded.dictionary.to_pylist()
+
+        def among(*wanted: str) -> np.ndarray:
+            return np.isin(codes, [i for i, name in enumerate(names) if name.startswith(wanted)])
+
+        def after(rows: np.ndarray) -> np.ndarray:
+            return np.concatenate([[False], rows[:-1]])
+
+        train, evaluation = among("train"), among("validation", "final_")
         times = _numbers(self._table.column("time"))
         gaps = np.maximum(np.diff(times, prepend=0.0), 0.0)
-        before = np.concatenate([["start"], splits[:-1]])
-        is_train = splits == "train"
-        seconds = np.zeros(len(gaps))
         tokens, speed = (self.column("train", n) for n in ("target_tokens", "tokens_per_second"))
+        seconds = np.zeros(len(gaps))
         with np.errstate(divide="ignore", invalid="ignore"):
-            seconds[is_train] = np.nan_to_num(tokens / speed, posinf=0.0)
+            seconds[train] = np.nan_to_num(tokens / speed, posinf=0.0)
         seconds = np.minimum(seconds, gaps)
-        first = is_train & (before == "start")
-        evaluation = (splits == "validation") | (np.strings.find(splits, "final_") == 0)
-        after_evaluation = is_train & (before == "validation")
-        rest = gaps - seconds
+        first = train & after(among("start"))
+        first[0] |= train[0]  # of a version that did not record the start
         parts = {
             "compile": seconds[first].sum(),
-            "steps": seconds[is_train & ~first].sum(),
+            "steps": seconds[train & ~first].sum(),
             "evaluate": gaps[evaluation].sum(),
-            "save": rest[after_evaluation].sum(),
+            "save": (gaps - seconds)[train & after(evaluation)].sum(),
         }
         parts["other"] = gaps.sum() - sum(parts.values())
         return {name: float(parts[name]) for name in PARTS}

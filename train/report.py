@@ -197,6 +197,7 @@ def _charts(histories: Sequence[History]) -> dict[str, Chart]:
         "scores": Chart(
             "BLEU and chrF2 of the validation split",
             lines(("validation", "bleu", "BLEU"), ("validation", "chrf", "chrF2")),
+            note="signatures under Results",
         ),
     }
 

@@ -163,7 +163,7 @@ def test_the_sheets_are_of_chips_that_jax_knows():
     for chip in CHIPS:
         # FLOP a byte of memory and of links: out of this range a figure has a wrong unit.
         assert 100 < chip.flops / chip.memory_bandwidth < 700
-        assert 800 < chip.flops / chip.interconnect < 4000
+        assert 700 < chip.flops / chip.interconnect < 4000
         assert chip.source
     assert chip_of(jax.devices()[0]) is None
 
@@ -200,7 +200,7 @@ def test_a_model_that_cannot_be_split_is_refused_before_anything_is_compiled(con
 def test_errors_of_the_command_line(capsys, tmp_path):
     assert main(["plan", "wmt15_base"]) == 1
     assert "did you mean wmt14_base?" in capsys.readouterr().err
-    assert main(["plan", "wmt14_base", "--topology", "v5e:2x2,v3:2x2"]) == 1
+    assert main(["plan", "wmt14_base", "--topology", "v3:2x2"]) == 1
     assert "no TPU 'v3'" in capsys.readouterr().err
     assert main(["plan", "quickstart", "--topologie", "v5e:2x2"]) == 1
     assert "no field --topologie" in capsys.readouterr().err

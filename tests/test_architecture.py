@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 
 # The modules of jaxformer, leaves first; each with those that it may import.
 BASE = {"config", "errors"}
-MODEL = BASE | {"attention", "cache", "dropout", "layers", "linear", "losses", "masks", "positions"}
+PARTS = {"attention", "cache", "dropout", "layers", "linear", "losses", "masks", "positions"}
+MODEL = BASE | PARTS | {"sharding"}
 FILES = BASE | {"run", "tokenizer"}
 SEARCH = {"beam", "config", "constraints", "sampling", "search"}
 WITH_MODEL = MODEL | SEARCH | {"batching", "generation", "scoring", "transformer"}
@@ -33,16 +34,18 @@ MAY_IMPORT = {
     "decoding": SEARCH,
     "batching": {"config"},
     "dropout": set(),
-    "losses": {"config"},
+    "fingerprint": set(),
+    "sharding": set(),
+    "losses": {"config", "sharding"},
     "linear": set(),
     "masks": {"config"},
     "positions": set(),
     "schedules": {"errors"},
-    "attention": {"dropout", "linear"},
-    "layers": BASE | {"dropout", "linear", "positions"},
+    "attention": {"dropout", "linear", "sharding"},
+    "layers": BASE | {"dropout", "linear", "positions", "sharding"},
     "transformer": MODEL,
     "tokenizer": BASE,
-    "run": FILES,
+    "run": FILES | {"fingerprint"},
     "results": set(),
     "scoring": {"config", "layers", "transformer"},
     "generation": WITH_MODEL,

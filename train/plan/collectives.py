@@ -4,7 +4,7 @@ import dataclasses
 import re
 from math import prod
 
-from train.plan.hlo import Instruction, Program, known_trips, shape_bytes
+from train.plan.hlo import Instruction, Program, shape_bytes
 
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -36,7 +36,7 @@ class Collective:
 
 def collectives(program: Program, devices: int) -> list[Collective]:
     """Return the collectives of a program for so many devices, without groups of one."""
-    runs = program.runs(known_trips)
+    runs = program.runs()
     found = []
     for name, instructions in program.computations.items():
         for instruction in instructions.values():

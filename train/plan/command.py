@@ -1,6 +1,7 @@
 """The command line of planning."""
 
 import argparse
+import os
 from typing import Any
 
 from train.arguments import config_names, load_config, override
@@ -45,7 +46,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
 
     # A program from the cache would be no news of how long it takes to compile.
     jax.config.update("jax_enable_compilation_cache", False)
-    if options.topology and not jax.config.jax_platforms:
+    if options.topology and "JAX_PLATFORMS" not in os.environ:
         # JAX would look for the TPU that libtpu is for.
         jax.config.update("jax_platforms", "cpu")
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
 from functools import cached_property
 
 _ITEMSIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}
@@ -47,11 +46,8 @@ class Instruction:
             name for one, many in found for name in (one, *re.findall(r"[\w.-]+", many)) if name
         )
 
-    @property
-    def trip_count(self) -> int | None:
-        """How often a loop goes round, None where that depends on the data."""
-        found = _TRIP_COUNT.search(self.attributes)
-        return int(found[1]) if found else None
+
+Computation = dict[str, Instruction]
 
 
 class Program:
@@ -62,7 +58,7 @@ class Program:
     """
 
     def __init__(self, text: str):
-        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.computations: dict[str, Computation] = {}
         self.entry = ""
         for line in text.splitlines():
             if found := _COMPUTATION.match(line):
@@ -75,85 +71,141 @@ class Program:
                     name, kind, opcode, arguments, attributes, root is not None
                 )
 
-    def runs(self, repeats: Callable[[Instruction], int]) -> dict[str, int]:
-        """How often each computation is executed, if a loop goes round `repeats(loop)` times."""
+    def trip_count(self, loop: Instruction) -> int | None:
+        """How often a loop goes round, None where that depends on the data.
+
+        XLA for CPU and GPU says so. For TPU the loop's condition does, `index < constant` of an
+        index that starts at 0, which is how JAX writes `scan`.
+        """
+        if found := _TRIP_COUNT.search(loop.attributes):
+            return int(found[1])
+        name = re.findall(r"\bcondition=%?([\w.-]+)", loop.attributes)[0]
+        condition = self.computations[name]
+        root = _root(condition)
+        if root.opcode == "compare" and "direction=LT" in root.attributes:
+            limit = condition[root.operands[1]]
+            if limit.opcode == "constant":
+                return int(limit.arguments)
+        return None
+
+    def runs(self) -> dict[str, int]:
+        """How often each computation is executed; what a loop repeats until told, once."""
         counts = dict.fromkeys(self.computations, 0)
 
         def visit(name: str, times: int) -> None:
             counts[name] += times
             for instruction in self.computations[name].values():
-                inner = times * repeats(instruction) if instruction.opcode == "while" else times
                 for callee in instruction.callees:
-                    visit(callee, inner)
+                    visit(callee, times * self._repeats(instruction))
 
         visit(self.entry, 1)
         return counts
 
-    def loops(self) -> list[tuple[Instruction, int]]:
-        """All loops, each with how often it is begun."""
-        counts = self.runs(known_trips)
+    def endless_loops(self) -> list[Instruction]:
+        """Loops whose length depends on the data."""
         return [
-            (instruction, counts[name])
-            for name, instructions in self.computations.items()
+            instruction
+            for instructions in self.computations.values()
             for instruction in instructions.values()
-            if instruction.opcode == "while" and counts[name]
+            if instruction.opcode == "while" and self.trip_count(instruction) is None
         ]
 
-    def bytes_moved(self, start: str, repeats: Callable[[Instruction], int]) -> float:
-        """Bytes of main memory that a run of computation `start` reads and writes, estimated.
+    def bytes_moved(self, start: str | None = None, *, loops_once: bool = False) -> float:
+        """Bytes of main memory that a run reads and writes, estimated.
 
         Every instruction reads its operands and writes its result, and what is fused stays on the
         chip. Of an operand that is only sliced, the slices count; of an array that is updated in
-        place, the update. So does XLA's own count, which has each loop go round once.
+        place, the update.
+
+        Args:
+          start: the computation; by default all of the program.
+          loops_once: have each loop go round once, as in XLA's own count.
         """
+        start = start or self.entry
         total = 0.0
         for instruction in self.computations[start].values():
             if instruction.opcode in ("while", "call", "conditional", "async-start"):
-                times = repeats(instruction) if instruction.opcode == "while" else 1
-                total += times * sum(self.bytes_moved(c, repeats) for c in instruction.callees)
-            total += self._moved_by(start, instruction)
+                times = 1 if loops_once else self._repeats(instruction)
+                for callee in instruction.callees:
+                    total += times * self.bytes_moved(callee, loops_once=loops_once)
+            total += self._moved_by(self.computations[start], instruction)
         return total
 
-    def _moved_by(self, computation: str, instruction: Instruction) -> float:
-        if instruction.opcode in _MOVE_NOTHING or instruction.opcode.endswith("-done"):
-            return 0.0
-        types = self.computations[computation]
-        if instruction.opcode == "fusion":
-            return self._moved_by_fusion(computation, instruction)
-        if instruction.opcode in _SLICES:
-            return 2 * num_bytes(instruction.type)
-        if instruction.opcode == "dynamic-update-slice":
-            return 2 * num_bytes(types[instruction.operands[1]].type)
-        written = sum(
-            shape_bytes(instruction.type)[: 1 if "-start" in instruction.opcode else None]
-        )
-        return written + sum(num_bytes(types[name].type) for name in instruction.operands)
+    def _repeats(self, instruction: Instruction) -> int:
+        if instruction.opcode != "while":
+            return 1
+        times = self.trip_count(instruction)
+        return 1 if times is None else times
 
-    def _moved_by_fusion(self, computation: str, fusion: Instruction) -> float:
-        inside = self.computations[fusion.callees[0]].values()
-        by_name = self.computations[fusion.callees[0]]
-        root = next(instruction for instruction in inside if instruction.is_root)
-        updates = [one for one in inside if one.opcode == "dynamic-update-slice"]
-        written = num_bytes(fusion.type)
-        if root.opcode == "bitcast":
-            root = by_name[root.operands[0]]
-        if root in updates:
-            written = num_bytes(by_name[root.operands[1]].type)
-        moved = written
-        parameters = [one for one in inside if one.opcode == "parameter"]
-        parameters.sort(key=lambda one: int(one.arguments))
-        for parameter, operand in zip(parameters, fusion.operands, strict=True):
-            readers = [one for one in inside if parameter.name in one.operands]
-            if all(one.opcode in _SLICES and one.operands[0] == parameter.name for one in readers):
-                moved += sum(num_bytes(one.type) for one in readers)
-            elif not all(one in updates and one.operands[0] == parameter.name for one in readers):
-                moved += num_bytes(self.computations[computation][operand].type)
+    def _moved_by(self, around: Computation, instruction: Instruction) -> float:
+        opcode = instruction.opcode
+        if opcode in _MOVE_NOTHING or opcode.endswith("-done"):
+            return 0.0
+        if opcode == "fusion":
+            return self._moved_by_fusion(around, instruction)
+        if opcode in _SLICES:
+            return 2 * num_bytes(instruction.type)
+        if opcode == "dynamic-update-slice":
+            return 2 * num_bytes(around[instruction.operands[1]].type)
+        if opcode in ("copy-start", "slice-start"):
+            # (result, operand, …) or ((operand), result, …): what is copied is the smaller one.
+            sizes = [size for size in shape_bytes(_everywhere(instruction.type)) if size > 4]
+            ends = shape_bytes(instruction.type)
+            return min(sizes, default=0.0) * sum(size > 4 for size in ends)
+        written = shape_bytes(instruction.type)
+        read = sum(num_bytes(around[name].type) for name in instruction.operands)
+        return sum(written[:1] if opcode.endswith("-start") else written) + read
+
+    def _moved_by_fusion(self, around: Computation, fusion: Instruction) -> float:
+        inside = self.computations[fusion.callees[0]]
+        root = _root(inside)
+        results = root.operands if root.opcode == "tuple" else (root.name,)
+        moved = 0.0
+        for name, size in zip(results, shape_bytes(fusion.type), strict=True):
+            made = inside[name]
+            while made.opcode == "bitcast":
+                made = inside[made.operands[0]]
+            if made.opcode == "dynamic-update-slice":
+                size = min(size, num_bytes(_everywhere(inside[made.operands[1]].type)))
+            moved += size
+        for index, operand in enumerate(fusion.operands):
+            whole = num_bytes(around[operand].type)
+            if whole:
+                moved += min(whole, self._read_of(inside, _parameter(inside, index)))
         return moved
 
+    def _read_of(self, inside: Computation, name: str) -> float:
+        """Bytes that a fused computation reads of one of its values."""
+        total = 0.0
+        for reader in inside.values():
+            for position in (i for i, operand in enumerate(reader.operands) if operand == name):
+                if reader.opcode == "fusion":
+                    nested = self.computations[reader.callees[0]]
+                    total += self._read_of(nested, _parameter(nested, position))
+                elif reader.opcode == "bitcast":
+                    total += self._read_of(inside, reader.name)
+                elif reader.opcode in _SLICES and position == 0:
+                    total += num_bytes(_everywhere(reader.type))
+                elif reader.opcode != "dynamic-update-slice" or position != 0:
+                    total += num_bytes(_everywhere(inside[name].type))
+        return total
 
-def known_trips(loop: Instruction) -> int:
-    """Times that a loop goes round; 1 where that depends on the data."""
-    return 1 if loop.trip_count is None else loop.trip_count
+
+def _root(computation: Computation) -> Instruction:
+    return next(one for one in computation.values() if one.is_root)
+
+
+def _parameter(computation: Computation, index: int) -> str:
+    return next(
+        one.name
+        for one in computation.values()
+        if one.opcode == "parameter" and one.arguments == str(index)
+    )
+
+
+def _everywhere(kind: str) -> str:
+    """A type without the memory that its arrays lie in."""
+    return kind.replace("S(1)", "")
 
 
 def shape_bytes(kind: str) -> list[float]:

@@ -100,7 +100,7 @@ def work_of(config: TrainConfig, machine: Machine, rows_per_device: int | None) 
 def _train_record(config: TrainConfig, machine: Machine, work: Work) -> dict[str, Any]:
     model, devices = config.model, len(machine.devices)
     flops = train_flops(model, work.rows, work.source, work.target)
-    record = {
+    record: dict[str, Any] = {
         "plan": "train",
         "machine": machine.name,
         "chips": machine.chips,
@@ -184,7 +184,7 @@ def _decode_record(config: TrainConfig, machine: Machine) -> dict[str, Any]:
         length_penalty_form=evaluate.length_penalty_form,
     )
     room = _room(config.model, options)
-    record = {
+    record: dict[str, Any] = {
         "plan": "decode",
         "machine": f"1 x {machine.devices[0].device_kind}",
         "dtype": config.model.dtype,

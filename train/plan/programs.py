@@ -16,7 +16,7 @@ from jaxformer.transformer import Transformer
 from train.config import TrainConfig
 from train.parallel import make_runner
 from train.plan.collectives import Collective, collectives
-from train.plan.hlo import Program, known_trips
+from train.plan.hlo import Program
 from train.plan.machines import Machine
 from train.state import create_state, make_optimizer, make_schedule
 from train.step import make_train_step
@@ -106,7 +106,7 @@ def step_program(
         code=memory.generated_code_size_in_bytes,
         xla_flops=cost["flops"],
         xla_bytes=cost["bytes accessed"],
-        bytes_moved=program.bytes_moved(program.entry, known_trips),
+        bytes_moved=program.bytes_moved(),
         collectives=tuple(collectives(program, len(machine.devices))),
         compile_seconds=time.perf_counter() - began,
     )
@@ -153,11 +153,10 @@ def decode_program(
     )
     memory = compiled.memory_analysis()
     program = Program(compiled.as_text())
-    # The one loop that goes on until the sentences are done; those inside it are smaller.
+    # The one loop that goes on until the sentences are done; what else has no end is smaller.
     rounds = [
-        program.bytes_moved(computation, known_trips)
-        for loop, _ in program.loops()
-        if loop.trip_count is None
+        program.bytes_moved(computation)
+        for loop in program.endless_loops()
         for computation in loop.callees
     ]
     return DecodeProgram(

@@ -18,22 +18,21 @@ def fingerprint(tree: Any) -> int:
       tree: arrays of any dtype up to 32 bits, numpy's or JAX's, sharded or not. Only their order
         counts, no names.
     """
-    return int(_fingerprint(jax.tree.leaves(tree)))
+    # Array by array: they need not lie on the same devices.
+    sums = [_sum(leaf, number) for number, leaf in enumerate(jax.tree.leaves(tree))]
+    return sum(map(int, sums)) % 2**32
 
 
 @jax.jit
-def _fingerprint(leaves: list[Array]) -> UInt32[Array, ""]:
-    total = jnp.uint32(0)
-    for number, leaf in enumerate(leaves):
-        words = _words(leaf)
-        # 0, 1, 2, … over the array, each array beginning elsewhere.
-        position = jnp.full(words.shape, number * 0x9E3779B1 % 2**32, jnp.uint32)
-        stride = 1
-        for axis in reversed(range(words.ndim)):
-            position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
-            stride = stride * words.shape[axis] % 2**32
-        total += jnp.sum(words * (2 * position + 1), dtype=jnp.uint32)
-    return total
+def _sum(leaf: Array, number: Array) -> UInt32[Array, ""]:
+    words = _words(leaf)
+    # 0, 1, 2, … over the array, each array beginning elsewhere.
+    position = jnp.full(words.shape, number).astype(jnp.uint32) * jnp.uint32(0x9E3779B1)
+    stride = 1
+    for axis in reversed(range(words.ndim)):
+        position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
+        stride = stride * words.shape[axis] % 2**32
+    return jnp.sum(words * (2 * position + 1), dtype=jnp.uint32)
 
 
 def _words(leaf: Array) -> UInt32[Array, "..."]:

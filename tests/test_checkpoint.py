@@ -148,7 +148,7 @@ def test_a_step_is_saved_once(tmp_path):
 
 
 def test_restore_by_step(tmp_path):
-    save_all(tmp_path, [(make_state(step), None) for step in (2, 9, 11)])
+    save_all(tmp_path, [(make_state(step), {"loss": 1.0}) for step in (2, 9, 11)])
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.all_steps() == [2, 9, 11]
         assert int(checkpoints.restore(make_state()).step) == checkpoints.latest_step() == 11
@@ -235,6 +235,18 @@ def test_the_last_and_the_best_are_kept(tmp_path, mode, best):
         assert checkpoints.best_step() == best
 
 
+def test_what_was_not_evaluated_goes_when_the_next_is_there(tmp_path):
+    """Nor does it push out one that was, which may be averaged."""
+    with Checkpoints(tmp_path, keep_last=2, keep_best=0) as checkpoints:
+        for step, metrics in ((1, True), (2, True), (3, False), (4, False)):
+            checkpoints.save(make_state(step), {"loss": 1.0} if metrics else None)
+        checkpoints.wait()
+        assert checkpoints.all_steps() == [1, 2, 4]
+        assert checkpoints.evaluated_steps() == [1, 2]
+        checkpoints.save(make_state(5), {"loss": 1.0})
+    assert checkpoint_steps(tmp_path) == [2, 5]
+
+
 def test_of_equals_the_latest_is_the_best(tmp_path):
     save_all(tmp_path, [(make_state(step), {"loss": 2.5}) for step in (1, 2, 3)], keep_last=2)
     assert checkpoint_steps(tmp_path) == [2, 3]
@@ -262,7 +274,7 @@ def test_a_metric_that_is_not_evaluated_is_refused(tmp_path):
 def test_average_is_the_float32_mean_in_the_saved_dtype(tmp_path):
     # From 256 on bfloat16 has even numbers only: summed in it, or averaged, these give 256.
     values = {1: 256.0, 2: 258.0, 3: 258.0, 4: 260.0}
-    save_all(tmp_path, [(make_state(step, value), None) for step, value in values.items()])
+    save_all(tmp_path, [(make_state(n, value), {"loss": 1.0}) for n, value in values.items()])
     with Checkpoints(tmp_path) as checkpoints:
         mean = checkpoints.average([1, 2, 3, 4])
     assert mean["scale"].dtype == jnp.bfloat16
@@ -272,7 +284,7 @@ def test_average_is_the_float32_mean_in_the_saved_dtype(tmp_path):
 
 
 def test_average_of_equal_checkpoints_is_exact(tmp_path):
-    save_all(tmp_path, [(make_state(step, value=0.1), None) for step in (1, 2, 3)])
+    save_all(tmp_path, [(make_state(step, value=0.1), {"loss": 1.0}) for step in (1, 2, 3)])
     with Checkpoints(tmp_path) as checkpoints:
         assert bits(checkpoints.average([1, 2, 3])) == bits(checkpoints.average([2]))
 

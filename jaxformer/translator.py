@@ -251,7 +251,10 @@ class Translator:
         generator = self._generator(GenerationConfig(**options))
         (result,) = generator.sentences([source], batch_tokens=len(source))
         best = map(int, result.sequences[0][: result.lengths[0]])
-        target = [*(token for token in best if token != EOS_ID), EOS_ID]
+        target = [token for token in best if token != EOS_ID]
+        if self.config.positions == "learned":
+            target = target[:limit]  # there is no position for the end of one that was cut off
+        target.append(EOS_ID)
         ((_, source_ids, target_ids),) = _pair_batches([source], [target], len(source))
         log_probs = token_log_probs(self._configs, self._params, source_ids, target_ids)
         maps = attention_maps(self.config, self._params[0], source_ids, target_ids)

@@ -53,8 +53,10 @@ class History:
         steps, values = self.column(split, "step"), self.column(split, name)
         known = np.isfinite(values)
         steps, values = steps[known], values[known]
-        order = np.argsort(steps, kind="stable")
-        return steps[order], values[order]
+        if np.any(np.diff(steps) < 0):  # a record that replaced another stands at the end
+            order = np.argsort(steps, kind="stable")
+            steps, values = steps[order], values[order]
+        return steps, values
 
     def records(self, split: str) -> list[dict[str, Any]]:
         """The records of a split that has few, without what they lack."""
@@ -114,11 +116,11 @@ def _read(run: Path) -> "pa.Table":
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; train the run first") from error
-    data = data[: data.rfind(b"\n") + 1]  # a last line without an end is of a run that was killed
-    if not data.strip():
+    end = data.rfind(b"\n") + 1  # a last line without an end is of a run that was killed
+    if not end or data.isspace():
         raise UserError(f"{path} is empty: nothing has been trained yet")
     try:
-        table = pyarrow.json.read_json(pa.BufferReader(data))
+        table = pyarrow.json.read_json(pa.BufferReader(pa.py_buffer(data).slice(0, end)))
     except pa.ArrowInvalid as error:
         read_metrics(run)  # names the line
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error

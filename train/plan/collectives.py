@@ -39,6 +39,8 @@ def collectives(program: Program, devices: int) -> list[Collective]:
     runs = program.runs()
     found = []
     for name, instructions in program.computations.items():
+        if any("AsyncCollectiveDone" in one.attributes for one in instructions.values()):
+            continue  # TPU: it repeats what was begun in another computation
         for instruction in instructions.values():
             kind = instruction.opcode.removesuffix("-start")
             if kind not in _KINDS or not runs[name]:

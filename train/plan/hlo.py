@@ -159,6 +159,10 @@ class Program:
     def _moved_by_fusion(self, around: Computation, fusion: Instruction) -> float:
         inside = self.computations[fusion.callees[0]]
         root = _root(inside)
+        if "AsyncCollective" in root.attributes:
+            # The one that begins returns operand and result; the others only wait.
+            begins = "AsyncCollectiveStart" in root.attributes
+            return sum(shape_bytes(fusion.type)[:2]) if begins else 0.0
         results = root.operands if root.opcode == "tuple" else (root.name,)
         moved = 0.0
         for name, size in zip(results, shape_bytes(fusion.type), strict=True):

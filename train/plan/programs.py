@@ -21,7 +21,7 @@ from train.plan.machines import Machine
 from train.state import create_state, make_optimizer, make_schedule
 from train.step import make_train_step
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class DoesNotFit(Exception):
@@ -34,10 +34,14 @@ class DoesNotFit(Exception):
 
     def __init__(self, message: str):
         super().__init__(message)
-        found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+\w? \w+", message)
-        self.needed = int(float(found[1]) * _UNITS[found[2]]) if found else None
+        # What it tries to hold all in all, or, where these alone are too many, temporaries.
+        found = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", message)
+        self.needed = None
+        if found:
+            number, unit = found[1] or found[3], found[2] or found[4]
+            self.needed = int(float(number) * _UNITS[unit])
         # After its first sentence the compiler lists every array.
-        self.reason = found[0] if found else message
+        self.reason = message[:200]
 
 
 @dataclasses.dataclass(frozen=True)

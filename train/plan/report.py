@@ -66,7 +66,7 @@ def _work(record: dict[str, Any]) -> tuple[str, ...]:
         return (record["machine"], *[""] * (len(_WORK) - 1))
     devices = record["devices"]
     kinds = (
-        f"{total['times']} {kind} of {_size(total['bytes'])}"
+        f"{total['times']} {kind}, {_size(total['bytes'])}"
         for kind, total in record["collectives"].items()
     )
     return (
@@ -76,7 +76,7 @@ def _work(record: dict[str, Any]) -> tuple[str, ...]:
         _size(record["bytes_moved"]),
         _size(record["xla_bytes"]),
         _size(record["bytes_sent"]),
-        ", ".join(kinds) or "none",
+        "; ".join(kinds) or "none",
         f"{record['compile_seconds']:.1f}",
     )
 

@@ -1,8 +1,8 @@
 """What README and guide show works as it is printed: Python as it stands, commands as follows.
 
 `jaxformer translate|score|inspect|convert` and `python -m train evaluate|report` are run, on a tiny
-run that bears the names of the guide's. Of what takes longer (`fit`, `benchmark`, StableHLO) the
-command line is parsed, and data files that it names are looked for. A block that is no command,
+run that bears the names of the guide's. Of what takes longer (`fit`, `benchmark`, `plan`, StableHLO)
+the command line is parsed, and data files and topologies that it names are looked for. A block that is no command,
 such as a synopsis, has "notest" after its language.
 """
 
@@ -23,6 +23,7 @@ from jaxformer.cli import main
 from small_run import LEXICON, trained_run, write_corpus
 from train.arguments import load_config, override
 from train.data.sources import load_split
+from train.plan.machines import chip_of_topology
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -113,6 +114,9 @@ def run_train(arguments):
         if config.data.train != load_config(options.config).data.train:
             for split in ("train", "validation", "test"):
                 assert len(load_split(config.data, split)) > 0
+    elif arguments[0] == "plan":
+        override(load_config(options.config), overrides, "plan")
+        assert all(map(chip_of_topology, options.topology))
     else:
         assert arguments[0] == "benchmark"
 

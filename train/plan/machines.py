@@ -65,7 +65,7 @@ def tpu_machine(topology: str) -> Machine:
     Raises:
       UserError: there is no such chip or slice, or libtpu is not installed.
     """
-    chip = _checked(topology)
+    chip = chip_of_topology(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"{topology} is compiled for by libtpu, which is not installed: "
@@ -84,7 +84,12 @@ def tpu_machine(topology: str) -> Machine:
     return Machine(topology, tuple(devices), chip.memory // chip.devices, chip)
 
 
-def _checked(topology: str) -> Chip:
+def chip_of_topology(topology: str) -> Chip:
+    """Return the chip of a slice.
+
+    Raises:
+      UserError: there is none of that name, or none so large.
+    """
     name, _, shape = topology.partition(":")
     chip = TPUS.get(name)
     forms = ", ".join(f"{one.name}:{'x'.join('ABC'[: one.dimensions])}" for one in TPUS.values())

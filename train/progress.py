@@ -124,7 +124,7 @@ class Count:
             left = (now - self._began) / self._done * (self._total - self._done)
             line = (
                 f"{self._what}: {self._done:,} of {self._total:,} pairs "
-                f"({self._done / self._total:.0%})  ETA {_duration(left)}"
+                f"({self._done / self._total:.0%})  ETA {duration(left)}"
             )
         print(line, file=sys.stderr, flush=True)
 

@@ -1,9 +1,9 @@
 """What README and guide show works as it is printed: Python as it stands, commands as follows.
 
 `jaxformer translate|score|inspect|convert` and `python -m train evaluate|report` are run, on a tiny
-run that bears the names of the guide's. Of what takes longer (`fit`, `benchmark`, `plan`, StableHLO)
-the command line is parsed, and data files and topologies that it names are looked for. A block that is no command,
-such as a synopsis, has "notest" after its language.
+run that bears the names of the guide's. Of what takes longer (`fit`, `benchmark`, `plan`,
+StableHLO) the command line is parsed, and data files and topologies that it names are looked for.
+A block that is no command, such as a synopsis, has "notest" after its language.
 """
 
 import io

@@ -10,7 +10,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxformer.errors import UserError
 from train.metrics import MetricsWriter, Score, bleu, chrf, read_metrics
-from train.progress import Progress
+from train.progress import Count, Progress
 
 # ---------------------------------------------------------------------------------------------
 # Scores
@@ -329,3 +329,16 @@ def test_other_processes_show_nothing(terminal):
         progress.update(1, REPORT)
         progress.message("saved")
     assert terminal.getvalue() == ""
+
+
+def test_count_says_how_far_a_preparation_is(capsys):
+    count = Count("tokenising", 4000, every=0.0)
+    count.add(1000)
+    assert "tokenising: 1,000 of 4,000 pairs (25%)  ETA 0s" in capsys.readouterr().err
+
+
+def test_count_without_a_total_and_in_silence(capsys):
+    Count("reading", every=0.0).add(10)
+    assert capsys.readouterr().err == "reading: 10 pairs\n"
+    Count("reading").add(10)
+    assert capsys.readouterr().err == ""

@@ -112,7 +112,7 @@ def _chunk_losses(hidden, embedding, labels, label_smoothing):
     logits = constrain(logits, "vocab_batch", None, "vocab")
     log_normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     log_normalizer = constrain(log_normalizer, "vocab_batch", None, None)
-    is_label = labels[..., None] == jnp.arange(embedding.shape[0])
+    is_label = labels[..., None] == jnp.arange(embedding.shape[0])[None, None]
     label_logit = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
     real = labels != PAD_ID
     nll = log_normalizer[..., 0] - label_logit

@@ -31,7 +31,10 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 OPTIONAL = {"ctranslate2", "sentencepiece", "torch", "transformers"}
 
 # Programs of others: they are not run.
-OTHERS = {"pip", "python3", "gcloud", "apt-get"}
+OTHERS = {"pip", "python3", "apt-get", "cd"}
+
+# Between commands, not within a quoted one.
+AND = re.compile(r"""&&(?=(?:[^"]*"[^"]*")*[^"]*$)""")
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +69,13 @@ def test_links_lead_somewhere(page):
 def test_commands(page, folder, monkeypatch, capfdbinary):
     monkeypatch.chdir(folder)
     for block in blocks(page, "bash"):
-        text = block.replace("\\\n", " ")
-        for line in text.splitlines():
-            for command in line.split("&&"):
-                run_command(command, monkeypatch, capfdbinary)
+        for line in block.replace("\\\n", " ").splitlines():
+            run_line(line, monkeypatch, capfdbinary)
+
+
+def run_line(line, monkeypatch, capfdbinary):
+    for command in AND.split(line):
+        run_command(command, monkeypatch, capfdbinary)
 
 
 def run_command(command, monkeypatch, capfdbinary):
@@ -90,6 +96,8 @@ def run_command(command, monkeypatch, capfdbinary):
         words = words[: words.index("<")]
     if not words:
         return
+    if words[0] == "srun":
+        words = words[1:]
     program = os.path.basename(words[0])
     if program == "python" and words[1:3] == ["-m", "train"]:
         run_train(words[3:])
@@ -100,6 +108,8 @@ def run_command(command, monkeypatch, capfdbinary):
         assert b"error" not in said
         if output is not None:
             Path(output).write_bytes(printed)
+    elif program == "gcloud":
+        run_line(words[words.index("--command") + 1], monkeypatch, capfdbinary)
     else:
         assert program in OTHERS or words[1:2] == ["-m"], f"is this a command? {command}"
 

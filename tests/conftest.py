@@ -1,6 +1,9 @@
 """Eight CPU devices for every test; shapes in jaxformer's annotations are checked at run time."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Must stand before JAX first looks for devices. What the caller has set wins: with
 # JAX_PLATFORMS=cuda the same tests run on a GPU.
@@ -12,8 +15,14 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # A test that asks the hub for something fails at once, with or without a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# What a test compiles it compiles itself, and nothing stays behind.
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
+# Many tests run the same programs: each is compiled once, also for xdist's workers, which inherit
+# this, and for the processes that tests start. Nothing stays behind.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = tempfile.mkdtemp(prefix="jaxformer-tests-")
+    atexit.register(shutil.rmtree, _programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
 import jax

@@ -74,12 +74,14 @@ def small_config(folder: Path, **changes: object) -> TrainConfig:
 
 def change(config: TrainConfig, **changes: object) -> TrainConfig:
     """Return `config` with fields changed; `model__d_model=8` reaches into a section."""
-    for name, value in changes.items():
-        section, _, field = name.rpartition("__")
-        if section:
-            value = dataclasses.replace(getattr(config, section), **{field: value})
-        config = dataclasses.replace(config, **{section or field: value})
-    return config
+    fields = {name: value for name, value in changes.items() if "__" not in name}
+    sections: dict[str, dict[str, object]] = {}
+    for name in changes.keys() - fields.keys():
+        section, field = name.split("__")
+        sections.setdefault(section, {})[field] = changes[name]
+    for section, values in sections.items():
+        fields[section] = dataclasses.replace(getattr(config, section), **values)
+    return dataclasses.replace(config, **fields)
 
 
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -16,6 +16,7 @@ from train.data.corpus import encode_corpus
 from train.data.sources import load_split
 from train.evaluate import LossEvaluator, evaluate_run, score
 from train.metrics import read_metrics
+from train.parallel import DataParallel
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +42,12 @@ def test_every_pair_counts_once_however_long_it_is(run, tmp_path):
     pairs = load_split(small_config(tmp_path, data__test=("all",)).data, "test")
     corpus = encode_corpus(pairs, tokenizer, tokenizer, tmp_path)
     evaluator = LossEvaluator(
-        model, corpus, source_length=16, target_length=16, rows_per_batch=jax.device_count()
+        model,
+        corpus,
+        source_length=16,
+        target_length=16,
+        rows_per_batch=jax.device_count(),
+        runner=DataParallel(),
     )
 
     # One pair a row, no packing, and log-probabilities of the whole vocabulary.

@@ -19,7 +19,7 @@ from train.data import sources, tokenizer
 from train.data.arrow import write_arrow
 from train.data.sources import iterate, load_extra, load_split
 from train.prepare import prepare
-from train.report import describe
+from train.reporting import describe
 
 
 @pytest.fixture

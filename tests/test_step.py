@@ -18,6 +18,7 @@ from packed_rows import (
     PAIRS,
     TOKENS,
     VOCABULARY,
+    assert_close,
     assert_same_training,
     largest_difference,
     packed_rows,
@@ -149,7 +150,7 @@ def test_loss_and_nll_are_means_over_the_real_tokens(model, params, one_device):
     assert metrics["tokens"] == TOKENS
     assert metrics["nll"] == pytest.approx(nll, abs=1e-5)
     assert metrics["loss"] == pytest.approx(0.9 * nll + 0.1 * uniform, abs=1e-5)
-    assert abs(metrics["loss"] - metrics["nll"]) > 1e-2
+    assert abs(metrics["loss"] - metrics["nll"]) > 1e-3
 
 
 def test_the_reported_learning_rate_is_the_schedules_and_the_one_applied(one_device, params):

@@ -1,6 +1,5 @@
 """From files to batches: what is kept, what is noticed, and what does not depend on the machine."""
 
-import dataclasses
 import subprocess
 import sys
 import threading
@@ -71,34 +70,26 @@ def data(tmp_path_factory):
     return prepare(small_config(folder, data__batch_tokens=17 * 16 + 3))
 
 
-@pytest.mark.parametrize(
-    ("processes", "devices", "accumulate"), [(1, 1, 1), (1, 1, 3), (1, 3, 2), (2, 4, 1), (3, 8, 1)]
-)
-def test_every_topology_sees_the_same_rows(data, monkeypatch, processes, devices, accumulate):
-    monkeypatch.setattr(jax, "process_count", lambda: processes)
-    monkeypatch.setattr(jax, "local_device_count", lambda: devices)
-    parts = processes * devices * accumulate
-    here = dataclasses.replace(data, parts=parts)
+@pytest.mark.parametrize("hosts", [1, 2, 3, 6])
+def test_hosts_read_their_rows_of_one_batch_and_empty_ones_after_it(data, hosts):
     whole = data.batches.at(4)
     assert len(whole["labels"]) == data.batches.rows_per_batch == 17
-    shares = []
-    for process in range(processes):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        shares.append(here.batch(4))
-        assert shares[-1]["labels"].shape[0] == devices
-        assert shares[-1]["labels"].shape[1] % accumulate == 0
+    height = 24 // hosts
+    shares = [
+        data.batches.at(4, slice(host * height, (host + 1) * height)) for host in range(hosts)
+    ]
     for name, array in whole.items():
         joined = np.concatenate([share[name] for share in shares])
-        joined = joined.reshape(-1, joined.shape[-1])
         np.testing.assert_array_equal(joined[:17], array)
-        assert not joined[17:].any() and len(joined) - 17 < parts
+        assert len(joined) == 24 and not joined[17:].any()
 
 
-def test_batches_know_no_devices(data, folder, monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 3)
-    three = prepare(small_config(folder, data__batch_tokens=17 * 16 + 3, accumulate=2))
-    assert same_batches(three.batches, data.batches)
-    assert (three.parts, data.parts) == (6, jax.local_device_count())
+@pytest.mark.parametrize(("devices", "accumulate", "rows"), [(1, 1, 17), (3, 2, 18), (8, 3, 24)])
+def test_batches_know_no_devices(data, folder, monkeypatch, devices, accumulate, rows):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    here = prepare(small_config(folder, data__batch_tokens=17 * 16 + 3, accumulate=accumulate))
+    assert same_batches(here.batches, data.batches)
+    assert here.rows_per_step == rows
 
 
 def write_extra(folder):

@@ -22,8 +22,8 @@ CONFIG = TransformerConfig(
     d_model=24,
     d_ff=20,
     num_heads=3,
-    encoder_layers=2,
-    decoder_layers=4,
+    encoder_layers=1,
+    decoder_layers=2,
     max_length=32,
 )
 SENTENCES = [source for source, _ in sentence_pairs(8)]

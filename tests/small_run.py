@@ -1,10 +1,12 @@
 """A corpus, a configuration and a run so small that a test can afford to train."""
 
 import dataclasses
+import os
 import random
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from jaxformer.config import TransformerConfig
 from train.config import CheckpointConfig, DataConfig, EvaluateConfig, OptimizerConfig, TrainConfig
@@ -53,6 +55,7 @@ def small_config(folder: Path, **changes: object) -> TrainConfig:
             encoder_layers=1,
             decoder_layers=1,
             max_length=32,
+            dropout=0.0,  # which is slow to compile
         ),
         data=DataConfig(
             path=str(folder),
@@ -89,8 +92,13 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Tests must not write to it: copy it.
     """
-    folder = tmp_path_factory.getbasetemp() / "small_run"
-    if not (folder / "run" / "checkpoints" / "average").exists():
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder /= "small_run"
+    with FileLock(f"{folder}.lock"):
+        if (folder / "run" / "checkpoints" / "average").exists():
+            return folder / "run"
         config = small_config(
             write_corpus(folder),
             steps=150,
@@ -99,7 +107,6 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model__vocab_size=100,
             model__d_model=32,
             model__d_ff=64,
-            model__dropout=0.0,
             data__target_length=24,
             data__batch_tokens=16 * 24,
         )

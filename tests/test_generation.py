@@ -16,11 +16,11 @@ from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, Generator, generate, prepare
 from jaxformer.scoring import attention_alignment, token_log_probs
 from jaxformer.transformer import Transformer
-from random_run import CONFIG as DEEP
+from random_run import CONFIG as RANDOM
 from random_run import random_params
 
 # Compiles faster, and says more than what it has just said.
-CONFIG = DEEP.replace(encoder_layers=1, decoder_layers=2, embeddings="separate")
+CONFIG = RANDOM.replace(embeddings="separate")
 B, S, K = 5, 7, 3
 OPTIONS = GenerationConfig(beam_size=K, max_length_extra=4)
 T = S + 4
@@ -121,8 +121,7 @@ def test_an_ensemble_of_one_model_twice_is_that_model():
     assert_same(twice, search())
 
 
-@pytest.mark.parametrize("beam_size", [1, K])
-@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize(("beam_size", "num_devices"), [(K, 1), (1, 2)])
 def test_stages_and_devices_do_not_show(monkeypatch, beam_size, num_devices):
     """Half of the rows go as soon as they are done, and the caches grow."""
     monkeypatch.setattr(module, "SMALLEST", 2)

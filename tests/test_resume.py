@@ -54,11 +54,11 @@ def assert_same_run(run, other):
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [1, 3, 4])
+@pytest.mark.parametrize("step", [3, 4])
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
     run, config, folder, monkeypatch, capsys, step
 ):
-    """In the middle, at an evaluation and after one; what was saved in haste is not averaged."""
+    """At an evaluation and after one; what was saved in haste is not averaged."""
     told = change(config, run=str(folder / f"told{step}"), log_every=1)
     flush = Report.flush
 
@@ -113,9 +113,10 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
     assert_same_run(run, damaged)
 
 
+@pytest.mark.slow
 def test_pmap_goes_on_over_a_mesh_and_back(folder):
     """The same examples, and without dropout the same losses."""
-    plain = small_config(folder, run=str(folder / "pmap"), steps=6, log_every=1, model__dropout=0.0)
+    plain = small_config(folder, run=str(folder / "pmap"), steps=6, log_every=1)
     fit(plain)
     moved = change(plain, run=str(folder / "moved"), steps=2)
     fit(moved)
@@ -184,8 +185,8 @@ def finish(started):
 
 @pytest.fixture(scope="module")
 def losses_of_one(folder):
-    """A run of 6 steps without dropout, in this process, on 8 devices."""
-    return fit(small_config(folder, run=str(folder / "one"), log_every=1, model__dropout=0.0))
+    """A run of 6 steps, in this process, on 8 devices."""
+    return fit(small_config(folder, run=str(folder / "one"), log_every=1))
 
 
 @pytest.mark.parametrize(
@@ -199,12 +200,14 @@ def losses_of_one(folder):
 )
 def test_processes_train_as_one(folder, losses_of_one, processes, strategy):
     run = folder / f"{strategy}{processes}"
-    changes = ["model__dropout=0.0", f"parallel__strategy={strategy!r}"]
+    changes = [f"parallel__strategy={strategy!r}"]
     if strategy == "mesh":
         changes += ["parallel__fsdp=2", "parallel__tensor=2"]
     outputs = finish(start(folder, run, *changes, processes=processes))
     assert "try it: jaxformer translate" in outputs[0]
-    assert not any(outputs[1:]), "the first process speaks for all"
+    # Gloo, which carries the collectives, has lines of its own.
+    said = [line for text in outputs[1:] for line in text.splitlines() if "[Gloo]" not in line]
+    assert not said, "the first process speaks for all"
     assert_same_losses(run, losses_of_one, 1e-5)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5),
@@ -228,8 +231,7 @@ def test_one_of_two_processes_is_told_and_both_stop(folder):
 
 @pytest.mark.slow
 def test_a_run_moves_to_fewer_devices_and_another_strategy(folder):
-    changes = ["model__dropout=0.0"]
-    finish(start(folder, folder / "stays", *changes, "steps=12"))
+    finish(start(folder, folder / "stays", "steps=12"))
     moves = [
         (8, 3, []),
         (4, 6, []),
@@ -237,7 +239,7 @@ def test_a_run_moves_to_fewer_devices_and_another_strategy(folder):
         (8, 12, ["parallel__strategy='mesh'", "parallel__fsdp=4"]),
     ]
     for devices, steps, more in moves:
-        finish(start(folder, folder / "moves", *changes, f"steps={steps}", *more, devices=devices))
+        finish(start(folder, folder / "moves", f"steps={steps}", *more, devices=devices))
     assert_same_losses(folder / "moves", folder / "stays")
 
 

@@ -11,6 +11,7 @@ from train.__main__ import main
 from train.arguments import config_names, load_config, override
 from train.config import TrainConfig, flatten
 from train.loop import fit
+from train.prepare import prepare
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +173,7 @@ def test_a_run_that_failed_at_its_start_takes_a_mended_configuration(folder, tmp
     with pytest.raises(UserError):  # after the tokenizer is learned: no pair fits into a row
         fit(small_config(folder, data__target_length=2, **once))
     assert load_tokenizers(tmp_path / "run")[0].vocab_size == 64
-    fit(small_config(folder, model__vocab_size=60, **once))
+    prepare(small_config(folder, model__vocab_size=60, **once))
     assert load_tokenizers(tmp_path / "run")[0].vocab_size == 60
 
 

@@ -26,7 +26,7 @@ from train.config import TrainConfig
 from train.prepare import prepare
 
 #: Compiled often, so as small as can be.
-MODEL = CONFIG.replace(encoder_layers=1, decoder_layers=1)
+MODEL = CONFIG.replace(decoder_layers=1, dropout=0.0)
 CONFIGURATION = TrainConfig(model=MODEL)
 
 

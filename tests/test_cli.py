@@ -262,7 +262,12 @@ def test_ctrl_c_leaves_whole_lines(translator, monkeypatch, capfd):
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\nthree\n")))
     monkeypatch.setattr(os, "write", slow_write)
-    assert main(["translate", "RUN", "--quiet"]) == 130
+    # Where the tests run in the background of a shell, Python was told to ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["translate", "RUN", "--quiet"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capfd.readouterr().out == "ONE\nTWO\n"
 
 

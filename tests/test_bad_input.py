@@ -6,7 +6,7 @@ import pytest
 
 from jaxformer.errors import UserError
 from jaxformer.run import load_tokenizers
-from small_run import small_config, write_corpus
+from small_run import small_config, trained_run, write_corpus
 from train.__main__ import main
 from train.arguments import config_names, load_config, override
 from train.config import TrainConfig, flatten
@@ -20,8 +20,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(folder):
-    return fit(small_config(folder, steps=2, evaluate__every=2))
+def run(tmp_path_factory):
+    return trained_run(tmp_path_factory)
 
 
 def error_of(capsys, *arguments):

@@ -122,7 +122,7 @@ def test_what_cannot_be_explained(translator, line, message):
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_weights_that_nobody_asks_for_cost_neither_work_nor_memory(monkeypatch, scan_layers):
     """And those who ask get one array for all layers, in training as in evaluation."""
-    config = CONFIG.replace(scan_layers=scan_layers, decoder_layers=1, dropout=0.1)
+    config = CONFIG.replace(scan_layers=scan_layers, decoder_layers=1, dropout=0.1 * scan_layers)
     model, params = Transformer(config), jax.tree.map(jnp.asarray, random_params(config))
     source, target = jnp.ones((2, 5), jnp.int32), jnp.ones((2, 7), jnp.int32)
 

@@ -94,6 +94,7 @@ def test_translator_loads_the_run(run):
     assert len(translations) == 3 and translations[1] == ""
 
 
+@pytest.mark.slow
 def test_separate_vocabularies(folder):
     separate = small_config(
         folder,

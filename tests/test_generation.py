@@ -121,7 +121,9 @@ def test_an_ensemble_of_one_model_twice_is_that_model():
     assert_same(twice, search())
 
 
-@pytest.mark.parametrize(("beam_size", "num_devices"), [(K, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("beam_size", "num_devices"), [(K, 2), pytest.param(1, 1, marks=pytest.mark.slow)]
+)
 def test_stages_and_devices_do_not_show(monkeypatch, beam_size, num_devices):
     """Half of the rows go as soon as they are done, and the caches grow."""
     monkeypatch.setattr(module, "SMALLEST", 2)

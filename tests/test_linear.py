@@ -106,6 +106,7 @@ def test_every_matrix_is_quantized_and_nothing_else():
         assert leaf.dtype == (jnp.int8 if matrix else jnp.float32), path
 
 
+@pytest.mark.slow
 def test_translates_like_the_float_model(tmp_path_factory):
     run = trained_run(tmp_path_factory)
     lines = [source for source, _ in sentence_pairs(60)]

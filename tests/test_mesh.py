@@ -104,6 +104,7 @@ def test_pmap_trains_as_one_device(one_device):
     assert_same_training(five_steps(DataParallel()), one_device)
 
 
+@pytest.mark.slow
 def test_the_noise_of_dropout_does_not_depend_on_the_mesh():
     model = Transformer(CONFIG.replace(dropout=0.3))
     one = five_steps(mesh_runner(1, 1, jax.devices()[:1]), model=model)

@@ -54,7 +54,7 @@ def assert_same_run(run, other):
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [3, 4])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 4])
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
     run, config, folder, monkeypatch, capsys, step
 ):

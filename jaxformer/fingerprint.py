@@ -18,9 +18,10 @@ def fingerprint(tree: Any) -> int:
       tree: arrays of any dtype up to 32 bits, numpy's or JAX's, sharded or not. Only their order
         counts, no names.
     """
-    # Array by array: they need not lie on the same devices.
-    sums = [_sum(leaf, number) for number, leaf in enumerate(jax.tree.leaves(tree))]
-    return sum(map(int, sums)) % 2**32
+    # Array by array, for they need not lie on the same devices, and each to its end: on CPUs the
+    # collectives of programs under way at once can meet in another order in another process.
+    leaves = jax.block_until_ready(jax.tree.leaves(tree))
+    return sum(int(_sum(leaf, number)) for number, leaf in enumerate(leaves)) % 2**32
 
 
 @jax.jit

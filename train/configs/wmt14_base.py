@@ -13,7 +13,7 @@ from train.config import CheckpointConfig, DataConfig, EvaluateConfig, Optimizer
 config = TrainConfig(
     steps=100_000,
     log_every=100,
-    model=PRESETS["base"].replace(dtype="bfloat16"),
+    model=PRESETS["base"].replace(dtype="bfloat16", scan_layers=True),
     data=DataConfig(
         dataset="wmt/wmt14",
         dataset_config="de-en",

@@ -15,6 +15,6 @@ from train.configs import wmt14_base
 config = dataclasses.replace(
     wmt14_base.config,
     steps=300_000,
-    model=PRESETS["big"].replace(dtype="bfloat16"),
+    model=PRESETS["big"].replace(dtype="bfloat16", scan_layers=True),
     checkpoint=CheckpointConfig(keep_last=20, average=20),
 )

@@ -259,7 +259,8 @@ def test_killed_ten_times_it_ends_with_the_same_bits(folder, processes):
         time.sleep(draw.random())
         victims = started if draw.random() < 0.5 else [draw.choice(started)]
         assert any(process.poll() is None for process in victims), "it ended before ten kills"
-        for process in [*victims, *started]:  # those left over wait for the others in vain
+        # Those left over wait for the others in vain.
+        for process in dict.fromkeys([*victims, *started]):
             process.kill()
             process.communicate()
         kills += 1

@@ -1,7 +1,6 @@
 """The `jaxformer inspect` command: how a model came to a translation, as a page and pictures."""
 
 import argparse
-import sys
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -168,7 +167,7 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.beam_size < 1:
         raise UserError(f"--beam-size is {options.beam_size}: give at least 1")
     from jaxformer.compilation import keep_compiled_programs
-    from jaxformer.pictures import can_draw
+    from jaxformer.pictures import can_draw, say_where
     from jaxformer.translator import Translator
 
     keep_compiled_programs()
@@ -181,5 +180,4 @@ def _inspect(options: argparse.Namespace) -> None:
         Path(options.output),
         pictures=drawing,
     )
-    without = "" if drawing else '; for PNGs too: pip install -e ".[plot]"'
-    print(f"wrote {index}{without}", file=sys.stderr)
+    say_where(index, drawn=drawing)

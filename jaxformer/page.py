@@ -13,16 +13,15 @@ from jaxformer.errors import UserError
 _LIGHT = """
   --paper: #fdfdfb; --panel: #f3f3ef; --ink: #1d2125; --soft: #565d64; --rule: #d8dad4;
   --link: #1a5fa8; --heat: #2f7fdd; --bad: #b3261e;
-  --line-0: #1f6fb5; --line-1: #b8480b; --line-2: #00795c; --line-3: #9c3f8c; --line-4: #846500;
-  --line-5: #4a5058;"""
+  LINES"""
 _DARK = """
   --paper: #14171a; --panel: #1d2125; --ink: #e6e8e6; --soft: #a6adb3; --rule: #363c42;
   --link: #7db8f5; --heat: #2f7fdd; --bad: #ff8a80;
   --line-0: #6cb6ff; --line-1: #ff9d5c; --line-2: #3fcf9f; --line-3: #ee8fd3; --line-4: #e6c84f;
   --line-5: #b9c0c7;"""
 
-#: Lines that have a colour of their own.
-NUM_COLOURS = 6
+#: Lines that have a colour of their own, on light paper.
+COLOURS = ("#1f6fb5", "#b8480b", "#00795c", "#9c3f8c", "#846500", "#4a5058")
 
 _STYLE = """
 :root { color-scheme: light dark;LIGHT }
@@ -73,7 +72,8 @@ summary { cursor: pointer; color: var(--link); }
 
 def page(title: str, body: Iterable[str]) -> str:
     """Return a whole HTML document."""
-    style = _STYLE.replace("LIGHT", _LIGHT).replace("DARK", _DARK)
+    lines = " ".join(f"--line-{number}: {colour};" for number, colour in enumerate(COLOURS))
+    style = _STYLE.replace("LIGHT", _LIGHT.replace("LINES", lines)).replace("DARK", _DARK)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -20,6 +20,12 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def say_where(index: Path, *, drawn: bool) -> None:
+    """Say on standard error where a page was written, and what PNGs beside it need."""
+    without = "" if drawn else '; for PNGs too: pip install -e ".[plot]"'
+    print(f"wrote {index}{without}", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def picture(path: Path, width: float, height: float, text: str = "") -> Iterator[Any]:
     """Give a matplotlib figure to draw on, and write it as a PNG file at the end of the block.

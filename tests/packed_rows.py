@@ -4,7 +4,20 @@ import jax
 import numpy as np
 import pytest
 
+from jaxformer.config import TransformerConfig
+
 VOCABULARY, SOURCE, TARGET = 40, 11, 13
+#: A model that can be split over heads, widths and vocabulary, and is quick to compile.
+SPLITTABLE = TransformerConfig(
+    vocab_size=64,
+    d_model=16,
+    d_ff=24,
+    num_heads=4,
+    encoder_layers=1,
+    decoder_layers=2,
+    scan_layers=True,
+    dropout=0.0,  # which is slow to compile
+)
 KEY = jax.random.key(5)
 
 

@@ -15,10 +15,10 @@ from jaxformer.transformer import Transformer
 from random_run import CONFIG
 from small_run import small_config, write_corpus
 from train.__main__ import main
-from train.benchmark import machine, marian_peer
+from train.benchmark import marian_peer, peaks
 from train.benchmark.flax_plain import PlainTransformer
 from train.benchmark.flops import forward_flops, train_flops
-from train.benchmark.machine import matmul_peak, memory_bandwidth
+from train.benchmark.peaks import matmul_peak, memory_bandwidth
 from train.benchmark.report import plot
 from train.benchmark.steps import StepBenchmark, benchmark_steps
 from train.benchmark.turns import Turn, summary
@@ -243,7 +243,7 @@ def test_a_sweep_is_drawn(tmp_path):
 def test_yardsticks(monkeypatch):
     device = jax.devices()[0]
     assert matmul_peak("float32", device) > 1e9
-    monkeypatch.setattr(machine, "_best_seconds", lambda *_: 2.0)
+    monkeypatch.setattr(peaks, "_best_seconds", lambda *_: 2.0)
     assert memory_bandwidth(device) == 2**28
     assert summary([3.0]) == {"median": 3.0, "p10": 3.0, "p90": 3.0}
     assert summary(list(range(11))) == {"median": 5, "p10": 1.0, "p90": 9.0}

@@ -9,29 +9,18 @@ import optax
 import pytest
 
 from compiles import count_compiles
-from jaxformer.config import TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.schedules import warmup_inverse_sqrt
 from jaxformer.sharding import num_shards
 from jaxformer.transformer import Transformer
-from packed_rows import BATCH, KEY, assert_same_training, run_steps
+from packed_rows import BATCH, KEY, SPLITTABLE, assert_same_training, run_steps
 from train.config import OptimizerConfig, ParallelConfig
 from train.mesh import in_mesh, make_mesh
 from train.parallel import DataParallel, MeshParallel
 from train.state import create_state, make_optimizer
 from train.step import make_eval_step, make_train_step
 
-CONFIG = TransformerConfig(
-    vocab_size=4096,
-    d_model=16,
-    d_ff=24,
-    num_heads=4,
-    encoder_layers=1,
-    decoder_layers=2,
-    scan_layers=True,
-    dropout=0.0,
-    label_smoothing=0.1,
-)
+CONFIG = SPLITTABLE.replace(vocab_size=4096, label_smoothing=0.1)
 MODEL = Transformer(CONFIG)
 SCHEDULE = warmup_inverse_sqrt(warmup_steps=2, peak=0.8)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.7), optax.sgd(SCHEDULE, momentum=0.9))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxformer.config import TransformerConfig
 from jaxformer.generation import GenerationConfig
 from jaxformer.transformer import Transformer
-from packed_rows import BATCH, KEY, SOURCE, TARGET
+from packed_rows import BATCH, KEY, SOURCE, SPLITTABLE, TARGET
 from train.benchmark.flops import decode_step_flops
 from train.config import DataConfig, ParallelConfig, TrainConfig
 from train.parallel import make_runner
@@ -24,16 +24,7 @@ from train.state import create_state, make_optimizer, make_schedule
 from train.step import make_train_step
 
 CONFIG = TrainConfig(
-    model=TransformerConfig(
-        vocab_size=64,
-        d_model=16,
-        d_ff=24,
-        num_heads=4,
-        encoder_layers=1,
-        decoder_layers=2,
-        scan_layers=True,
-        dropout=0.0,  # which is slow to compile
-    ),
+    model=SPLITTABLE,
     data=DataConfig(target_length=TARGET, source_length=SOURCE, batch_tokens=16 * TARGET),
 )
 ROWS = len(BATCH["labels"])

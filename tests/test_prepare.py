@@ -17,8 +17,8 @@ from train.config import DataConfig
 from train.data import sources, tokenizer
 from train.data.arrow import write_arrow
 from train.data.sources import iterate, load_extra, load_split
+from train.log import describe
 from train.prepare import prepare
-from train.reporting import describe
 
 
 @pytest.fixture

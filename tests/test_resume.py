@@ -16,9 +16,9 @@ import pytest
 
 from jaxformer.run import checkpoint_steps, load_params
 from small_run import change, small_config, write_corpus
+from train.log import Log
 from train.loop import fit
 from train.metrics import read_metrics
-from train.reporting import Report
 
 SCRIPT = Path(__file__).parent / "fit_small.py"
 
@@ -60,7 +60,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
 ):
     """At an evaluation and after one; what was saved in haste is not averaged."""
     told = change(config, run=str(folder / f"told{step}"), log_every=1)
-    flush = Report.flush
+    flush = Log.flush
 
     def flush_and_be_told(self, done):
         flush(self, done)
@@ -69,7 +69,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(Report, "flush", flush_and_be_told)
+        patch.setattr(Log, "flush", flush_and_be_told)
         fit(told)
     assert signal.getsignal(signal.SIGTERM) is before
     assert f"stopped by SIGTERM; step {step} is saved" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import jax
 
 from jaxformer.compilation import keep_compiled_programs
 from jaxformer.errors import UserError
-from train.arguments import config_names, load_config, override
+from train.arguments import config_names, load_config, override, refuse
 from train.benchmark.command import add_benchmark
 from train.metrics import has_ended
 from train.plan.command import add_plan
@@ -100,8 +100,7 @@ def _fit(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
-    if overrides:
-        raise UserError(f"unknown argument {overrides[0]}: see python -m train evaluate --help")
+    refuse(overrides, "evaluate")
     if (options.source is None) != (options.reference is None):
         raise UserError("--source and --reference go together: give both files or neither")
     changes = {

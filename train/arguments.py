@@ -5,8 +5,9 @@ import dataclasses
 import difflib
 import importlib.util
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -46,6 +47,22 @@ def load_config(name: str) -> TrainConfig:
     if not isinstance(config, TrainConfig):
         raise UserError(f"{path} defines no `config`: write config = TrainConfig(…) in it")
     return dataclasses.replace(config, run=config.run or f"runs/{path.stem}")
+
+
+def list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """Return what reads "1,2,3" for argparse."""
+
+    def parse(text: str) -> tuple[Any, ...]:
+        return tuple(kind(item) for item in text.split(","))
+
+    parse.__name__ = f"list of {kind.__name__}"  # what argparse calls a wrong value
+    return parse
+
+
+def refuse(overrides: Sequence[str], command: str) -> None:
+    """Raise `UserError` if there are arguments that a command without overrides does not know."""
+    if overrides:
+        raise UserError(f"unknown argument {overrides[0]}: see python -m train {command} --help")
 
 
 def override(config: TrainConfig, arguments: Sequence[str], prog: str) -> TrainConfig:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from jaxformer.config import TransformerConfig
 from jaxformer.errors import UserError
+from jaxformer.run import CONFIG_FILE, read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,16 +264,32 @@ def _from_dict(cls: type, fields: Mapping[str, Any], prefix: str) -> Any:
     return cls(**values)
 
 
-def flatten(config: TrainConfig) -> dict[str, Any]:
-    """Return {"model.d_model": 512, …}: every field under the name the command line gives it."""
+def flatten(config: Any, name: str = "") -> dict[str, Any]:
+    """Return {"model.d_model": 512, …}: every field under the name the command line gives it.
 
-    def walk(prefix: str, node: Any) -> dict[str, Any]:
-        if not dataclasses.is_dataclass(node):
-            return {prefix: node}
-        names = [field.name for field in dataclasses.fields(node)]
-        parts = [
-            walk(f"{prefix}.{name}" if prefix else name, getattr(node, name)) for name in names
-        ]
-        return {name: value for part in parts for name, value in part.items()}
+    Args:
+      config: a `TrainConfig`, or the nested dictionary that config.json holds.
+      name: of what `config` is a part of, with which the names begin.
+    """
+    if dataclasses.is_dataclass(config):
+        config = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if not isinstance(config, dict):
+        return {name: config}
+    flat: dict[str, Any] = {}
+    for field, value in config.items():
+        flat |= flatten(value, f"{name}.{field}" if name else field)
+    return flat
 
-    return walk("", config)
+
+def read_train_config(run: str | Path) -> TrainConfig:
+    """Return the configuration that a run was trained with.
+
+    Raises:
+      UserError: the directory holds no run of `train`, or one of another version.
+    """
+    saved = read_config(run)
+    saved.pop("version")
+    try:
+        return TrainConfig.from_dict(saved)
+    except UserError as error:
+        raise UserError(f"{run}/{CONFIG_FILE}: {error}") from error

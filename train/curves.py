@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxformer.page import NUM_COLOURS
+from jaxformer.page import COLOURS
 from jaxformer.pictures import picture
 
 _WIDTH, _HEIGHT = 420, 250
@@ -167,7 +167,7 @@ def png(chart: Chart, path: Path) -> None:
             axis.plot(
                 steps,
                 values,
-                color=_PNG_COLOURS[line.colour % NUM_COLOURS],
+                color=COLOURS[line.colour % len(COLOURS)],
                 linestyle="--" if line.dashed else "-",
                 linewidth=1.2,
                 marker="o" if len(line.steps) <= _MARKED else "",
@@ -181,10 +181,6 @@ def png(chart: Chart, path: Path) -> None:
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend()
-
-
-# The page's own, on white.
-_PNG_COLOURS = ("#1f6fb5", "#b8480b", "#00795c", "#9c3f8c", "#846500", "#4a5058")
 
 
 def ticks(low: float, high: float, *, log: bool = False) -> list[float]:
@@ -246,4 +242,4 @@ def _key(line: Line) -> str:
 
 
 def _colour(line: Line) -> str:
-    return f"var(--line-{line.colour % NUM_COLOURS})"
+    return f"var(--line-{line.colour % len(COLOURS)})"

@@ -10,10 +10,9 @@ from typing import Any
 import jax
 
 from jaxformer.errors import UserError
-from jaxformer.run import read_config
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
-from train.config import EvaluateConfig, TrainConfig
+from train.config import EvaluateConfig, read_train_config
 from train.data.batches import Batches
 from train.data.corpus import EncodedCorpus, encode_corpus
 from train.data.packing import pack_in_order
@@ -144,9 +143,7 @@ def evaluate_run(
     Raises:
       UserError: the run, the data or the output file cannot be used.
     """
-    saved = read_config(run)
-    saved.pop("version")
-    config = TrainConfig.from_dict(saved)
+    config = read_train_config(run)
     settings = dataclasses.replace(config.evaluate, **changes)
     translator = Translator.load(run, checkpoint)
     data = config.data

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxformer.errors import UserError
 from jaxformer.run import METRICS_FILE, read_config
+from train.config import flatten
 from train.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class History:
         self.run = Path(run)
         self.name = self.run.resolve().name
         self.config: dict[str, Any] = read_config(run)
-        self.settings = _flatten(self.config)
+        self.settings = flatten(self.config)
         self._table = _read(self.run)
         if len(self._rows("train")) == 0:
             raise UserError(f"{self.run / METRICS_FILE} holds no record of training yet: train on")
@@ -135,13 +136,3 @@ def _numbers(column: "pa.ChunkedArray") -> np.ndarray:
     if pa.types.is_string(column.type):
         return np.full(len(column), np.nan)
     return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
-
-
-def _flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in node.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -12,6 +12,7 @@ from jaxformer.translator import Translator
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.evaluate import LossEvaluator, Quality, decoder, score
+from train.log import Log, check_finite, describe, examples
 from train.machine import describe_machine
 from train.metrics import MetricsWriter, read_metrics
 from train.parallel import initialize_hosts, make_runner
@@ -19,7 +20,6 @@ from train.preemption import Preemption
 from train.prefetch import prefetch
 from train.prepare import RunData, prepare
 from train.progress import Progress
-from train.reporting import Report, check_finite, describe, examples
 from train.state import create_state, make_optimizer, make_schedule
 from train.step import Batch, make_train_step
 
@@ -76,20 +76,20 @@ def fit(config: TrainConfig) -> Path:
             for line in describe(config, state.params, batches, start):
                 progress.message(line)
             writer.write(start, "start", describe_machine(jax.devices()))
-            report = Report(writer, progress, batches)
+            log = Log(writer, progress, batches)
             history = _validation_history(run, metric, start)
             evaluate_every = evaluate.every or batches.steps_per_epoch
             steps = range(start, config.steps)
             if _out_of_patience(history, metric, evaluate.patience):
                 steps = range(0)
-            ready = report.timed(prefetch(load, steps))
+            ready = log.timed(prefetch(load, steps))
             for step, batch in zip(steps, ready, strict=True):
                 state, metrics = train_step(state, batch, dropout_rng)
-                report.add(metrics)
+                log.add(metrics)
                 done = step + 1
                 evaluating = done % evaluate_every == 0 or done == config.steps
                 if done % config.log_every == 0 or evaluating or step == start:
-                    report.flush(done)
+                    log.flush(done)
                 progress.update(done)
                 if evaluating:
                     began = time.monotonic()
@@ -106,7 +106,7 @@ def fit(config: TrainConfig) -> Path:
                         f"chrF {quality.chrf.value:.2f}  exact match {quality.exact_match:.1%}  "
                         f"({time.monotonic() - began:.1f} s)"
                     )
-                    report.restart_clock()
+                    log.restart_clock()
                     history.append(numbers[metric])
                 if preemption.reached(done):
                     checkpoints.save(runner.to_save(state))

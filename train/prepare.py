@@ -15,11 +15,10 @@ from jaxformer.run import (
     TOKENIZER_FILE,
     checkpoint_steps,
     load_tokenizers,
-    read_config,
     write_config,
 )
 from jaxformer.tokenizer import Tokenizer
-from train.config import TrainConfig, flatten
+from train.config import TrainConfig, flatten, read_train_config
 from train.data.arrow import cache_folder
 from train.data.batches import Batches
 from train.data.corpus import EncodedCorpus, encode_corpus
@@ -120,12 +119,10 @@ def _check_same_run(config: TrainConfig, run: Path) -> None:
     """
     if not (run / CONFIG_FILE).exists() or not checkpoint_steps(run):
         return
-    saved = read_config(run)
-    saved.pop("version")
     try:
-        before = flatten(TrainConfig.from_dict(saved))
+        before = flatten(read_train_config(run))
     except UserError as error:
-        raise UserError(f"{run}/{CONFIG_FILE}: {error}; choose another --run") from error
+        raise UserError(f"{error}; choose another --run") from error
     for name, value in flatten(config).items():
         if name in _MAY_CHANGE or name.startswith(_MAY_CHANGE_SECTIONS):
             continue

@@ -1,7 +1,6 @@
 """`python -m train report RUN …`: what runs have learned, as one page and pictures."""
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -13,9 +12,10 @@ from jaxformer.config import TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.heatmap import alignment_lines
 from jaxformer.page import details, page, script_note, section, table, write
-from jaxformer.pictures import can_draw
+from jaxformer.pictures import can_draw, say_where
 from jaxformer.run import read_model_config
 from jaxformer.transformer import Transformer
+from train.arguments import refuse
 from train.curves import Chart, Line, png, svg
 from train.history import PARTS, History
 from train.progress import duration
@@ -38,11 +38,9 @@ def add_report(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace, overrides: list[str]) -> None:
-    if overrides:
-        raise UserError(f"unknown argument {overrides[0]}: see python -m train report --help")
+    refuse(overrides, "report")
     index = write_report(options.runs, options.output)
-    without = "" if can_draw() else '; for PNGs too: pip install -e ".[plot]"'
-    print(f"wrote {index}{without}", file=sys.stderr)
+    say_where(index, drawn=can_draw())
 
 
 def report_after_training(run: Path) -> str:

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxformer.results import Alignment
-from jaxformer.run import read_config
 from jaxformer.translator import Translator
-from train.config import TrainConfig
+from train.config import read_train_config
 from train.data.sources import load_split
 from train.evaluate import decoder
 
@@ -38,9 +37,7 @@ def best_and_worst(run: Path) -> tuple[list[Sample], list[Sample]]:
     """
     from sacrebleu.metrics.chrf import CHRF
 
-    saved = read_config(run)
-    saved.pop("version")
-    config = TrainConfig.from_dict(saved)
+    config = read_train_config(run)
     pairs = load_split(config.data, "validation")
     chosen = range(0, len(pairs), -(-len(pairs) // _TRANSLATED))
     pairs = pairs.select(chosen)

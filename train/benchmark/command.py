@@ -3,12 +3,10 @@
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 from jaxformer.config import PRESETS
-from jaxformer.errors import UserError
-from train.arguments import load_config, override
+from train.arguments import list_of, load_config, override, refuse
 from train.config import TrainConfig
 
 
@@ -41,12 +39,12 @@ def _add_steps(kinds: Any, kind: str, what: str) -> None:
         formatter_class=_ShowDefaults,
     )
     steps.add_argument("config", metavar="CONFIG", help="a configuration, or a preset such as base")
-    numbers = _list_of(int)
+    numbers = list_of(int)
     steps.add_argument("--batch", type=numbers, default=(64,), help="rows a step")
     steps.add_argument("--length", type=numbers, default=(64,), help="positions a row, both sides")
     steps.add_argument("--vocab-size", type=numbers, default=(), help="pieces")
     steps.add_argument("--devices", type=numbers, default=(), help="how many take part")
-    steps.add_argument("--dtype", type=_list_of(str), default=(), help="float32,bfloat16")
+    steps.add_argument("--dtype", type=list_of(str), default=(), help="float32,bfloat16")
     steps.add_argument("--steps", type=int, default=5, help="of a turn")
     steps.add_argument("--rounds", type=int, default=3, help="turns of each engine")
     peers = "torch, torch-compile, flax-plain"
@@ -101,18 +99,10 @@ def _add_decode(kinds: Any) -> None:
     decode.set_defaults(command=_benchmark_decode)
 
 
-def _list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    def parse(text: str) -> tuple[Any, ...]:
-        return tuple(kind(item) for item in text.split(","))
-
-    parse.__name__ = f"list of {kind.__name__}"  # what argparse calls a wrong value
-    return parse
-
-
 def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
     import jax
 
-    from train.benchmark.report import plot, steps_table, write_records
+    from train.benchmark.report import keep_records, plot, steps_table
     from train.benchmark.steps import StepBenchmark, benchmark_steps
 
     # What was compiled before would make compiling look free.
@@ -144,28 +134,19 @@ def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
         peers=tuple(options.peer),
         profile=options.profile,
     )
-    if options.output is not None:
-        write_records(options.output, [])  # fails before the work, not after it
-    records = []
-    for record in benchmark_steps(settings):
-        records.append(record)
-        if options.output is not None:  # at once: a long sweep may be stopped
-            write_records(options.output, [record])
+    records = keep_records(options.output, benchmark_steps(settings))
     print(steps_table(records))
     if options.plot is not None:
         plot(options.plot, records)
 
 
 def _benchmark_decode(options: argparse.Namespace, overrides: list[str]) -> None:
-    if overrides:
-        raise UserError(f"unknown argument {overrides[0]}: see python -m train benchmark --help")
+    refuse(overrides, "benchmark decode")
     from train.benchmark.decode import DecodeBenchmark, benchmark_decode
-    from train.benchmark.report import decode_table, write_records
+    from train.benchmark.report import decode_table, keep_records
 
     names = [field.name for field in dataclasses.fields(DecodeBenchmark)]
     values = {name: getattr(options, name) for name in names}
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    records = benchmark_decode(DecodeBenchmark(**values | lists))
+    records = keep_records(options.output, benchmark_decode(DecodeBenchmark(**values | lists)))
     print(decode_table(records))
-    if options.output is not None:
-        write_records(options.output, records)

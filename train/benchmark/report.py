@@ -1,7 +1,7 @@
 """Results of benchmarks: a table for people, JSON lines for programs, a picture of a sweep."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxformer.errors import UserError
@@ -98,17 +98,25 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def write_records(path: str, records: Records) -> None:
-    """Append the records to a file of JSON lines.
+def keep_records(path: str | None, records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Collect records as they are made, and append each at once to a file of JSON lines, if any.
+
+    A long sweep may be stopped, and what cannot be written fails before the work.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the file cannot be written.
     """
+    if path is None:
+        return list(records)
+    kept = []
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        with open(path, "a", encoding="utf-8", buffering=1) as file:
+            for record in records:
+                file.write(json.dumps(record) + "\n")
+                kept.append(record)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+    return kept
 
 
 #: What a sweep can vary, and how the axis is called.

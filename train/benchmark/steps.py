@@ -22,14 +22,14 @@ import numpy as np
 
 from jaxformer.config import DType
 from jaxformer.errors import UserError
-from train.benchmark.machine import (
+from train.benchmark.our_step import OurStep
+from train.benchmark.peaks import (
     datasheet_peak,
     matmul_peak,
     memory_bandwidth,
     peak_memory,
     separate_devices,
 )
-from train.benchmark.our_step import OurStep
 from train.benchmark.processes import in_a_process
 from train.benchmark.turns import Turn, summary, take_turn
 from train.benchmark.work import Case, Kind, full_rows, padded_batches

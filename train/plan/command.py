@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Any
 
-from train.arguments import config_names, load_config, override
+from train.arguments import config_names, list_of, load_config, override
 
 
 def add_plan(commands: Any) -> None:
@@ -21,7 +21,7 @@ def add_plan(commands: Any) -> None:
     )
     plan.add_argument(
         "--topology",
-        type=lambda text: tuple(text.split(",")),
+        type=list_of(str),
         default=(),
         metavar="CHIP:AxB[xC],…",
         help="TPU slices, such as v5e:2x4,v5e:4x4,v5p:2x2x2; needs libtpu but no TPU",
@@ -50,19 +50,13 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
         # JAX would look for the TPU that libtpu is for.
         jax.config.update("jax_platforms", "cpu")
 
-    from train.benchmark.report import write_records
+    from train.benchmark.report import keep_records
     from train.plan.machines import present_machine, tpu_machine
     from train.plan.plan import plan
     from train.plan.report import plan_tables, plot_plan
 
     machines = [tpu_machine(name) for name in options.topology] or [present_machine()]
-    if options.output is not None:
-        write_records(options.output, [])  # fails before the work, not after it
-    records = []
-    for record in plan(config, machines, options.rows_per_device):
-        records.append(record)
-        if options.output is not None:
-            write_records(options.output, [record])
+    records = keep_records(options.output, plan(config, machines, options.rows_per_device))
     print(plan_tables(records, machines))
     if options.plot is not None:
         plot_plan(options.plot, records)

@@ -15,7 +15,7 @@ from train.metrics import MetricsWriter
 from train.progress import Progress
 
 
-class Report:
+class Log:
     """Collects the metrics of steps and now and then writes and shows their means.
 
     Between reports nothing waits for the device, so that it always has the next step queued.

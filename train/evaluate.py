@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxformer.errors import UserError
 from jaxformer.transformer import Transformer
@@ -53,13 +54,13 @@ class LossEvaluator:
         Natural logarithms; eos counts as a token.
         """
         batches = self._batches
-        sums = [
-            self._eval_step(
-                params, self._runner.place(batches.rows_per_batch, partial(batches.at, step))
-            )
-            for step in range(batches.steps_per_epoch)
-        ]
-        loss, nll, weight = (sum(map(float, column)) for column in zip(*sums, strict=True))
+        sums = np.zeros(3)
+        for step in range(batches.steps_per_epoch):
+            batch = self._runner.place(batches.rows_per_batch, partial(batches.at, step))
+            # float waits for each: on CPUs, programs under way together may meet in different
+            # orders in different processes, and then all stand still.
+            sums += list(map(float, self._eval_step(params, batch)))
+        loss, nll, weight = sums.tolist()
         return {
             "loss": loss / weight,
             "nll": nll / weight,

@@ -116,12 +116,20 @@ def test_on_a_corpus_only_real_tokens_count(batches):
     assert "mfu" not in plain and 0 <= ours["host_wait"] < 1
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("train", "bfloat16"), ("forward", "float32")])
-def test_torch_does_the_same_work(kind, dtype):
+@pytest.mark.parametrize(
+    ("peer", "kind", "dtype"),
+    [
+        ("torch", "train", "bfloat16"),
+        ("torch", "forward", "float32"),
+        pytest.param("torch-compile", "train", "float32", marks=pytest.mark.slow),
+    ],
+)
+def test_torch_does_the_same_work(peer, kind, dtype):
     pytest.importorskip("torch")
-    ours, theirs = measured(kind, peers=("torch",), dtypes=(dtype,), rounds=1)
-    assert (ours["engine"], theirs["engine"]) == ("jaxformer", "torch")
+    ours, theirs = measured(kind, peers=(peer,), dtypes=(dtype,), rounds=1)
+    assert (ours["engine"], theirs["engine"]) == ("jaxformer", peer)
     assert theirs["target_tokens_per_second"] > 0 and theirs["dtype"] == dtype
+    assert theirs["peak_memory_bytes"] > 0
     assert theirs["ratio_median"] == pytest.approx(
         ours["target_tokens_per_second"] / theirs["target_tokens_per_second"]
     )

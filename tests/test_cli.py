@@ -109,7 +109,7 @@ def test_options(translator, run_with):
         "--beam-size 2 --length-penalty 1 --length-penalty-form power --batch-tokens 99 --top-k 3 "
         "--sampling --early-stopping --no-repeat-ngram-size 4 --max-length-ratio 1.5 --seed 7"
     )
-    run_with(b"one\n", *options.split(), "--checkpoint", "best", "--dtype", "bfloat16")
+    run_with(b"one\n", *options.split(), "--checkpoint", "best", "--dtype", "int8")
     assert translator.options == DEFAULTS | {
         "beam_size": 2,
         "length_penalty": 1.0,
@@ -124,7 +124,7 @@ def test_options(translator, run_with):
     }
     assert translator.loaded == [
         (["RUN"], None, {"dtype": None}),
-        (["RUN"], ["best"], {"dtype": "bfloat16"}),
+        (["RUN"], ["best"], {"dtype": "int8"}),
     ]
 
 

@@ -175,7 +175,7 @@ def _ctranslate2(
     import ctranslate2
 
     engine = ctranslate2.Translator(
-        model, compute_type=kind, inter_threads=1, intra_threads=os.cpu_count() or 1
+        model, "auto", compute_type=kind, inter_threads=1, intra_threads=os.cpu_count() or 1
     )
     source, target = load_tokenizers(run)
     ids = {piece: index for index, piece in enumerate(target.pieces(range(target.vocab_size)))}

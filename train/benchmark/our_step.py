@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jaxformer.transformer import Transformer
+from train.benchmark.peaks import peak_memory
 from train.benchmark.turns import Turn
 from train.benchmark.work import Case, Kind, full_rows
 from train.config import TrainConfig
@@ -96,7 +97,7 @@ class OurStep:
             turn.tokens.append(int(np.count_nonzero(batch["labels"])))
             turn.positions.append(batch["labels"].size)
             began = time.perf_counter()
-        return turn
+        return turn._replace(peak_memory=peak_memory(self.devices))
 
     def _batch(self, step: int) -> dict[str, np.ndarray]:
         batches, rows = self._batches, len(self.devices)

@@ -1,6 +1,5 @@
 """What the machine can do at best, measured: the yardstick of everything else."""
 
-import resource
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from train.benchmark.turns import process_peak
 from train.chips import chip_of
 
 
@@ -53,4 +53,4 @@ def peak_memory(devices: Sequence[jax.Device]) -> int:
     stats = [device.memory_stats() for device in devices]
     if all(found and "peak_bytes_in_use" in found for found in stats):
         return max(found["peak_bytes_in_use"] for found in stats if found)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return process_peak()

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
+import jax
+
 from jaxformer.errors import UserError
 
 
@@ -47,6 +49,7 @@ def in_a_process(build: Callable[..., Callable], *arguments: Any) -> Iterator[Ca
 
 
 def _serve(connection: Connection, build: Callable[..., Callable], arguments: Any) -> None:
+    jax.config.update("jax_platforms", "cpu")  # a GPU and its memory are the other engine's
     try:
         function = build(*arguments)
     except UserError as error:

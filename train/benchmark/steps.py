@@ -27,7 +27,6 @@ from train.benchmark.peaks import (
     datasheet_peak,
     matmul_peak,
     memory_bandwidth,
-    peak_memory,
     separate_devices,
 )
 from train.benchmark.processes import in_a_process
@@ -169,6 +168,7 @@ def _measure(
             "ratio_max": max(ratios),
             "model_flops": flops,
             "machine": describe_machine(ours.devices),
+            "peak_memory_bytes": measured[-1].peak_memory,
         }
         if name == "jaxformer":
             step = record["step_seconds"]["median"]
@@ -184,7 +184,6 @@ def _measure(
                 "mfu_datasheet": flops / step / (sheet * case.devices) if sheet else None,
                 "roofline_seconds": seconds_of,
                 "bound_by": max(seconds_of, key=seconds_of.__getitem__),
-                "peak_memory_bytes": peak_memory(ours.devices),
             }
         yield record
 

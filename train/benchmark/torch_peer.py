@@ -1,7 +1,6 @@
 """The same work in PyTorch: `torch.nn.Transformer`, the way its users write it."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from jaxformer.config import PAD_ID, TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.positions import sinusoid
-from train.benchmark.turns import Turn, take_turn
+from train.benchmark.turns import Turn, process_peak, take_turn
 
 
 def torch_turn(
@@ -39,6 +38,8 @@ def torch_turn(
     if config.activation not in ("relu", "gelu") or config.embeddings != "shared":
         raise UserError("torch.nn.Transformer has relu or gelu, and is tied here: use such a model")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, which is XLA's default there
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -115,4 +116,10 @@ def torch_turn(
             torch.cuda.synchronize()
         return int((labels != PAD_ID).sum()), labels.numel()
 
-    return partial(take_turn, step)
+    def turn(steps: int) -> Turn:
+        taken = take_turn(step, steps)
+        on_gpu = device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() if on_gpu else process_peak()
+        return taken._replace(peak_memory=peak)
+
+    return turn

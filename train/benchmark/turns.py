@@ -1,5 +1,6 @@
 """What engines report of the steps they take in turns."""
 
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ class Turn(NamedTuple):
     waited: list[float]  # seconds of these in which the device had no batch yet
     tokens: list[int]  # real target tokens
     positions: list[int]  # target positions, padding included
+    peak_memory: int | None = None  # bytes in use at most so far, where the engine can tell
 
 
 def take_turn(step: Callable[[], tuple[int, int]], steps: int) -> Turn:
@@ -25,6 +27,11 @@ def take_turn(step: Callable[[], tuple[int, int]], steps: int) -> Turn:
         turn.tokens.append(tokens)
         turn.positions.append(positions)
     return turn
+
+
+def process_peak() -> int:
+    """Most bytes of main memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -169,6 +170,10 @@ class Generator:
         self.configs = configs
         self.options = options
         self.num_devices = len(devices)
+        # One batch leaves cores idle: its operations come one after the other, and many are too
+        # small to be shared. Two at once on two cores: 1.2 times the sentences a second. Not on
+        # several devices, for there the collectives of two programs could wait for each other.
+        self._overlap = len(devices) == 1 and devices[0].platform == "cpu"
         self._rows = NamedSharding(mesh, PartitionSpec("data"))
         self._params = prepare(
             configs, jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
@@ -221,7 +226,8 @@ class Generator:
 
         Args:
           sources: ids of each sentence, with eos.
-          batch_tokens: source positions that are translated at once, on all devices.
+          batch_tokens: source positions of a batch, over all devices. A single CPU device works
+            on two batches at once.
           prefixes: first target tokens of each sentence.
           keys: [number of sentences] keys of the noise.
 
@@ -230,18 +236,25 @@ class Generator:
         """
         results: list[Any] = [None] * len(sources)
         prefix_length = bucket(max(map(len, prefixes or [[]]), default=0))
-        for chosen, rows, length in batches(
-            list(map(len, sources)), batch_tokens, devices=self.num_devices
-        ):
+
+        def search(batch: tuple[list[int], int, int]) -> None:
+            chosen, rows, length = batch
             source_ids = pad([sources[index] for index in chosen], rows, length)
             prefix = batch_keys = None
             if prefixes is not None:
                 prefix = pad([prefixes[index] for index in chosen], rows, prefix_length)
             if keys is not None:
                 batch_keys = keys[np.resize(chosen, rows)]
-            batch = self(source_ids, prefix=prefix, keys=batch_keys)
+            found = self(source_ids, prefix=prefix, keys=batch_keys)
             for row, index in enumerate(chosen):
-                results[index] = jax.tree.map(lambda leaf, row=row: leaf[row], batch)
+                results[index] = jax.tree.map(lambda leaf, row=row: leaf[row], found)
+
+        waiting = batches(list(map(len, sources)), batch_tokens, devices=self.num_devices)
+        if self._overlap:
+            with ThreadPoolExecutor(2) as threads:
+                list(threads.map(search, waiting))
+        else:
+            list(map(search, waiting))
         return results
 
     def _enough(self, waiting: int, rows: int) -> int:

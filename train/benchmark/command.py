@@ -93,7 +93,7 @@ def _add_decode(kinds: Any) -> None:
         type=int,
         nargs="+",
         default=[32, 128],
-        help="sentences it takes at once: the fastest of these",
+        help="sentences it takes at once: the fastest of these, with one worker or one a core",
     )
     decode.add_argument("--rounds", type=int, default=5, help="measurements of each")
     decode.add_argument("--output", metavar="FILE", help="add the results, as JSON lines")

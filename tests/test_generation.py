@@ -1,6 +1,8 @@
 """The search over a Transformer: against the uncached model, in stages, alone and in company."""
 
 import functools
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +157,25 @@ def test_a_second_batch_compiles_nothing():
         generator(np.asarray(SOURCE)[::-1])
         Generator((CONFIG,), (params_of(),), OPTIONS, jax.devices()[:1])(np.asarray(SOURCE))
     assert compiled == []
+
+
+def test_two_batches_at_once_are_those_of_one_after_the_other(monkeypatch):
+    generator = Generator((CONFIG,), (params_of(),), OPTIONS, jax.devices()[:1])
+    sentences = [row[row != 0].tolist() for row in map(np.asarray, SOURCE)] * 3
+    threads = set()
+    search_batch = Generator.__call__
+
+    def spy(*args, **kwargs):
+        threads.add(threading.get_ident())
+        time.sleep(0.01)  # the other thread's turn
+        return search_batch(*args, **kwargs)
+
+    monkeypatch.setattr(Generator, "__call__", spy)
+    at_once = generator.sentences(sentences, batch_tokens=32)
+    assert len(threads) == 2
+    monkeypatch.setattr(generator, "_overlap", False)
+    for ours, alone in zip(at_once, generator.sentences(sentences, batch_tokens=32), strict=True):
+        assert_bit_equal(ours, alone)
 
 
 @pytest.mark.parametrize("seed", range(4))

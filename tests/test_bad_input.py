@@ -7,8 +7,8 @@ import pytest
 from jaxformer.errors import UserError
 from jaxformer.run import load_tokenizers
 from small_run import small_config, trained_run, write_corpus
-from train.__main__ import main
 from train.arguments import config_names, load_config, override
+from train.cli import main
 from train.config import TrainConfig, flatten
 from train.loop import fit
 from train.prepare import prepare

@@ -7,9 +7,9 @@ import pytest
 from jaxformer.errors import UserError
 from random_run import CONFIG
 from small_run import sentence_pairs, trained_run
-from train.__main__ import main
 from train.benchmark import decode
 from train.benchmark.decode import DecodeBenchmark, benchmark_decode
+from train.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,12 @@ def test_table_and_records(run, source, tmp_path, capsys):
         assert record["settings"]["beam_size"] == 2 and record["machine"]["cores"] > 0
 
 
-@pytest.mark.parametrize("one_by_one", [False, True])
-def test_the_peer_says_the_same(run, source, one_by_one):
-    pytest.importorskip("ctranslate2")
+@pytest.mark.parametrize(
+    ("peer", "one_by_one"),
+    [("ctranslate2", False), ("ctranslate2", True), ("transformers", False)],
+)
+def test_the_peer_says_the_same(run, source, peer, one_by_one):
+    pytest.importorskip(peer)
     ours, theirs = benchmark_decode(
         DecodeBenchmark(
             run,
@@ -62,14 +65,21 @@ def test_the_peer_says_the_same(run, source, one_by_one):
             sentences=4 if one_by_one else 0,
             beam_size=3,
             batch_tokens=128,
-            peer="ctranslate2",
+            peer=peer,
             one_by_one=one_by_one,
             rounds=1,
         )
     )
-    assert (ours["engine"], theirs["engine"]) == ("jaxformer float32", "ctranslate2 float32")
+    assert (ours["engine"], theirs["engine"]) == ("jaxformer float32", f"{peer} float32")
     assert theirs["same_as_first"] == 1.0
     assert theirs["tokens"] == ours["tokens"]
+
+
+def test_transformers_has_no_int8(run, source):
+    pytest.importorskip("transformers")
+    settings = DecodeBenchmark(run, source, peer="transformers", peer_types=("int8",), rounds=1)
+    with pytest.raises(UserError, match="Transformers does not compute in int8: float32, bfloat16"):
+        benchmark_decode(settings)
 
 
 def test_a_preset_has_random_words_and_translations_of_one_length(monkeypatch):

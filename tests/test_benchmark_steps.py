@@ -14,7 +14,6 @@ from jaxformer.errors import UserError
 from jaxformer.transformer import Transformer
 from random_run import CONFIG
 from small_run import small_config, write_corpus
-from train.__main__ import main
 from train.benchmark import marian_peer, peaks
 from train.benchmark.flax_plain import PlainTransformer
 from train.benchmark.flops import forward_flops, train_flops
@@ -22,6 +21,7 @@ from train.benchmark.peaks import matmul_peak, memory_bandwidth
 from train.benchmark.report import plot
 from train.benchmark.steps import StepBenchmark, benchmark_steps
 from train.benchmark.turns import Turn, summary
+from train.cli import main
 from train.config import TrainConfig
 from train.prepare import prepare
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import jaxformer.cli
-import train.__main__
+import train.cli
 from jaxformer.cli import main
 from small_run import LEXICON, trained_run, write_corpus
 from train.arguments import load_config, override
@@ -115,10 +115,10 @@ def run_command(command, monkeypatch, capfdbinary):
 
 
 def run_train(arguments):
-    options, overrides = train.__main__._parser().parse_known_args(arguments)
+    options, overrides = train.cli._parser().parse_known_args(arguments)
     if arguments[0] in ("evaluate", "report"):
         assert not overrides
-        assert train.__main__.main(arguments) == 0
+        assert train.cli.main(arguments) == 0
     elif arguments[0] == "fit":
         config = override(load_config(options.config), overrides, "fit")
         if config.data.train != load_config(options.config).data.train:

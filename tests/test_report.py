@@ -23,7 +23,7 @@ from recorded_run import (
 )
 from small_run import trained_run
 from train import report
-from train.__main__ import main
+from train.cli import main
 from train.curves import Chart, Line, short, svg, thin, ticks
 from train.history import History
 from train.report import parameter_counts, report_after_training, write_report

@@ -84,7 +84,7 @@ def _add_decode(kinds: Any) -> None:
     decode.add_argument("--batch-tokens", type=int, default=4096, help="source positions at once")
     decode.add_argument("--dtypes", nargs="+", default=["float32"], help="float32, bfloat16, int8")
     decode.add_argument("--one-by-one", action="store_true", help="each sentence alone")
-    decode.add_argument("--peer", choices=("ctranslate2",), help="the other engine")
+    decode.add_argument("--peer", choices=("ctranslate2", "transformers"), help="the other engine")
     decode.add_argument(
         "--peer-types", nargs="+", default=["float32"], help="its types, such as float32 and int8"
     )
@@ -93,7 +93,7 @@ def _add_decode(kinds: Any) -> None:
         type=int,
         nargs="+",
         default=[32, 128],
-        help="sentences it takes at once: the fastest of these, with one worker or one a core",
+        help="sentences it takes at once: the fastest of these",
     )
     decode.add_argument("--rounds", type=int, default=5, help="measurements of each")
     decode.add_argument("--output", metavar="FILE", help="add the results, as JSON lines")

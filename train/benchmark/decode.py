@@ -11,7 +11,6 @@ round to warm up are left out.
 import contextlib
 import dataclasses
 import io
-import os
 import statistics
 import tempfile
 import time
@@ -25,7 +24,7 @@ import numpy as np
 
 from jaxformer.config import PRESETS, Precision, TransformerConfig
 from jaxformer.errors import UserError
-from jaxformer.run import load_tokenizers, save_params, save_tokenizers, write_config
+from jaxformer.run import save_params, save_tokenizers, write_config
 from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
@@ -52,10 +51,10 @@ class DecodeBenchmark:
       batch_tokens: source positions we translate at once.
       dtypes: ours.
       one_by_one: translate each sentence alone, and report milliseconds a sentence.
-      peer: "ctranslate2" or None.
+      peer: "ctranslate2", "transformers" or None.
       peer_types: its compute types, such as float32 and int8.
-      peer_batches: sentences it translates at once: the fastest of these, when it warms up, with
-        one worker on all cores or a worker a core.
+      peer_batches: sentences it translates at once: the fastest of these, when it warms up; for
+        CTranslate2 with one worker on all cores or a worker a core, whichever is faster.
       rounds: measurements of each engine.
     """
 
@@ -98,13 +97,9 @@ def benchmark_decode(settings: DecodeBenchmark) -> list[dict[str, Any]]:
         }
         with contextlib.ExitStack() as processes:
             if settings.peer is not None:
-                from jaxformer.interop.ctranslate2 import to_ctranslate2
-
                 for kind in settings.peer_types:
-                    model = f"{scratch}/ctranslate2-{kind}"
-                    to_ctranslate2(run, model, quantization=None if kind == "float32" else kind)
-                    engines[f"ctranslate2 {kind}"] = processes.enter_context(
-                        in_a_process(_ctranslate2, model, run, kind, settings, fixed)
+                    engines[f"{settings.peer} {kind}"] = processes.enter_context(
+                        in_a_process(_peer, settings, run, kind, scratch, fixed)
                     )
             return list(_measure(engines, lines, settings, run))
 
@@ -169,57 +164,26 @@ def _ours(run: str, dtype: Precision, settings: DecodeBenchmark, fixed: int | No
     return _one_by_one(translate) if settings.one_by_one else translate
 
 
-def _ctranslate2(
-    model: str, run: str, kind: str, settings: DecodeBenchmark, fixed: int | None
+def _peer(
+    settings: DecodeBenchmark, run: str, kind: str, scratch: str, fixed: int | None
 ) -> Engine:
-    """CTranslate2 at its fastest, which its first round finds.
-
-    On two cores, two workers of one thread each were twice as fast in int8 as one of two threads.
-    """
-    import ctranslate2
-
-    source, target = load_tokenizers(run)
-    ids = {piece: index for index, piece in enumerate(target.pieces(range(target.vocab_size)))}
-    lengths = {} if fixed is None else {"max_decoding_length": fixed, "min_decoding_length": fixed}
-
-    def translate(engine: ctranslate2.Translator, batch: int, lines: Sequence[str]) -> list[str]:
-        results = engine.translate_batch(
-            [source.pieces(sentence) for sentence in source.encode_batch(lines)],
-            beam_size=settings.beam_size,
-            length_penalty=settings.length_penalty,
-            max_batch_size=batch,
-            **lengths,
-        )
-        return [target.decode(map(ids.__getitem__, result.hypotheses[0])) for result in results]
-
-    def settled() -> Iterator[Translate]:
-        cores = os.cpu_count() or 1
-        workers = 1 if settings.one_by_one else cores
-        for inter_threads, intra_threads in ((1, cores), (workers, 1)):
-            engine = ctranslate2.Translator(
-                model,
-                "auto",
-                compute_type=kind,
-                inter_threads=inter_threads,
-                intra_threads=intra_threads,
-            )
-            if settings.one_by_one:
-                yield _one_by_one(partial(translate, engine, 1))
-                continue
-            for batch in settings.peer_batches:
-                yield partial(translate, engine, batch)
-
+    """The peer at its fastest, which its first round finds."""
+    if settings.peer == "ctranslate2":
+        from train.benchmark.ctranslate2_peer import ctranslate2_candidates as find
+    else:
+        from train.benchmark.transformers_peer import transformers_candidates as find
+    candidates = find(settings, run, kind, scratch, fixed)
     best: Translate | None = None
+
+    def seconds(candidate: Translate, lines: Sequence[str]) -> float:
+        candidate(lines[: len(lines) // 4 + 1])  # the first batches are slow
+        return _timed(candidate, lines)[1]
 
     def translate_at_best(lines: Sequence[str]) -> list[str]:
         nonlocal best
         if best is None:
-
-            def seconds(candidate: Translate) -> float:
-                candidate(lines[: len(lines) // 4])  # the first batches are slow
-                return _timed(candidate, lines)[1]
-
-            best = min(settled(), key=seconds)
+            made = (_one_by_one(one) if settings.one_by_one else one for one in candidates)
+            best = min(made, key=partial(seconds, lines=lines))
         return best(lines)
 
     return partial(_timed, translate_at_best)

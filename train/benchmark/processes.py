@@ -15,8 +15,7 @@ from jaxformer.errors import UserError
 def in_a_process(build: Callable[..., Callable], *arguments: Any) -> Iterator[Callable]:
     """Yield a function that calls what `build(*arguments)` returns, in a process of its own.
 
-    What two engines would share in one process, they fight for: with a second OpenMP team beside
-    it CTranslate2 was 12 times as slow, sentence by sentence.
+    What two engines would share in one process, they fight for: threads, and a GPU's memory.
 
     Raises:
       UserError: `build` raised one, or the process has died.

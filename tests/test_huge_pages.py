@@ -1,0 +1,58 @@
+"""`python -m train` starts itself again, once, for an allocator with huge pages."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train.huge_pages import restart_with_huge_pages
+
+ROOT = Path(__file__).parent.parent
+
+
+class Restarted(Exception):
+    pass
+
+
+def test_restarts_once_with_the_same_command(monkeypatch):
+    def exec_(path, arguments):
+        raise Restarted(path, *arguments)
+
+    monkeypatch.setattr(os, "execv", exec_)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "-m", "train", "fit", "tiny"])
+    monkeypatch.setenv("GLIBC_TUNABLES", "as it was, is put back in the end")
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    with pytest.raises(Restarted) as restarted:
+        restart_with_huge_pages()
+    python = sys.executable
+    assert restarted.value.args == (python, python, "-X", "dev", "-m", "train", "fit", "tiny")
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    restart_with_huge_pages()
+
+
+@pytest.mark.parametrize(("platform", "tunables"), [("linux", ""), ("darwin", None)])
+def test_leaves_others_alone(monkeypatch, platform, tunables):
+    monkeypatch.setattr(sys, "platform", platform)
+    if tunables is None:
+        monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    else:
+        monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+    before = dict(os.environ)
+    restart_with_huge_pages()
+    assert dict(os.environ) == before
+
+
+def test_the_command_line_after_the_restart():
+    environment = {name: x for name, x in os.environ.items() if name != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        [sys.executable, "-m", "train", "fit", "no-such"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "no-such" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

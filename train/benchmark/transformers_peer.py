@@ -1,0 +1,65 @@
+"""The same translations by `generate` of Hugging Face's Transformers."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from jaxformer.errors import UserError
+from jaxformer.interop.marian import to_marian
+from train.benchmark.decode import DecodeBenchmark, Translate
+
+
+def transformers_candidates(
+    settings: DecodeBenchmark, run: str, kind: str, scratch: str, fixed: int | None
+) -> Iterator[Translate]:
+    """Return what translates, once for every batch that may be the fastest; on a GPU if there is.
+
+    Args:
+      run: directory of the model.
+      kind: of the computation: float32, bfloat16 or float16.
+      scratch: a folder for the model.
+      fixed: tokens of every translation, if they are to have one length.
+
+    Raises:
+      UserError: Transformers is not installed, has no such type, or cannot express the model.
+    """
+    try:
+        import torch
+        from transformers import MarianMTModel, MarianTokenizer
+    except ImportError as error:
+        raise UserError('Transformers is not installed: pip install -e ".[parity]"') from error
+    if kind not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"Transformers does not compute in {kind}: float32, bfloat16 or float16")
+    folder = f"{scratch}/transformers-{kind}"
+    to_marian(run, folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = MarianTokenizer.from_pretrained(folder)
+    model: Any = MarianMTModel.from_pretrained(folder, dtype=getattr(torch, kind))
+    model = model.eval().to(device)
+    model.generation_config.max_length = None  # of the model; here a batch has its own
+
+    def translate(batch: int, lines: Sequence[str]) -> list[str]:
+        sizes = [len(ids) for ids in tokenizer(list(lines))["input_ids"]]
+        order = sorted(range(len(lines)), key=lambda index: -sizes[index])
+        translations = [""] * len(lines)
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            inputs = tokenizer(
+                [lines[index] for index in chosen], return_tensors="pt", padding=True
+            )
+            found = model.generate(
+                **inputs.to(device),
+                num_beams=settings.beam_size,
+                do_sample=False,
+                length_penalty=settings.length_penalty,
+                early_stopping=settings.beam_size > 1,
+                max_new_tokens=fixed or sizes[chosen[0]] + 50,
+                min_new_tokens=fixed,
+            )
+            texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+            for index, text in zip(chosen, texts, strict=True):
+                translations[index] = text
+        return translations
+
+    batches = (1,) if settings.one_by_one else settings.peer_batches
+    return iter([partial(translate, batch) for batch in batches])

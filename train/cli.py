@@ -1,0 +1,127 @@
+"""The command line: `python -m train fit CONFIG [--section.field VALUE …]` and friends."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from jaxformer.compilation import keep_compiled_programs
+from jaxformer.errors import UserError
+from train.arguments import config_names, load_config, override, refuse
+from train.benchmark.command import add_benchmark
+from train.metrics import has_ended
+from train.plan.command import add_plan
+from train.report import add_report, report_after_training
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    options, overrides = _parser().parse_known_args(arguments)
+    keep_compiled_programs()
+    try:
+        options.command(options, overrides)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader has gone, as in `… --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train", description="Train and evaluate translation Transformers."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    fit = commands.add_parser(
+        "fit",
+        help="train a model, or go on training it",
+        description="Train as CONFIG says. Run the same command again to go on after a stop.",
+        epilog="python -m train fit CONFIG --help lists every field with its value in CONFIG.",
+        add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    fit.add_argument(
+        "config", metavar="CONFIG", nargs="?", help=f"{', '.join(config_names())}, or a .py file"
+    )
+    fit.add_argument("-h", "--help", action="store_true", help="show this, or CONFIG's fields")
+    fit.set_defaults(command=_fit, parser=fit)
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="loss, sacreBLEU and chrF of a trained model",
+        description="Score a run on its own test set, another split, or two files of your own.",
+    )
+    evaluate.add_argument("run", metavar="RUN", help="directory that training wrote")
+    evaluate.add_argument("--source", help="text file to translate, with --reference")
+    evaluate.add_argument("--reference", help="text file of the same number of lines")
+    evaluate.add_argument(
+        "--split",
+        choices=("train", "validation", "test"),
+        default="test",
+        help="of the run's own data; default: test",
+    )
+    evaluate.add_argument("--checkpoint", help="average, best, last or a step")
+    evaluate.add_argument("--beam-size", type=int, help="beams; default: the run's")
+    evaluate.add_argument("--length-penalty", type=float, help="alpha; default: the run's")
+    evaluate.add_argument("--length-penalty-form", choices=("gnmt", "power"))
+    evaluate.add_argument("--bleu-tokenize", help="sacreBLEU's tokenizer; default: the run's")
+    evaluate.add_argument("--output", help="file to write the translations to")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.set_defaults(command=_evaluate)
+    add_report(commands)
+    add_benchmark(commands)
+    add_plan(commands)
+    return parser
+
+
+def _fit(options: argparse.Namespace, overrides: list[str]) -> None:
+    if options.config is None:
+        options.parser.print_help()
+        if not options.help:
+            raise UserError(f"give a CONFIG: {', '.join(config_names())}, or a .py file")
+        return
+    if options.help:
+        overrides.append("--help")
+    prog = f"python -m train fit {options.config}"
+    config = override(load_config(options.config), overrides, prog)
+
+    from train.loop import fit
+
+    run = fit(config)
+    if jax.process_index() == 0 and has_ended(run):  # not stopped, with no time for a report
+        print(report_after_training(run))
+
+
+def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
+    refuse(overrides, "evaluate")
+    if (options.source is None) != (options.reference is None):
+        raise UserError("--source and --reference go together: give both files or neither")
+    changes = {
+        name: getattr(options, name)
+        for name in ("beam_size", "length_penalty", "length_penalty_form", "bleu_tokenize")
+        if getattr(options, name) is not None
+    }
+    from train.evaluate import evaluate_run
+
+    values = evaluate_run(
+        options.run,
+        split=options.split,
+        files=options.source and (options.source, options.reference),
+        checkpoint=options.checkpoint,
+        output=options.output,
+        **changes,
+    )
+    if options.json:
+        print(json.dumps(values))
+        return
+    print(f"loss {values['loss']:.4f}  nll {values['nll']:.4f}  ppl {values['perplexity']:.3f}")
+    print(f"BLEU {values['bleu']:.2f} ({values['bleu_signature']})")
+    print(f"chrF2 {values['chrf']:.2f} ({values['chrf_signature']})")
+    print(f"exact match {values['exact_match']:.1%}")

@@ -8,7 +8,8 @@ from jaxformer.errors import UserError
 from random_run import CONFIG
 from small_run import sentence_pairs, trained_run
 from train.benchmark import decode
-from train.benchmark.decode import DecodeBenchmark, benchmark_decode
+from train.benchmark.decode import benchmark_decode
+from train.benchmark.work import DecodeBenchmark
 from train.cli import main
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from jaxformer.interop.ctranslate2 import to_ctranslate2
 from jaxformer.run import load_tokenizers
-from train.benchmark.decode import DecodeBenchmark, Translate
+from train.benchmark.work import DecodeBenchmark, Translate
 
 
 def ctranslate2_candidates(

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxformer.errors import UserError
 from jaxformer.interop.marian import to_marian
-from train.benchmark.decode import DecodeBenchmark, Translate
+from train.benchmark.work import DecodeBenchmark, Translate
 
 
 def transformers_candidates(

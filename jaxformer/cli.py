@@ -152,7 +152,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         help="of the computation, by default that of training",
     )
     command.add_argument(
-        "--batch-tokens", type=int, default=4096, help="source positions computed at once"
+        "--batch-tokens", type=int, default=4096, help="source positions of a batch"
     )
 
 

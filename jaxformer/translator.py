@@ -156,7 +156,8 @@ class Translator:
           lines: one sentence each.
           prefixes: what the translation of each line begins with, as many as lines; the first
             piece after it may go on with its last word.
-          batch_tokens: source positions that are translated at once, on all devices.
+          batch_tokens: source positions of a batch, over all devices. A single CPU device works
+            on two batches at once.
           seed: of the noise, if `sampling`; a line's follows from this and its number alone.
           warn: called with a message that names the line if a line is longer than
             `config.max_length` pieces and so translated in parts.

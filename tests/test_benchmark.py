@@ -8,8 +8,7 @@ from jaxformer.errors import UserError
 from random_run import CONFIG
 from small_run import sentence_pairs, trained_run
 from train.benchmark import decode
-from train.benchmark.decode import benchmark_decode
-from train.benchmark.work import DecodeBenchmark
+from train.benchmark.decode import DecodeBenchmark, benchmark_decode
 from train.cli import main
 
 
@@ -80,7 +79,7 @@ def test_transformers_has_no_int8(run, source):
     pytest.importorskip("transformers")
     settings = DecodeBenchmark(run, source, peer="transformers", peer_types=("int8",), rounds=1)
     with pytest.raises(UserError, match="Transformers does not compute in int8: float32, bfloat16"):
-        benchmark_decode(settings)
+        list(benchmark_decode(settings))
 
 
 def test_a_preset_has_random_words_and_translations_of_one_length(monkeypatch):
@@ -105,4 +104,4 @@ def test_a_preset_has_random_words_and_translations_of_one_length(monkeypatch):
 )
 def test_wrong_arguments(run, changes, message):
     with pytest.raises(UserError, match=message):
-        benchmark_decode(DecodeBenchmark(run, **changes))
+        list(benchmark_decode(DecodeBenchmark(run, **changes)))

@@ -152,9 +152,8 @@ def _benchmark_decode(options: argparse.Namespace, overrides: list[str]) -> None
     refuse(overrides, "benchmark decode")
     if options.peer is not None:
         _leave_memory_to_peers()
-    from train.benchmark.decode import benchmark_decode
+    from train.benchmark.decode import DecodeBenchmark, benchmark_decode
     from train.benchmark.report import decode_table, keep_records
-    from train.benchmark.work import DecodeBenchmark
 
     names = [field.name for field in dataclasses.fields(DecodeBenchmark)]
     values = {name: getattr(options, name) for name in names}

@@ -6,11 +6,18 @@ from functools import partial
 
 from jaxformer.interop.ctranslate2 import to_ctranslate2
 from jaxformer.run import load_tokenizers
-from train.benchmark.work import DecodeBenchmark, Translate
+from train.benchmark.turns import Translate
 
 
 def ctranslate2_candidates(
-    settings: DecodeBenchmark, run: str, kind: str, scratch: str, fixed: int | None
+    run: str,
+    kind: str,
+    scratch: str,
+    *,
+    beam_size: int,
+    length_penalty: float,
+    batches: Sequence[int],
+    fixed: int | None,
 ) -> Iterator[Translate]:
     """Return what translates, once for every setting that may be the fastest.
 
@@ -20,6 +27,8 @@ def ctranslate2_candidates(
       run: directory of the model.
       kind: of the computation, such as float32 and int8.
       scratch: a folder for the model.
+      beam_size, length_penalty: of the search; the penalty is length^alpha.
+      batches: sentences at once.
       fixed: tokens of every translation, if they are to have one length.
 
     Raises:
@@ -36,15 +45,15 @@ def ctranslate2_candidates(
     def translate(engine: ctranslate2.Translator, batch: int, lines: Sequence[str]) -> list[str]:
         results = engine.translate_batch(
             [source.pieces(sentence) for sentence in source.encode_batch(lines)],
-            beam_size=settings.beam_size,
-            length_penalty=settings.length_penalty,
+            beam_size=beam_size,
+            length_penalty=length_penalty,
             max_batch_size=batch,
             **lengths,
         )
         return [target.decode(map(ids.__getitem__, result.hypotheses[0])) for result in results]
 
     cores = os.cpu_count() or 1
-    workers, batches = (1, (1,)) if settings.one_by_one else (cores, settings.peer_batches)
+    workers = min(cores, max(batches))
 
     def candidates() -> Iterator[Translate]:
         for inter_threads, intra_threads in ((1, cores), (workers, 1)):

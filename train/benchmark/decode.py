@@ -29,14 +29,53 @@ from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from train.benchmark.processes import in_a_process
-from train.benchmark.work import DecodeBenchmark, Translate
+from train.benchmark.turns import Translate
 from train.machine import describe_machine
 
 Engine = Callable[[Sequence[str]], tuple[list[str], float]]  # translations and seconds
 
 
-def benchmark_decode(settings: DecodeBenchmark) -> list[dict[str, Any]]:
-    """Measure, and return a record for each engine, ours first.
+@dataclasses.dataclass(frozen=True)
+class DecodeBenchmark:
+    """What is measured.
+
+    Attributes:
+      run: a run directory, or the name of a preset: its parameters are then random, and so are
+        the sentences.
+      source: text file with the sentences; needed with a run directory.
+      sentences: how many, at most; 0 is all of the file.
+      vocab_size: of a preset.
+      length: tokens of random sentences and of their translations.
+      beam_size, length_penalty: as for `Translator.generate`; the penalty is length^alpha, and a
+        sentence ends with its K-th finished hypothesis, for both engines.
+      batch_tokens: source positions we translate at once.
+      dtypes: ours.
+      one_by_one: translate each sentence alone, and report milliseconds a sentence.
+      peer: "ctranslate2", "transformers" or None.
+      peer_types: its compute types, such as float32 and int8.
+      peer_batches: sentences it translates at once: the fastest of these, when it warms up; for
+        CTranslate2 with one worker on all cores or a worker a core, whichever is faster.
+      rounds: measurements of each engine.
+    """
+
+    run: str
+    source: str | None = None
+    sentences: int = 0
+    vocab_size: int = 32_000
+    length: int = 25
+    beam_size: int = 4
+    length_penalty: float = 1.0
+    batch_tokens: int = 4096
+    dtypes: tuple[Precision, ...] = ("float32",)
+    one_by_one: bool = False
+    peer: str | None = None
+    peer_types: tuple[str, ...] = ("float32",)
+    peer_batches: tuple[int, ...] = (32, 128)
+    rounds: int = 5
+
+
+def benchmark_decode(settings: DecodeBenchmark) -> Iterator[dict[str, Any]]:
+    """Measure, and yield a record for each engine, ours first.
 
     Raises:
       UserError: the run, the file or the peer cannot be used.
@@ -62,7 +101,7 @@ def benchmark_decode(settings: DecodeBenchmark) -> list[dict[str, Any]]:
                     engines[f"{settings.peer} {kind}"] = processes.enter_context(
                         in_a_process(_peer, settings, run, kind, scratch, fixed)
                     )
-            return list(_measure(engines, lines, settings, run))
+            yield from _measure(engines, lines, settings, run)
 
 
 def _timed(translate: Translate, lines: Sequence[str]) -> tuple[list[str], float]:
@@ -133,7 +172,15 @@ def _peer(
         from train.benchmark.ctranslate2_peer import ctranslate2_candidates as find
     else:
         from train.benchmark.transformers_peer import transformers_candidates as find
-    candidates = find(settings, run, kind, scratch, fixed)
+    candidates = find(
+        run,
+        kind,
+        scratch,
+        beam_size=settings.beam_size,
+        length_penalty=settings.length_penalty,
+        batches=(1,) if settings.one_by_one else settings.peer_batches,
+        fixed=fixed,
+    )
     best: Translate | None = None
 
     def seconds(candidate: Translate, lines: Sequence[str]) -> float:

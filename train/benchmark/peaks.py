@@ -1,5 +1,6 @@
 """What the machine can do at best, measured: the yardstick of everything else."""
 
+import resource
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from train.benchmark.turns import process_peak
 from train.chips import chip_of
 
 
@@ -54,3 +54,8 @@ def peak_memory(devices: Sequence[jax.Device]) -> int:
     if all(found and "peak_bytes_in_use" in found for found in stats):
         return max(found["peak_bytes_in_use"] for found in stats if found)
     return process_peak()
+
+
+def process_peak() -> int:
+    """Most bytes of main memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -10,7 +10,8 @@ import numpy as np
 from jaxformer.config import PAD_ID, TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.positions import sinusoid
-from train.benchmark.turns import Turn, process_peak, take_turn
+from train.benchmark.peaks import process_peak
+from train.benchmark.turns import Turn, take_turn
 
 
 def torch_turn(

@@ -6,11 +6,18 @@ from typing import Any
 
 from jaxformer.errors import UserError
 from jaxformer.interop.marian import to_marian
-from train.benchmark.work import DecodeBenchmark, Translate
+from train.benchmark.turns import Translate
 
 
 def transformers_candidates(
-    settings: DecodeBenchmark, run: str, kind: str, scratch: str, fixed: int | None
+    run: str,
+    kind: str,
+    scratch: str,
+    *,
+    beam_size: int,
+    length_penalty: float,
+    batches: Sequence[int],
+    fixed: int | None,
 ) -> Iterator[Translate]:
     """Return what translates, once for every batch that may be the fastest; on a GPU if there is.
 
@@ -18,6 +25,8 @@ def transformers_candidates(
       run: directory of the model.
       kind: of the computation: float32, bfloat16 or float16.
       scratch: a folder for the model.
+      beam_size, length_penalty: of the search; the penalty is length^alpha.
+      batches: sentences at once.
       fixed: tokens of every translation, if they are to have one length.
 
     Raises:
@@ -49,10 +58,10 @@ def transformers_candidates(
             )
             found = model.generate(
                 **inputs.to(device),
-                num_beams=settings.beam_size,
+                num_beams=beam_size,
                 do_sample=False,
-                length_penalty=settings.length_penalty,
-                early_stopping=settings.beam_size > 1,
+                length_penalty=length_penalty,
+                early_stopping=beam_size > 1,
                 max_new_tokens=fixed or sizes[chosen[0]] + 50,
                 min_new_tokens=fixed,
             )
@@ -61,5 +70,4 @@ def transformers_candidates(
                 translations[index] = text
         return translations
 
-    batches = (1,) if settings.one_by_one else settings.peer_batches
     return iter([partial(translate, batch) for batch in batches])

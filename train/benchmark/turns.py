@@ -1,10 +1,11 @@
 """What engines report of the steps they take in turns."""
 
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+Translate = Callable[[Sequence[str]], list[str]]
 
 
 class Turn(NamedTuple):
@@ -27,11 +28,6 @@ def take_turn(step: Callable[[], tuple[int, int]], steps: int) -> Turn:
         turn.tokens.append(tokens)
         turn.positions.append(positions)
     return turn
-
-
-def process_peak() -> int:
-    """Most bytes of main memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:

@@ -1,57 +1,16 @@
-"""What is measured: searches, shapes, and batches as each engine takes its data."""
+"""What is measured: shapes, and batches of them as each engine takes its data."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 
-from jaxformer.config import BOS_ID, Precision, TransformerConfig
+from jaxformer.config import BOS_ID, TransformerConfig
 from train.benchmark.flops import forward_flops, train_flops
 from train.data.batches import Batches
 from train.data.corpus import EncodedCorpus
 
 Kind = Literal["train", "forward"]
-Translate = Callable[[Sequence[str]], list[str]]
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeBenchmark:
-    """Which translations, and by which engines.
-
-    Attributes:
-      run: a run directory, or the name of a preset: its parameters are then random, and so are
-        the sentences.
-      source: text file with the sentences; needed with a run directory.
-      sentences: how many, at most; 0 is all of the file.
-      vocab_size: of a preset.
-      length: tokens of random sentences and of their translations.
-      beam_size, length_penalty: as for `Translator.generate`; the penalty is length^alpha, and a
-        sentence ends with its K-th finished hypothesis, for both engines.
-      batch_tokens: source positions we translate at once.
-      dtypes: ours.
-      one_by_one: translate each sentence alone, and report milliseconds a sentence.
-      peer: "ctranslate2", "transformers" or None.
-      peer_types: its compute types, such as float32 and int8.
-      peer_batches: sentences it translates at once: the fastest of these, when it warms up; for
-        CTranslate2 with one worker on all cores or a worker a core, whichever is faster.
-      rounds: measurements of each engine.
-    """
-
-    run: str
-    source: str | None = None
-    sentences: int = 0
-    vocab_size: int = 32_000
-    length: int = 25
-    beam_size: int = 4
-    length_penalty: float = 1.0
-    batch_tokens: int = 4096
-    dtypes: tuple[Precision, ...] = ("float32",)
-    one_by_one: bool = False
-    peer: str | None = None
-    peer_types: tuple[str, ...] = ("float32",)
-    peer_batches: tuple[int, ...] = (32, 128)
-    rounds: int = 5
 
 
 @dataclasses.dataclass(frozen=True)

@@ -366,8 +366,9 @@ class Translator:
         hypotheses = []
         for ids, score, log_prob, length in zip(*result, strict=True):
             if np.isfinite(log_prob):
-                ids = [int(token) for token in ids[:length] if token != EOS_ID]
-                text, pieces = self.target_tokenizer.decode(ids), self.target_tokenizer.pieces(ids)
+                tokens = [int(token) for token in ids[:length] if token != EOS_ID]
+                text = self.target_tokenizer.decode(tokens)
+                pieces = self.target_tokenizer.pieces(tokens)
                 hypotheses.append(Hypothesis(text, float(score), float(log_prob), pieces))
         return hypotheses
 

@@ -49,9 +49,12 @@ def fit(config: TrainConfig) -> Path:
         schedule = make_schedule(config.optimizer, config.model.d_model, config.steps)
         optimizer = make_optimizer(config.optimizer, schedule)
         init_rng, dropout_rng = jax.random.split(jax.random.key(config.seed))
-        state = runner.create(partial(create_state, model, optimizer, init_rng))
-        if checkpoints.latest_step() is not None:
-            state = runner.from_saved(checkpoints.restore(runner.to_save(state)))
+        make_state = partial(create_state, model, optimizer, init_rng)
+        if checkpoints.latest_step() is None:
+            state = runner.create(make_state)
+        else:
+            saved = runner.abstract_state(jax.eval_shape(make_state))
+            state = runner.from_saved(checkpoints.restore(saved))
         start = int(state.step)
         train_step = runner.train(
             make_train_step(model, optimizer, schedule, accumulate=config.accumulate)

@@ -33,10 +33,13 @@ class Runner(Protocol):
     def compiled_step(
         self, train_step: Callable, state: Any, batch: Any, rng: Any
     ) -> jax.stages.Compiled:
-        """Compile what `train` returns without running it; shapes of `abstract` will do."""
+        """Compile what `train` returns without running it; abstract ones will do."""
 
-    def abstract(self, state: Any, batch: Any) -> tuple[Any, Any]:
-        """Return shapes as `create` and `place` lay such arrays out, with their shardings."""
+    def abstract_state(self, state: Any) -> Any:
+        """Return shapes with the shardings of what `to_save` returns."""
+
+    def abstract_batch(self, batch: Any) -> Any:
+        """Return shapes as `place` lays such arrays out."""
 
     def evaluate(self, eval_step: Callable) -> Callable[[Any, Batch], Any]:
         """Return `(params, batch) -> sums` over all devices."""
@@ -97,17 +100,17 @@ class DataParallel:
     ) -> jax.stages.Compiled:
         return self.train(train_step).lower(state, batch, rng).compile()
 
-    def abstract(self, state: Any, batch: Any) -> tuple[Any, Any]:
-        everywhere, devices = self._replicated(), len(self._local())
-        return (
-            jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state
-            ),
-            {
-                name: jax.ShapeDtypeStruct((devices, x.shape[0] // devices, *x.shape[1:]), x.dtype)
-                for name, x in batch.items()
-            },
+    def abstract_state(self, state: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._everywhere()), state
         )
+
+    def abstract_batch(self, batch: Any) -> Any:
+        devices = len(self._local())
+        return {
+            name: jax.ShapeDtypeStruct((devices, x.shape[0] // devices, *x.shape[1:]), x.dtype)
+            for name, x in batch.items()
+        }
 
     def evaluate(self, eval_step: Callable) -> Any:
         return jax.pmap(
@@ -134,7 +137,7 @@ class DataParallel:
         # `pmap` returns each process its own copies; with one process they are all there is.
         if jax.process_count() == 1:
             return state
-        everywhere = NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), PartitionSpec())
+        everywhere = self._everywhere()
         return jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(everywhere, np.asarray(x)),
             self.whole(state),
@@ -148,6 +151,10 @@ class DataParallel:
 
     def _replicated(self) -> NamedSharding:
         return NamedSharding(Mesh(np.array(self._local()), (AXIS,)), PartitionSpec())
+
+    def _everywhere(self) -> NamedSharding:
+        devices = np.array(self.devices or jax.devices())
+        return NamedSharding(Mesh(devices, (AXIS,)), PartitionSpec())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,13 +181,17 @@ class MeshParallel:
         with in_mesh(self.mesh):
             return self._jitted(train_step).lower(state, batch, rng).compile()
 
-    def abstract(self, state: Any, batch: Any) -> tuple[Any, Any]:
-        def placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    def abstract_state(self, state: Any) -> Any:
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            state,
+            shardings(self.mesh, state),
+        )
 
-        return (
-            jax.tree.map(placed, state, shardings(self.mesh, state)),
-            jax.tree.map(lambda x: placed(x, self._by_rows()), batch),
+    def abstract_batch(self, batch: Any) -> Any:
+        by_rows = self._by_rows()
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_rows), batch
         )
 
     def _jitted(self, train_step: Callable) -> Any:

@@ -93,10 +93,8 @@ def step_program(
     schedule = make_schedule(config.optimizer, config.model.d_model, config.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     key = jax.eval_shape(jax.random.key, 0)
-    state, batch = runner.abstract(
-        jax.eval_shape(partial(create_state, model, optimizer), key),
-        _batch(rows, source_length, config.data.target_length),
-    )
+    state = runner.abstract_state(jax.eval_shape(partial(create_state, model, optimizer), key))
+    batch = runner.abstract_batch(_batch(rows, source_length, config.data.target_length))
     step = make_train_step(model, optimizer, schedule, accumulate=config.accumulate)
     compiled = _refusals(partial(runner.compiled_step, step, state, batch, key))
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()

@@ -127,13 +127,13 @@ def test_an_ensemble_of_one_model_twice_is_that_model():
     ("beam_size", "num_devices"), [(K, 2), pytest.param(1, 1, marks=pytest.mark.slow)]
 )
 def test_stages_and_devices_do_not_show(monkeypatch, beam_size, num_devices):
-    """Half of the rows go as soon as they are done, and the caches grow."""
+    """When a quarter of the rows is left the others go, and the caches grow."""
     monkeypatch.setattr(module, "SMALLEST", 2)
     options = GenerationConfig(
         beam_size=beam_size, max_length_ratio=2.0, max_length_extra=1, min_length_ratio=1.6
     )
-    short = jnp.pad(sources(batch=10, length=3), ((0, 0), (0, S - 3)))
-    source = jnp.concatenate([sources(batch=6).at[:, -1].set(EOS_ID), short])
+    short = jnp.pad(sources(batch=13, length=3), ((0, 0), (0, S - 3)))
+    source = jnp.concatenate([sources(batch=3).at[:, -1].set(EOS_ID), short])
     shapes = []
     keep = module._keep
 
@@ -146,7 +146,7 @@ def test_stages_and_devices_do_not_show(monkeypatch, beam_size, num_devices):
     found = generator(np.asarray(source))
     assert_same(found, search(options, source))
     rows, rooms = zip(*shapes, strict=True)
-    assert min(rows) <= 8
+    assert min(rows) == 4
     assert set(rooms) == {S * 3 // 2, 2 * S + 1}
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from jaxformer.config import TransformerConfig
 from jaxformer.errors import UserError
-from jaxformer.linear import Linear, int8_product, quantize, quantize_matrix
+from jaxformer.linear import Linear, affine, int8_product, quantize, quantize_matrix
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from random_run import CONFIG, random_params
@@ -35,6 +35,59 @@ def test_is_what_linen_calls_dense_general(shape, features, input_axes):
     params = ours.init(jax.random.key(1), x)
     jax.tree.map(np.testing.assert_array_equal, params, theirs.init(jax.random.key(1), x))
     np.testing.assert_allclose(ours.apply(params, x), theirs.apply(params, x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "features", "input_axes"),
+    [((2, 3, 8), (4, 6), 1), ((2, 3, 4, 6), (8,), 2), ((8,), (5,), 1)],
+)
+def test_bfloat16_has_the_gradients_of_the_plain_form(shape, features, input_axes, use_bias):
+    layer = Linear(features, input_axes=input_axes, use_bias=use_bias, dtype=jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(0), shape).astype(jnp.bfloat16)
+    params = layer.init(jax.random.key(1), x)["params"]
+    g = jax.random.normal(jax.random.key(2), layer.apply({"params": params}, x).shape)
+
+    def ours(x, params):
+        return jnp.sum(layer.apply({"params": params}, x) * g)
+
+    def plain(x, params):
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+        return jnp.sum(affine(x, params["kernel"], params.get("bias"), input_axes) * g)
+
+    for found, expected in zip(
+        jax.tree.leaves(jax.grad(ours, (0, 1))(x, params)),
+        jax.tree.leaves(jax.grad(plain, (0, 1))(x, params)),
+        strict=True,
+    ):
+        assert found.dtype == expected.dtype
+        np.testing.assert_allclose(np.float32(found), np.float32(expected), rtol=0.02, atol=0.02)
+
+
+def test_bfloat16_multiplies_for_the_gradient_in_the_order_that_is_fast():
+    """The guard of its speed: x before g, and no transposition of what they make."""
+    layer = Linear((4, 6), dtype=jnp.bfloat16)
+    x = jnp.ones((2, 3, 8), jnp.bfloat16)
+    params = layer.init(jax.random.key(1), x)
+    gradient = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(layer.apply(params, x))))(params)
+    operations = str(gradient)
+    assert "(([0, 1], [0, 1])" in operations and "transpose" not in operations
+
+
+def test_bfloat16_has_gradients_of_gradients():
+    layer = Linear((4,), dtype=jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(0), (2, 3, 8))
+    params = layer.init(jax.random.key(1), x)
+
+    def squared_gradient(x):
+        gradient = jax.grad(lambda x: jnp.sum(layer.apply(params, x) ** 2))(x)
+        return jnp.sum(gradient**2)
+
+    # ∂/∂x |2 W Wᵀ x|² = 8 (W Wᵀ)² x
+    product = params["params"]["kernel"] @ params["params"]["kernel"].T
+    expected = 8 * x @ product @ product
+    found = jax.grad(squared_gradient)(x)
+    np.testing.assert_allclose(found, expected, atol=0.05 * float(jnp.max(jnp.abs(expected))))
 
 
 def test_whole_numbers_multiply_exactly():

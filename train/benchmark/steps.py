@@ -157,7 +157,7 @@ def _measure(
             "source_length": case.source,
             "target_length": case.target,
             "vocab_size": case.model.vocab_size,
-            "dtype": case.model.dtype,
+            "dtype": "float32" if name == "marian" else case.model.dtype,
             "step_seconds": summary(seconds),
             "target_tokens_per_second": tokens / sum(seconds),
             "target_positions_per_second": positions / sum(seconds),

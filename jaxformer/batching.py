@@ -16,7 +16,7 @@ def bucket(length: int, smallest: int = 16) -> int:
 
 
 def batches(
-    lengths: Sequence[int], batch_tokens: int, *, devices: int = 1
+    lengths: Sequence[int], batch_tokens: int, *, devices: int = 1, few_shapes: bool = False
 ) -> Iterator[tuple[list[int], int, int]]:
     """Group sentences of like length, the longest first.
 
@@ -24,21 +24,35 @@ def batches(
       lengths: tokens of each sentence.
       batch_tokens: rows times length of a batch, over all devices.
       devices: rows come in multiples of these.
+      few_shapes: fewer programs to compile, but more padding. Lengths are then that of the longest
+        sentence, rounded up to a multiple of 16, and a quarter of it and so on, if 32 or more; and
+        batches of one length have one number of rows.
 
     Yields:
       Indices of the sentences of a batch, its rows (no fewer) and its length. Rows are 1 or
       `SMALLEST` times a power of two for each device; lengths are those of `bucket`.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    length = rows = 0
     while order:
-        length = bucket(lengths[order[0]])
-        full = batch_tokens // length // devices
-        full = SMALLEST << (full // SMALLEST).bit_length() - 1 if full >= SMALLEST else max(1, full)
-        waiting = -(-len(order) // devices)
-        rows = 1 if waiting == 1 else min(full, bucket(waiting, SMALLEST))
-        rows *= devices
+        longest = lengths[order[0]]
+        if not few_shapes:
+            length, rows = bucket(longest), 0
+        elif not length:
+            length = -(-longest // 16) * 16
+        while few_shapes and length // 4 >= max(longest, 32):
+            length, rows = length // 4, 0
+        rows = rows or devices * _rows(len(order), batch_tokens // length, devices)
         yield order[:rows], rows, length
         order = order[rows:]
+
+
+def _rows(waiting: int, full: int, devices: int) -> int:
+    """Rows a device of a batch that has room for `full` of the sentences `waiting`."""
+    full //= devices
+    full = SMALLEST << (full // SMALLEST).bit_length() - 1 if full >= SMALLEST else max(1, full)
+    waiting = -(-waiting // devices)
+    return 1 if waiting == 1 else min(full, bucket(waiting, SMALLEST))
 
 
 def pad(sentences: Sequence[Sequence[int]], rows: int, length: int) -> np.ndarray:

@@ -185,35 +185,43 @@ class Generator:
         *,
         prefix: np.ndarray | None = None,
         keys: Array | None = None,
+        grow: bool = True,
     ) -> BeamResult:
-        """Like `generate`, with numpy arrays; the rows must be a multiple of the devices."""
+        """Like `generate`, with numpy arrays; the rows must be a multiple of the devices.
+
+        Without `grow`, caches have room for the longest translation from the beginning.
+        """
         max_length = _max_length(self.configs, self.options, source_ids.shape[1])
-        room = min(max_length, source_ids.shape[1] * 3 // 2)
+        room = min(max_length, source_ids.shape[1] * 3 // 2) if grow else max_length
         source_ids, prefix, keys = jax.device_put((source_ids, prefix, keys), self._rows)
-        search = _start(
-            self.configs, self._params, source_ids, self.options, max_length, room, prefix, keys
-        )
         rows = np.arange(len(source_ids))  # of the batch, in the search
-        results = None
-        while True:
-            quarter = len(rows) // 4
-            until = quarter if quarter >= SMALLEST * self.num_devices else 0
-            search, result = _advance(
-                self.configs, self._params, self.options, room, search, np.int32(until)
-            )
-            done, step, result = jax.device_get((search.done, search.step, result))
-            if results is None:
-                results = jax.tree.map(np.copy, result)
-            else:
-                for whole, part in zip(results, result, strict=True):
-                    whole[rows] = part
-            if done.all():
-                return results
+        until = self._until(len(rows))
+        search, result = _first_stage(
+            self.configs,
+            self._params,
+            source_ids,
+            self.options,
+            max_length,
+            room,
+            prefix,
+            keys,
+            until,
+        )
+        done, step, result = jax.device_get((search.done, search.step, result))
+        results = jax.tree.map(np.copy, result)
+        while not done.all():
             if step >= room:
                 room = max_length
             kept = np.argsort(done, kind="stable")[: self._enough(int(np.sum(~done)), len(rows))]
-            search = _keep(search, kept, room, self._rows)
             rows = rows[kept]
+            until = self._until(len(rows))
+            search, result = _next_stage(
+                self.configs, self._params, self.options, room, self._rows, search, kept, until
+            )
+            done, step, result = jax.device_get((search.done, search.step, result))
+            for whole, part in zip(results, result, strict=True):
+                whole[rows] = part
+        return results
 
     def sentences(
         self,
@@ -222,6 +230,7 @@ class Generator:
         batch_tokens: int = 4096,
         prefixes: Sequence[Sequence[int]] | None = None,
         keys: Array | None = None,
+        few_shapes: bool = False,
     ) -> list[BeamResult]:
         """Search for any number of sentences of any length, the longest first.
 
@@ -231,6 +240,7 @@ class Generator:
             on two batches at once.
           prefixes: first target tokens of each sentence.
           keys: [number of sentences] keys of the noise.
+          few_shapes: as for `batches`, and caches do not grow.
 
         Returns:
           For each sentence numpy arrays [K, T], or [K].
@@ -246,17 +256,24 @@ class Generator:
                 prefix = pad([prefixes[index] for index in chosen], rows, prefix_length)
             if keys is not None:
                 batch_keys = keys[np.resize(chosen, rows)]
-            found = self(source_ids, prefix=prefix, keys=batch_keys)
+            found = self(source_ids, prefix=prefix, keys=batch_keys, grow=not few_shapes)
             for row, index in enumerate(chosen):
                 results[index] = jax.tree.map(lambda leaf, row=row: leaf[row], found)
 
-        waiting = batches(list(map(len, sources)), batch_tokens, devices=self.num_devices)
+        waiting = batches(
+            list(map(len, sources)), batch_tokens, devices=self.num_devices, few_shapes=few_shapes
+        )
         if self._overlap:
             with ThreadPoolExecutor(2) as threads:
                 list(threads.map(search, waiting))
         else:
             list(map(search, waiting))
         return results
+
+    def _until(self, rows: int) -> np.int32:
+        """At how many sentences left a batch of `rows` moves on."""
+        quarter = rows // 4
+        return np.int32(quarter if quarter >= SMALLEST * self.num_devices else 0)
 
     def _enough(self, waiting: int, rows: int) -> int:
         """Rows for the sentences that wait: a quarter, as often as they allow."""
@@ -373,28 +390,35 @@ def _begin(
     return _method(options).start(sentences, max_length, _State(tuple(caches), coverage))
 
 
-_start = jax.jit(_begin, static_argnums=(0, 3, 4, 5))
+@partial(jax.jit, static_argnums=(0, 3, 4, 5))
+def _first_stage(
+    configs: tuple[TransformerConfig, ...],
+    params: tuple[Any, ...],
+    source_ids: Array,
+    options: GenerationConfig,
+    max_length: int,
+    room: int,
+    prefix: Array | None,
+    keys: Array | None,
+    until: Array,
+) -> tuple[Search, BeamResult]:
+    """Go on until `until` sentences are left or the caches are full; what there is by then."""
+    search = _begin(configs, params, source_ids, options, max_length, room, prefix, keys)
+    return _advance(configs, params, options, room, search, until)
 
 
-@partial(jax.jit, static_argnums=(0, 2, 3), donate_argnums=4)
-def _advance(
+@partial(jax.jit, static_argnums=(0, 2, 3, 4))
+def _next_stage(
     configs: tuple[TransformerConfig, ...],
     params: tuple[Any, ...],
     options: GenerationConfig,
     room: int,
+    sharding: NamedSharding,
     search: Search,
+    rows: Array,
     until: Array,
 ) -> tuple[Search, BeamResult]:
-    """Go on until `until` sentences are left or the caches are full; what there is by then."""
-    method = _method(options)
-    step_fn = _step_fn(configs, params, options)
-    search = run(method, step_fn, search, until=until, max_step=room)
-    return search, method.result(search)
-
-
-@partial(jax.jit, static_argnums=(2, 3))
-def _keep(search: Search, rows: Array, room: int, sharding: NamedSharding) -> Search:
-    """The sentences `rows` alone, with caches that have `room`."""
+    """The same with the sentences `rows` alone, and caches that have `room`."""
 
     def keep(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf[rows], tree)
@@ -407,6 +431,21 @@ def _keep(search: Search, rows: Array, room: int, sharding: NamedSharding) -> Se
         sentences=keep(search.sentences),
         state=_State(caches, keep(search.state.coverage)),
     )
-    return jax.tree.map(
+    kept = jax.tree.map(
         lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding) if leaf.ndim else leaf, kept
     )
+    return _advance(configs, params, options, room, kept, until)
+
+
+def _advance(
+    configs: tuple[TransformerConfig, ...],
+    params: tuple[Any, ...],
+    options: GenerationConfig,
+    room: int,
+    search: Search,
+    until: Array,
+) -> tuple[Search, BeamResult]:
+    method = _method(options)
+    step_fn = _step_fn(configs, params, options)
+    search = run(method, step_fn, search, until=until, max_step=room)
+    return search, method.result(search)

@@ -146,6 +146,7 @@ class Translator:
         *,
         prefixes: Iterable[str] | None = None,
         batch_tokens: int = 4096,
+        few_shapes: bool = False,
         seed: int = 0,
         warn: Callable[[str], None] = _print_warning,
         **options: Any,
@@ -158,6 +159,8 @@ class Translator:
             piece after it may go on with its last word.
           batch_tokens: source positions of a batch, over all devices. A single CPU device works
             on two batches at once.
+          few_shapes: compile one program for each of a few batch shapes, where otherwise there
+            are a dozen: for a thousand lines or so, sooner done unless the programs are cached.
           seed: of the noise, if `sampling`; a line's follows from this and its number alone.
           warn: called with a message that names the line if a line is longer than
             `config.max_length` pieces and so translated in parts.
@@ -174,7 +177,7 @@ class Translator:
         while window := list(islice(pairs, _WINDOW)):
             parts = self._parts(window, first_line, warn)
             found: list[list[list[Hypothesis]]] = [[] for _ in window]
-            results = self._search(generator, parts, batch_tokens, seed)
+            results = self._search(generator, parts, batch_tokens, few_shapes, seed)
             for part, hypotheses in zip(parts, results, strict=True):
                 found[part.line].append(hypotheses)
             yield from map(_join, found)
@@ -346,7 +349,12 @@ class Translator:
             yield ids
 
     def _search(
-        self, generator: Generator, parts: list[_Part], batch_tokens: int, seed: int
+        self,
+        generator: Generator,
+        parts: list[_Part],
+        batch_tokens: int,
+        few_shapes: bool,
+        seed: int,
     ) -> list[list[Hypothesis]]:
         """The hypotheses of each part."""
         sources = [[*part.ids, EOS_ID] for part in parts]
@@ -357,6 +365,7 @@ class Translator:
         results = generator.sentences(
             sources,
             batch_tokens=batch_tokens,
+            few_shapes=few_shapes,
             prefixes=prefixes if any(prefixes) else None,
             keys=keys,
         )

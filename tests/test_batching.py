@@ -13,10 +13,13 @@ from jaxformer.config import PAD_ID
     st.lists(st.integers(1, 100), max_size=300),
     st.integers(1, 5000),
     st.sampled_from([1, 2, 3, 8]),
+    st.booleans(),
 )
-def test_every_sentence_is_in_one_batch(lengths, batch_tokens, devices):
+def test_every_sentence_is_in_one_batch(lengths, batch_tokens, devices, few_shapes):
     seen = []
-    for chosen, rows, length in batches(lengths, batch_tokens, devices=devices):
+    for chosen, rows, length in batches(
+        lengths, batch_tokens, devices=devices, few_shapes=few_shapes
+    ):
         assert 0 < len(chosen) <= rows
         assert rows % devices == 0
         per_device = rows // devices
@@ -36,6 +39,16 @@ def test_shapes_are_few():
         shapes |= {(rows, length) for _, rows, length in batches(lengths, 4096)}
     assert {length for _, length in shapes} == {16, 32, 64}
     assert {rows for rows, _ in shapes} <= {1, 16, 32, 64, 128, 256}
+
+
+@given(st.lists(st.integers(1, 2000), min_size=1, max_size=300), st.integers(1, 5000))
+def test_few_shapes_are_one_for_each_fourfold_length(lengths, batch_tokens):
+    shapes = {(rows, length) for _, rows, length in batches(lengths, batch_tokens, few_shapes=True)}
+    longest = -(-max(lengths) // 16) * 16
+    assert {length for _, length in shapes} <= {longest} | {
+        longest >> shift for shift in (2, 4, 6) if longest >> shift >= 32
+    }
+    assert len({length for _, length in shapes}) == len(shapes)
 
 
 def test_like_lengths_are_together():

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from compiles import count_compiles
 from jaxformer.errors import UserError
 from jaxformer.run import checkpoint_steps, find_checkpoint, load_params
 from jaxformer.translator import Translator
@@ -28,8 +29,14 @@ def config(folder):
 
 
 @pytest.fixture(scope="module")
-def run(config):
-    return fit(config)
+def run_and_programs(config):
+    with count_compiles() as programs:
+        return fit(config), programs
+
+
+@pytest.fixture(scope="module")
+def run(run_and_programs):
+    return run_and_programs[0]
 
 
 def assert_equal(actual, expected):
@@ -42,6 +49,15 @@ def test_the_run_directory_holds_all_that_is_promised(run):
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert checkpoint_steps(run) == [3, 6]
     assert find_checkpoint(run).name == "average"
+
+
+def test_a_whole_run_compiles_at_most_eight_programs(run_and_programs):
+    """Beside those of one operation: keys of the noise, rows of 8 devices, sums to compare with."""
+    _, compiled = run_and_programs
+    small = ("stage", "unstack", "slice", "_threefry_seed", "_threefry_split", "_sum")
+    programs = sorted(set(compiled) - {f"jit({name})" for name in small})
+    assert "jit(create_state)" in programs
+    assert sum(map(compiled.count, programs)) <= 8, programs
 
 
 def test_metrics_of_both_splits_and_the_final_scores(run):

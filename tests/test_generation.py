@@ -135,13 +135,13 @@ def test_stages_and_devices_do_not_show(monkeypatch, beam_size, num_devices):
     short = jnp.pad(sources(batch=13, length=3), ((0, 0), (0, S - 3)))
     source = jnp.concatenate([sources(batch=3).at[:, -1].set(EOS_ID), short])
     shapes = []
-    keep = module._keep
+    next_stage = module._next_stage
 
-    def spy(search, rows, room, sharding):
+    def spy(configs, params, options, room, sharding, search, rows, until):
         shapes.append((len(rows), room))
-        return keep(search, rows, room, sharding)
+        return next_stage(configs, params, options, room, sharding, search, rows, until)
 
-    monkeypatch.setattr(module, "_keep", spy)
+    monkeypatch.setattr(module, "_next_stage", spy)
     generator = Generator((CONFIG,), (params_of(),), options, jax.devices()[:num_devices])
     found = generator(np.asarray(source))
     assert_same(found, search(options, source))
@@ -176,6 +176,20 @@ def test_two_batches_at_once_are_those_of_one_after_the_other(monkeypatch):
     monkeypatch.setattr(generator, "_overlap", False)
     for ours, alone in zip(at_once, generator.sentences(sentences, batch_tokens=32), strict=True):
         assert_bit_equal(ours, alone)
+
+
+def test_few_shapes_compile_two_programs_and_find_the_same():
+    """Sentences of 5 to 40 tokens, two batches at once, the rest of each as a quarter of it."""
+    draw = np.random.default_rng(3)
+    lengths = draw.integers(5, 41, 150)
+    sentences = [[*draw.integers(4, CONFIG.vocab_size, n).tolist(), EOS_ID] for n in lengths]
+    generator = Generator((CONFIG,), (params_of(),), OPTIONS, jax.devices()[:1])
+    with count_compiles() as compiled:
+        found = generator.sentences(sentences, batch_tokens=64 * 48, few_shapes=True)
+    assert len(compiled) == 2
+    for ours, one in zip(found, generator.sentences(sentences), strict=True):
+        short = min(ours.sequences.shape[1], one.sequences.shape[1])  # the rest is padding
+        assert_same(*(each._replace(sequences=each.sequences[:, :short]) for each in (ours, one)))
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -113,6 +113,7 @@ def decoder(
     """Return the translation function that a configuration asks for."""
     return partial(
         translator.translate,
+        few_shapes=True,
         beam_size=beam_size,
         length_penalty=config.length_penalty,
         length_penalty_form=config.length_penalty_form,

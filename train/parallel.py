@@ -83,7 +83,7 @@ class DataParallel:
 
     def create(self, make_state: Callable[[], Any]) -> Any:
         # A state that began in another form than the steps return would have them compiled twice.
-        return jax.device_put(make_state(), self._replicated())
+        return jax.jit(make_state, out_shardings=self._replicated())()
 
     def train(self, train_step: Callable) -> Any:
         return jax.pmap(

@@ -59,6 +59,6 @@ def create_state(
 ) -> TrainState:
     """Return the state before the first step."""
     ids = jnp.ones((1, 2), jnp.int32)
-    # Compiled, what the model would compute of these ids falls away and the parameters are left.
-    params = jax.jit(model.init)(rng, ids, ids)["params"]
+    # Runners compile this: what the model would compute of these ids falls away.
+    params = model.init(rng, ids, ids)["params"]
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

@@ -11,6 +11,7 @@ from jaxformer.errors import UserError
 from jaxformer.run import checkpoint_steps, find_checkpoint, load_params
 from jaxformer.translator import Translator
 from small_run import change, small_config, write_corpus
+from train.lock import only_trainer
 from train.loop import _out_of_patience, fit
 from train.metrics import read_metrics
 
@@ -145,6 +146,15 @@ def test_more_devices_than_rows(folder):
     fit(change(few, data__test=()))
     (record,) = (record for record in read_metrics(folder / "few") if record["split"] == "train")
     assert record["loss"] > 0 and 8 <= record["target_tokens"] <= 16
+
+
+def test_two_processes_do_not_train_in_one_directory(run, config):
+    before = (run / "metrics.jsonl").read_bytes()
+    with only_trainer(run), pytest.raises(UserError, match=r"another process trains in .*--run"):
+        fit(config)
+    assert (run / "metrics.jsonl").read_bytes() == before
+    with only_trainer(run):
+        pass
 
 
 def test_missing_data_leaves_no_directory_behind(folder):

@@ -1,6 +1,7 @@
 """The story of a run: build, restore, step, report, evaluate, save; in the end average and test."""
 
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from jaxformer.translator import Translator
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.evaluate import LossEvaluator, Quality, decoder, score
+from train.lock import only_trainer
 from train.log import Log, check_finite, describe, examples
 from train.machine import describe_machine
 from train.metrics import MetricsWriter, read_metrics
@@ -33,8 +35,14 @@ def fit(config: TrainConfig) -> Path:
     """
     if config.distributed:
         initialize_hosts(config.parallel)
-    runner = make_runner(config)
-    run, chief = Path(config.run), jax.process_index() == 0
+    run = Path(config.run)
+    with only_trainer(run) if jax.process_index() == 0 else nullcontext():
+        _train(config, run)
+    return run
+
+
+def _train(config: TrainConfig, run: Path) -> None:
+    runner, chief = make_runner(config), jax.process_index() == 0
     evaluate, metric = config.evaluate, config.evaluate.metric
     data = prepare(config)
     batches = data.batches
@@ -117,7 +125,7 @@ def fit(config: TrainConfig) -> Path:
                         f"stopped by SIGTERM; step {done:,} is saved: run the same command again "
                         "to go on"
                     )
-                    return run
+                    return
                 if evaluating and _out_of_patience(history, metric, evaluate.patience):
                     progress.message(
                         f"no better {metric} in {evaluate.patience} evaluations: stopping"
@@ -139,7 +147,6 @@ def fit(config: TrainConfig) -> Path:
             for line in examples(pairs["source"][:], hypotheses, pairs["target"][:]):
                 progress.message(line)
             progress.message(f"\ntry it: jaxformer translate {run}")
-    return run
 
 
 def _evaluate(

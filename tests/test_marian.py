@@ -258,8 +258,8 @@ def generate(model, tokenizer, lines, **options):
 def test_searches_of_imported_models(case, beam_size):
     """Rules that differ, and do not matter here.
 
-    Ours end at the source's length + 50, theirs at max_length, where eos is forced: all end before.
-    A hypothesis that ends while not among the K best of a step is lost to theirs. Theirs divide
+    At the limit theirs is made to end and ours is cut off: such lines are left out, for on some
+    CPUs the model comes out of its training with a word that it repeats. A hypothesis that ends while not among the K best of a step is lost to theirs. Theirs divide
     by the length with eos, as we do.
 
     Rules that had to be made alike: our log-probabilities are normalised without pad, and we stop
@@ -280,13 +280,16 @@ def test_searches_of_imported_models(case, beam_size):
     assert len({tuple(row) for row in theirs}) > len(lines) / 2 and max(map(len, theirs)) > 4
     translator = Translator.load(case.run)
     options = {"beam_size": beam_size, "length_penalty": 1.0, "length_penalty_form": "power"}
+    options |= {"max_length_ratio": 0.0, "max_length_extra": 63}
     found = [hypotheses[0] for hypotheses in translator.generate(lines, **options)]
     order = theirs_of_ours(case, case.target)
     ids = {
         piece: id for piece, id in zip(case.target.pieces(range(len(order))), order, strict=True)
     }
-    assert [[ids[piece] for piece in best.tokens] for best in found] == theirs
-    for best, row in zip(found, theirs, strict=True):
+    ended = [(best, row) for best, row in zip(found, theirs, strict=True) if len(row) < 62]
+    assert len(ended) > len(lines) / 2
+    for best, row in ended:
+        assert [ids[piece] for piece in best.tokens] == row
         if "<unk>" not in best.tokens:
             assert best.text == case.tokenizer.decode(row, skip_special_tokens=True)
 

@@ -3,6 +3,7 @@
 import time
 from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ def _train(config: TrainConfig, run: Path) -> None:
                     losses = validation_loss(state.params)
                     check_finite("validation loss", losses["loss"], done)
                     params, beam_size = runner.whole(state.params), evaluate.validation_beam_size
-                    quality, _ = _evaluate(config, data, params, "validation", beam_size)
+                    scored = _evaluate(config, data, params, ["validation"], beam_size)
+                    quality, _ = scored["validation"]
                     writer.write(done, "validation", losses | quality.to_dict())
                     numbers = losses | {"bleu": quality.bleu.value, "chrf": quality.chrf.value}
                     checkpoints.save(runner.to_save(state), numbers)
@@ -139,26 +141,33 @@ def _train(config: TrainConfig, run: Path) -> None:
                 checkpoints.save_average(params, averaged)
                 steps_text = ", ".join(f"{step:,}" for step in averaged)
                 progress.message(f"averaged the checkpoints of steps {steps_text}")
-            for split in [split for split in data.pairs if split != "train"]:
-                quality, hypotheses = _evaluate(config, data, params, split, evaluate.beam_size)
+            splits = [split for split in data.pairs if split != "train"]
+            scored = _evaluate(config, data, params, splits, evaluate.beam_size)
+            for split, (quality, _) in scored.items():
                 writer.write(int(state.step), f"final_{split}", quality.to_dict())
                 progress.message(f"\n{split}, beam {evaluate.beam_size}:\n{quality}")
-            pairs = data.pairs[split]
+            pairs, (_, hypotheses) = data.pairs[splits[-1]], scored[splits[-1]]
             for line in examples(pairs["source"][:], hypotheses, pairs["target"][:]):
                 progress.message(line)
             progress.message(f"\ntry it: jaxformer translate {run}")
 
 
 def _evaluate(
-    config: TrainConfig, data: RunData, params: Any, split: str, beam_size: int
-) -> tuple[Quality, list[str]]:
-    """Translate a split and score it; every process does all of it, on its first device."""
+    config: TrainConfig, data: RunData, params: Any, splits: list[str], beam_size: int
+) -> dict[str, tuple[Quality, list[str]]]:
+    """Translate splits and score each; every process does all of it, on its own devices."""
     translator = Translator(config.model, params, data.source_tokenizer, data.target_tokenizer)
     translate = decoder(translator, config.evaluate, beam_size=beam_size)
-    hypotheses = translate(data.pairs[split]["source"][:])
-    references = data.pairs[split]["target"][:]
-    quality = score(hypotheses, references, bleu_tokenize=config.evaluate.bleu_tokenize)
-    return quality, hypotheses
+    # All at once: the longest sentence of them all decides on the programs.
+    lines = [line for split in splits for line in data.pairs[split]["source"][:]]
+    translations = iter(translate(lines))
+    scored = {}
+    for split in splits:
+        references = data.pairs[split]["target"][:]
+        hypotheses = list(islice(translations, len(references)))
+        quality = score(hypotheses, references, bleu_tokenize=config.evaluate.bleu_tokenize)
+        scored[split] = quality, hypotheses
+    return scored
 
 
 def _validation_history(run: Path, metric: str, start: int) -> list[float]:

@@ -52,9 +52,19 @@ class Tokenizer:
         """Return the ids of `text`, without bos and eos; white space around it does not count."""
         return self._processor.encode(text)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return `encode` of each text, computed on all cores."""
-        return self._processor.encode(list(texts))
+    def encode_batch(
+        self, texts: Sequence[str], *, dropout: float = 0.0, seed: int = 0
+    ) -> list[list[int]]:
+        """Return `encode` of each text, computed on all cores.
+
+        Args:
+          texts: B of them.
+          dropout: probability that a merge of byte-pair encoding is left out, so that words fall
+            into smaller pieces, other ones each time: BPE-dropout (Provilkov et al., 2020,
+            arXiv 1910.13267). For text to train on; computed on one core.
+          seed: of the merges left out; the same seed and texts give the same ids.
+        """
+        return self._processor.encode(list(texts), **_sampling(dropout, seed))
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Return the text of `ids`, pad, bos and eos left out; unk becomes " ⁇ "."""
@@ -107,9 +117,13 @@ class VocabularyTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(
+        self, texts: Sequence[str], *, dropout: float = 0.0, seed: int = 0
+    ) -> list[list[int]]:
         split = [_split_language_code(text) for text in texts]
-        pieces = self._processor.encode([text for _, text in split], out_type=str)
+        pieces = self._processor.encode(
+            [text for _, text in split], out_type=str, **_sampling(dropout, seed)
+        )
         return [
             [self._ids.get(piece, UNK_ID) for piece in (*code, *rest)]
             for (code, _), rest in zip(split, pieces, strict=True)
@@ -123,6 +137,18 @@ class VocabularyTokenizer(Tokenizer):
 
     def pieces(self, ids: Iterable[int] | np.ndarray) -> list[str]:
         return [self.vocabulary[int(i)] for i in ids]
+
+
+def _sampling(dropout: float, seed: int) -> dict[str, Any]:
+    """Options of sentencepiece's `encode`."""
+    if not dropout:
+        return {}
+    import sentencepiece
+
+    # One generator for the whole thread, and threads of sentencepiece's own would share the work
+    # differently each time.
+    sentencepiece.set_random_generator_seed(seed)
+    return {"enable_sampling": True, "alpha": dropout, "nbest_size": -1, "num_threads": 1}
 
 
 def _split_language_code(text: str) -> tuple[list[str], str]:

@@ -78,6 +78,15 @@ def test_help_lists_every_field_with_its_value(capsys):
         (["fit", "multi30k", "--data.batch-tokens", "0"], "data.batch_tokens is 0: give at least"),
         (["fit", "multi30k", "--data.weights", "1", "2"], "2 numbers for 1 training corpora"),
         (["fit", "multi30k", "--data.extra", "bt", "--data.weights", "1"], "1 numbers for 2"),
+        (
+            ["fit", "multi30k", "--data.subword-dropout", "1"],
+            "subword_dropout is 1.0: give 0 up to",
+        ),
+        (
+            ["fit", "multi30k", "--data.subword-dropout", ".1", "--data.tokenizer-type", "unigram"],
+            "which merges nothing: set it to 'bpe'",
+        ),
+        (["fit", "multi30k", "--data.segmentations", "0"], "segmentations is 0: give at least 1"),
         (["fit", "multi30k", "--data.weights", "0"], "data.weights are (0.0,): give numbers above"),
         (["fit", "multi30k", "--data.weights", "nan"], "give numbers above 0"),
         (["fit", "multi30k", "--data.weights", "inf"], "give numbers above 0"),

@@ -259,8 +259,9 @@ def test_searches_of_imported_models(case, beam_size):
     """Rules that differ, and do not matter here.
 
     At the limit theirs is made to end and ours is cut off: such lines are left out, for on some
-    CPUs the model comes out of its training with a word that it repeats. A hypothesis that ends while not among the K best of a step is lost to theirs. Theirs divide
-    by the length with eos, as we do.
+    CPUs the model comes out of its training with a word that it repeats. A hypothesis that ends
+    while not among the K best of a step is lost to theirs. Theirs divide by the length with eos, as
+    we do.
 
     Rules that had to be made alike: our log-probabilities are normalised without pad, and we stop
     when nothing better is in reach, also not by becoming longer.

@@ -41,7 +41,7 @@ def corpora():
         lengths = [(8 + i % 2, 10 + i % 2) for i in range(pairs)]
         corpus, _ = corpus_of(lengths, seed=number, first=100 * number)
         packing = pack(corpus.source.lengths, corpus.target.lengths, **PACKED)
-        made.append((corpus, packing))
+        made.append([(corpus, packing)])
     return made
 
 
@@ -78,7 +78,7 @@ def test_each_corpus_goes_through_epochs_of_its_own(corpora):
         assert all(set(epoch) == set(epochs[0]) for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs}) == 4  # never in the same order
     # The first corpus is read as if it were alone; one as long has another order.
-    alone = Batches(*corpora[0], 45, seed=3)
+    alone = Batches(corpora[0], 45, seed=3)
     assert [tuple(map(tuple, pair)) for pair in unpack(alone.at(0))] == seen[1][: SIZES[0]]
     assert epoch_order(45, 3, 0, corpus=2).tolist() != epoch_order(45, 3, 0).tolist()
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jaxformer.errors import UserError
 from random_corpus import corpus_of, unpack, write_corpus
-from train.data.batches import Batches, epoch_order
+from train.data.batches import Batches, Rows, epoch_order
 from train.data.corpus import encode_corpus
 from train.data.packing import choose_source_length, pack, pack_in_order, shuffle
 from train.data.tokenizer import learn_tokenizers
@@ -118,6 +118,30 @@ def test_order_is_the_same_on_every_machine():
     assert again.pairs.tolist() == packing.pairs.tolist() != other.pairs.tolist()
 
 
+@given(LENGTHS, LENGTHS, st.integers(1, 7))
+def test_epochs_take_the_segmentations_in_turns(first, second, rows_per_batch):
+    segmentations, expected = [], []
+    for number, lengths in enumerate((first, second), start=1):
+        lengths = [(max(source, 2), max(target, 2)) for source, target in lengths]
+        corpus, sides = corpus_of(lengths, seed=number)
+        options = {"source_length": 19, "target_length": 23, "seed": 3}
+        packing = pack(corpus.source.lengths, corpus.target.lengths, **options)
+        segmentations.append((corpus, packing))
+        expected.append(sorted(zip(*sides, strict=True)))
+    batches = Batches(segmentations, rows_per_batch, seed=3)
+    for epoch in range(5):
+        steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
+        seen = [pair for step in steps for pair in unpack(batches.at(step))]
+        assert sorted(seen) == expected[epoch % 2]
+    # A mixture counts rows, not steps: its epochs follow each other without a gap.
+    rows, start = Rows(segmentations, seed=3), 0
+    for epoch in range(5):
+        stop = start + segmentations[epoch % 2][1].num_rows
+        seen = [pair for piece in rows.onward(start, stop) for pair in unpack(piece)]
+        assert sorted(seen) == expected[epoch % 2]
+        start = stop
+
+
 def batches_of(lengths, rows_per_batch, seed=3, source_length=19, target_length=23):
     corpus, sides = corpus_of(lengths)
     packing = pack(
@@ -127,7 +151,7 @@ def batches_of(lengths, rows_per_batch, seed=3, source_length=19, target_length=
         target_length=target_length,
         seed=seed,
     )
-    return Batches(corpus, packing, rows_per_batch, seed=seed), sides
+    return Batches([(corpus, packing)], rows_per_batch, seed=seed), sides
 
 
 @given(LENGTHS, st.integers(1, 7), st.integers(0, 3))
@@ -156,7 +180,7 @@ def test_evaluation_batches_hold_every_pair_in_order(lengths, rows_per_batch):
     packing = pack_in_order(
         corpus.source.lengths, corpus.target.lengths, source_length=8, target_length=8
     )
-    batches = Batches(corpus, packing, rows_per_batch, seed=None)
+    batches = Batches([(corpus, packing)], rows_per_batch, seed=None)
     seen = [pair for step in range(batches.steps_per_epoch) for pair in unpack(batches.at(step))]
     assert seen == list(zip(*sides, strict=True))
 
@@ -189,7 +213,7 @@ def test_batches_are_those_of_runs_under_way():
     packing = pack(
         corpus.source.lengths, corpus.target.lengths, source_length=40, target_length=32, seed=5
     )
-    batches = Batches(corpus, packing, 6, seed=5)
+    batches = Batches([(corpus, packing)], 6, seed=5)
     digest = hashlib.sha256()
     for step in range(3 * batches.steps_per_epoch):
         for _, array in sorted(batches.at(step).items()):
@@ -241,6 +265,19 @@ def test_corpus_is_the_text_with_eos(text, tokenizers, tmp_path):
             ids = getattr(corpus, side).take(np.array([row])).tolist()
             assert ids[-1] == 2
             assert tokenizer.decode(ids) == text[row][side]
+
+
+def test_subword_dropout_splits_the_same_text_in_other_ways(text, tokenizers, tmp_path):
+    def ids(dropout, seed, folder="cache"):
+        options = {"dropout": dropout, "seed": seed}
+        target = encode_corpus(text, *tokenizers, tmp_path / folder, **options).target
+        return [target.take(np.array([row])).tolist() for row in range(len(text))]
+
+    plain, first, second = ids(0.0, 0), ids(0.5, 0), ids(0.5, 1)
+    assert sum(map(len, plain)) < sum(map(len, first)) and first != second
+    assert first == ids(0.5, 0, "another")  # what is lost is made again
+    for split in (plain, first, second):
+        assert [tokenizers[1].decode(row) for row in split] == text["target"][:]
 
 
 def test_corpus_is_encoded_once_per_text_and_tokenizer(text, tokenizers, tmp_path):

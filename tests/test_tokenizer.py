@@ -52,6 +52,18 @@ def test_batch_encodes_like_one_by_one(tokenizer):
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
 
 
+def test_dropout_of_merges(tokenizer):
+    texts = ["the cat has friends.", "고양이는 친구가 있다."] * 20
+    split = tokenizer.encode_batch(texts, dropout=0.3, seed=1)
+    assert split == tokenizer.encode_batch(texts, dropout=0.3, seed=1)
+    assert split != tokenizer.encode_batch(texts, dropout=0.3, seed=2)
+    assert len(set(map(tuple, split[::2]))) > 5  # no two sentences are split alike by rule
+    assert [tokenizer.decode(ids) for ids in split] == texts
+    characters = tokenizer.encode_batch(["the cat"], dropout=0.999, seed=1)[0]
+    assert tokenizer.pieces(characters) == list("▁the▁cat")
+    assert tokenizer.encode_batch(texts) == tokenizer.encode_batch(texts)  # none without it
+
+
 def test_pieces_spell_the_text(tokenizer):
     pieces = tokenizer.pieces(tokenizer.encode("the cat"))
     assert "".join(pieces).replace("▁", " ").strip() == "the cat"

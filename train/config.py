@@ -47,6 +47,10 @@ class DataConfig:
     """learn one vocabulary on both sides together"""
     tokenizer_type: Literal["bpe", "unigram"] = "bpe"
     """how sentencepiece learns the model.vocab_size pieces, on 2 million sentences at most"""
+    subword_dropout: float = 0.0
+    """share of byte-pair merges left out of training text: its words are split in several ways"""
+    segmentations: int = 10
+    """how many such ways to split the training text are kept; the epochs take them in turns"""
     target_length: int = 128
     """target positions of a packed row; longer sentences are left out of training"""
     source_length: int = 0
@@ -59,6 +63,15 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.source == self.target:
             raise UserError(f"data.source and data.target are both {self.source!r}: name two")
+        if not 0.0 <= self.subword_dropout < 1.0:
+            raise UserError(f"data.subword_dropout is {self.subword_dropout}: give 0 up to below 1")
+        if self.subword_dropout and self.tokenizer_type != "bpe":
+            raise UserError(
+                f"data.subword_dropout is {self.subword_dropout} but data.tokenizer_type is "
+                f"{self.tokenizer_type!r}, which merges nothing: set it to 'bpe'"
+            )
+        if self.segmentations < 1:
+            raise UserError(f"data.segmentations is {self.segmentations}: give at least 1")
         if self.target_length < 2:
             raise UserError(f"data.target_length is {self.target_length}: give at least 2")
         if self.source_length < 0 or self.source_length == 1:

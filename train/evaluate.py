@@ -44,7 +44,7 @@ class LossEvaluator:
         )
         devices = jax.device_count()
         rows = -(-min(rows_per_batch, packing.num_rows) // devices) * devices
-        self._batches = Batches(corpus, packing, rows, seed=None)
+        self._batches = Batches([(corpus, packing)], rows, seed=None)
         self._runner = runner
         self._eval_step = runner.evaluate(make_eval_step(model))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,19 +71,32 @@ def prepare(config: TrainConfig) -> RunData:
     if jax.process_index() == 0:
         write_config(run, config.to_dict())
     tokenizers = _tokenizers(config, run, training)
-    *corpora, validation = (
-        encode_corpus(dataset, *tokenizers, config.data.cache_dir)
-        for dataset in (*training, pairs["validation"])
-    )
+    corpora = [_segmentations(config, dataset, tokenizers) for dataset in training]
+    validation = encode_corpus(pairs["validation"], *tokenizers, config.data.cache_dir)
     batches = make_batches(config, corpora)
-    _check_positions(config, *corpora, validation)
+    _check_positions(config, *chain(*corpora), validation)
     parts = jax.device_count() * config.accumulate
     rows = -(-batches.rows_per_batch // parts) * parts
     return RunData(pairs, *tokenizers, validation, batches, rows)
 
 
-def make_batches(config: TrainConfig, corpora: Sequence[EncodedCorpus]) -> Batches:
+def _segmentations(
+    config: TrainConfig, dataset: "datasets.Dataset", tokenizers: tuple[Tokenizer, Tokenizer]
+) -> list[EncodedCorpus]:
+    """Encode a training corpus, several times if its words are split at random."""
+    data = config.data
+    return [
+        encode_corpus(dataset, *tokenizers, data.cache_dir, dropout=data.subword_dropout, seed=seed)
+        for seed in range(data.segmentations if data.subword_dropout else 1)
+    ]
+
+
+def make_batches(config: TrainConfig, corpora: Sequence[Sequence[EncodedCorpus]]) -> Batches:
     """Pack the training corpora; the same batches whatever devices and hosts there are.
+
+    Args:
+      config: of the run.
+      corpora: the segmentations of each corpus.
 
     Raises:
       UserError: no pair of a corpus fits into a row.
@@ -92,23 +106,29 @@ def make_batches(config: TrainConfig, corpora: Sequence[EncodedCorpus]) -> Batch
         choose_source_length(
             corpus.source.lengths, corpus.target.lengths, data.target_length, seed=config.seed
         )
-        for corpus in corpora
+        for corpus in chain(*corpora)
     )
-    packings = [
-        pack(
-            corpus.source.lengths,
-            corpus.target.lengths,
-            source_length=source_length,
-            target_length=data.target_length,
-            seed=config.seed,
-        )
-        for corpus in corpora
+    packed = [
+        [
+            (
+                corpus,
+                pack(
+                    corpus.source.lengths,
+                    corpus.target.lengths,
+                    source_length=source_length,
+                    target_length=data.target_length,
+                    seed=config.seed,
+                ),
+            )
+            for corpus in segmentations
+        ]
+        for segmentations in corpora
     ]
     rows = max(1, data.batch_tokens // data.target_length)
-    if len(corpora) == 1:
-        return Batches(corpora[0], packings[0], rows, seed=config.seed)
-    weights = data.weights or [packing.num_rows for packing in packings]
-    return Mixture(list(zip(corpora, packings, strict=True)), weights, rows, seed=config.seed)
+    if len(packed) == 1:
+        return Batches(packed[0], rows, seed=config.seed)
+    weights = data.weights or [segmentations[0][1].num_rows for segmentations in packed]
+    return Mixture(packed, weights, rows, seed=config.seed)
 
 
 def _check_same_run(config: TrainConfig, run: Path) -> None:

@@ -1,5 +1,6 @@
 """The batch of any step, made without the batches before it."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -9,6 +10,7 @@ from train.data.corpus import EncodedCorpus, Sentences
 from train.data.packing import Packing, ranges, shuffle
 
 Batch = dict[str, np.ndarray]
+Packed = tuple[EncodedCorpus, Packing]
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int, corpus: int = 0) -> np.ndarray:
@@ -26,19 +28,23 @@ class Rows:
     """The rows of a packed corpus, epoch after epoch without end.
 
     Args:
-      corpus: the pairs.
-      packing: which of them share a row.
+      segmentations: the pairs and which of them share a row; where text is split at random, as
+        often as it was, for the epochs to take in turns.
       seed, number: each epoch has its own order, see `epoch_order`; None keeps the rows as they
         are, for evaluation.
+
+    Attributes:
+      corpus, packing: the first segmentation.
     """
 
-    def __init__(
-        self, corpus: EncodedCorpus, packing: Packing, *, seed: int | None, number: int = 0
-    ):
-        self.corpus = corpus
-        self.packing = packing
+    def __init__(self, segmentations: Sequence[Packed], *, seed: int | None, number: int = 0):
+        self.corpus, self.packing = segmentations[0]
+        self._segmentations = segmentations
+        # Of the rows of one turn of all segmentations, where each begins, and where the last ends.
+        self._starts = np.cumsum([0, *(packing.num_rows for _, packing in segmentations)])
 
         def order(epoch: int) -> np.ndarray:
+            _, packing = self._segmentation(epoch)
             if seed is None:
                 return np.arange(packing.num_rows)
             return epoch_order(packing.num_rows, seed, epoch, number)
@@ -46,20 +52,32 @@ class Rows:
         self._order = lru_cache(maxsize=2)(order)
 
     def __len__(self) -> int:
-        return self.packing.num_rows
+        """Rows of the longest epoch."""
+        return int(np.diff(self._starts).max())
+
+    def _segmentation(self, epoch: int) -> Packed:
+        return self._segmentations[epoch % len(self._segmentations)]
 
     def of_epoch(self, epoch: int, start: int, stop: int) -> Batch:
         """Return the rows of an epoch from `start` to before `stop`, fewer where it ends."""
-        return self._lay_out(self._order(epoch)[start:stop])
+        return self._lay_out(epoch, self._order(epoch)[start:stop])
 
-    def onward(self, start: int, stop: int) -> Batch:
-        """Return the rows from `start` to before `stop`, counted from 0 through all epochs."""
-        epochs, places = np.divmod(np.arange(start, stop), len(self))
-        chosen = [self._order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)]
-        return self._lay_out(np.concatenate([np.zeros(0, np.int64), *chosen]))
+    def onward(self, start: int, stop: int) -> list[Batch]:
+        """Return the rows from `start` to before `stop`, counted from 0 through all epochs.
 
-    def _lay_out(self, rows: np.ndarray) -> Batch:
-        corpus, packing = self.corpus, self.packing
+        In pieces, one an epoch.
+        """
+        turns, places = np.divmod(np.arange(start, stop), self._starts[-1])
+        segmentations = np.searchsorted(self._starts, places, side="right") - 1
+        places -= self._starts[segmentations]
+        epochs = turns * len(self._segmentations) + segmentations
+        return [
+            self._lay_out(epoch, self._order(epoch)[places[epochs == epoch]])
+            for epoch in np.unique(epochs).tolist() or [0]
+        ]
+
+    def _lay_out(self, epoch: int, rows: np.ndarray) -> Batch:
+        corpus, packing = self._segmentation(epoch)
         counts = packing.offsets[rows + 1] - packing.offsets[rows]
         pairs = packing.pairs[ranges(packing.offsets[rows], counts)]
         source_ids, source_segments, _ = _lay_out(
@@ -95,8 +113,7 @@ class Batches:
     ```
 
     Args:
-      corpus: the pairs.
-      packing: which of them share a row.
+      segmentations: the pairs and which of them share a row, once or several times, see `Rows`.
       rows_per_batch: R; empty rows complete the last batch of an epoch.
       seed: each epoch has its own order of rows; None keeps them as they are, for evaluation.
 
@@ -106,14 +123,11 @@ class Batches:
       shares: of each corpus in the rows of a batch.
     """
 
-    def __init__(
-        self, corpus: EncodedCorpus, packing: Packing, rows_per_batch: int, *, seed: int | None
-    ):
-        self.corpus = corpus
-        self.packing = packing
+    def __init__(self, segmentations: Sequence[Packed], rows_per_batch: int, *, seed: int | None):
+        self.corpus, self.packing = segmentations[0]
         self.rows_per_batch = rows_per_batch
-        self.steps_per_epoch = -(-packing.num_rows // rows_per_batch)
-        self.parts = [Rows(corpus, packing, seed=seed)]
+        self.parts = [Rows(segmentations, seed=seed)]
+        self.steps_per_epoch = -(-len(self.parts[0]) // rows_per_batch)
         self.shares = [1.0]
 
     def at(self, step: int, rows: slice = slice(None)) -> Batch:

@@ -66,12 +66,21 @@ def encode_corpus(
     source_tokenizer: Tokenizer,
     target_tokenizer: Tokenizer,
     cache_dir: str | Path | None = None,
+    *,
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> EncodedCorpus:
     """Encode the columns "source" and "target", or find them encoded in `cache_dir`.
 
     The cache file is named after the text and the tokenizers' bytes, so it is found again
     whatever the corpus is called, and never after either has changed. Memory does not grow with
     the corpus, but for 24 bytes a pair.
+
+    Args:
+      dataset: the pairs.
+      source_tokenizer, target_tokenizer: of the two columns.
+      cache_dir: a folder; None is one in the cache of `datasets`.
+      dropout, seed: of the merges left out, see `Tokenizer.encode_batch`.
     """
     import pyarrow as pa
 
@@ -79,9 +88,16 @@ def encode_corpus(
 
     def batches() -> Iterator[dict[str, list[list[int]]]]:
         count = Count("tokenising", len(dataset))
+        seeds = np.random.SeedSequence(seed).generate_state(2 * -(-len(dataset) // _ROWS_PER_BATCH))
+        own_seed = iter(seeds.tolist())  # of each column of each batch
         for batch in iterate(dataset, _ROWS_PER_BATCH):
             yield {
-                side: [[*ids, EOS_ID] for ids in tokenizer.encode_batch(batch[side])]
+                side: [
+                    [*ids, EOS_ID]
+                    for ids in tokenizer.encode_batch(
+                        batch[side], dropout=dropout, seed=next(own_seed)
+                    )
+                ]
                 for side, tokenizer in tokenizers.items()
             }
             count.add(len(batch["source"]))
@@ -91,6 +107,8 @@ def encode_corpus(
     for tokenizer in tokenizers.values():
         name.update(hashlib.sha256(tokenizer.model).digest())
         name.update(repr(getattr(tokenizer, "vocabulary", None)).encode())
+    if dropout:
+        name.update(repr((dropout, seed)).encode())
     path = folder / f"ids-{name.hexdigest()[:20]}.arrow"
     ids = pa.list_(pa.int32())
     write_arrow(path, pa.schema({"source": ids, "target": ids}), batches())

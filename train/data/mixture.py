@@ -4,9 +4,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from train.data.batches import Batch, Batches, Rows
-from train.data.corpus import EncodedCorpus
-from train.data.packing import Packing
+from train.data.batches import Batch, Batches, Packed, Rows
 
 
 def divide(rows: int, weights: Sequence[float]) -> list[int]:
@@ -31,7 +29,7 @@ class Mixture(Batches):
     mixture is one of the first corpus. How far each corpus is, is a function of the step alone.
 
     Args:
-      corpora: each with its packing, into rows of the same lengths.
+      corpora: the segmentations of each, see `Rows`, packed into rows of the same lengths.
       weights: of each, above 0; proportions of *rows*. Rows are filled alike, so those of target
         tokens are nearly the same.
       rows_per_batch: R; every batch is full.
@@ -40,16 +38,16 @@ class Mixture(Batches):
 
     def __init__(
         self,
-        corpora: Sequence[tuple[EncodedCorpus, Packing]],
+        corpora: Sequence[Sequence[Packed]],
         weights: Sequence[float],
         rows_per_batch: int,
         *,
         seed: int,
     ):
-        super().__init__(*corpora[0], rows_per_batch, seed=seed)
+        super().__init__(corpora[0], rows_per_batch, seed=seed)
         self.parts = [
-            Rows(corpus, packing, seed=seed, number=number)
-            for number, (corpus, packing) in enumerate(corpora)
+            Rows(segmentations, seed=seed, number=number)
+            for number, segmentations in enumerate(corpora)
         ]
         self.shares = [weight / sum(weights) for weight in weights]
         self._weights = tuple(weights)
@@ -67,5 +65,5 @@ class Mixture(Batches):
             shift = first - row  # from rows of the batch to rows of the corpus
             row += last - first
             begin, end = max(first, start + shift), min(last, stop + shift)
-            pieces.append(part.onward(begin, max(begin, end)))
+            pieces += part.onward(begin, max(begin, end))
         return pieces

@@ -16,13 +16,13 @@ from jaxformer.search import (
     State,
     StepFn,
     constrain,
+    in_chunks,
     log_normalizer,
     next_logits,
     no_hypotheses,
     require,
     require_ngram_size,
     take,
-    top_k,
 )
 
 Reorder = Callable[[State, Int[Array, "B K"]], State]
@@ -127,7 +127,9 @@ class BeamSearch:
         logits = constrain(self, logits, search, old_live.sequences)
         # A second candidate would outlive an eos of the first and could still win by its length.
         num_candidates = 2 * self.beam_size if self.beam_size > 1 else 1
-        log_probs, beams, tokens = _extend(old_live.log_probs, logits, normalizer, num_candidates)
+        log_probs, beams, tokens = best_extensions(
+            old_live.log_probs, logits, normalizer, num_candidates
+        )
         positions = jnp.arange(old_live.sequences.shape[2], dtype=jnp.int32)
         sequences = jnp.where(
             positions == search.step, tokens[:, :, None], take(old_live.sequences, beams)
@@ -183,21 +185,42 @@ class BeamSearch:
         return log_probs / self.length_penalty(lengths.astype(jnp.float32))
 
 
-def _extend(
-    log_probs: Array, logits: Array, normalizer: Array, count: int
-) -> tuple[Array, Array, Array]:
-    """The `count` best one-token extensions of all beams, or all that exist if they are fewer.
+def best_extensions(
+    log_probs: Float[Array, "B K"],
+    logits: Float[Array, "B K V"],
+    normalizer: Float[Array, "B K 1"],
+    count: int,
+) -> tuple[Float[Array, "B M"], Int[Array, "B M"], Int[Array, "B M"]]:
+    """The best one-token extensions of all beams of each sentence.
 
-    Args: log_probs [B, K] of the beams, logits [B, K, V] and normalizer [B, K, 1] of the next.
-    Returns: log_probs, beams and tokens of the extensions, each [B, count], best first.
+    Args:
+      log_probs: of the beams, float32.
+      logits, normalizer: of the next token, whose log-probabilities are their difference.
+      count: M, how many, or all K · V if they are fewer.
+
+    Returns:
+      Log-probabilities, beams and tokens of the extensions, best first; of equal ones the lower
+      beam's first, then the lower token.
     """
-    # The best tokens of a beam are those of the largest logits: no [B, K, V] of log-probabilities.
-    values, tokens = top_k(logits, min(count, logits.shape[-1]))
-    batch_size, beam_size, per_beam = values.shape
-    totals = log_probs[:, :, None] + (values - normalizer)
-    totals = totals.reshape(batch_size, -1)
-    totals, flat = jax.lax.top_k(totals, min(count, beam_size * per_beam))
-    return totals, flat // per_beam, take(tokens.reshape(batch_size, -1), flat)
+    batch_size, beam_size, vocab_size = logits.shape
+    chunks = in_chunks(logits)
+    if chunks.shape[2] < 2 * count:
+        totals = (log_probs[:, :, None] + (logits - normalizer)).reshape(batch_size, -1)
+        totals, flat = jax.lax.top_k(totals, min(count, beam_size * vocab_size))
+        return totals, flat // vocab_size, flat % vocab_size
+    # As in `top_k`, but over all beams of a sentence at once: only the chunks with the best of
+    # their extensions can hold the best of all, and no [B, K, V] of log-probabilities is made.
+    # Rounding keeps their order: the larger logit never gets the smaller total.
+    _, _, num_chunks, chunk = chunks.shape
+    totals = log_probs[:, :, None] + (jnp.max(chunks, axis=-1) - normalizer)
+    _, best = jax.lax.top_k(totals.reshape(batch_size, -1), count)
+    best = jnp.sort(best, axis=-1)  # back in order of beam and token, for the ties
+    found = take(chunks.reshape(batch_size, -1, chunk), best)
+    beams = best // num_chunks
+    totals = take(log_probs, beams)[:, :, None] + (found - take(normalizer, beams))
+    totals, flat = jax.lax.top_k(totals.reshape(batch_size, -1), count)
+    tokens = take(best % num_chunks, flat // chunk) * chunk + flat % chunk
+    return totals, take(beams, flat // chunk), tokens
 
 
 def _best(hypotheses: BeamResult, count: int, *, by: str) -> tuple[BeamResult, Array]:

@@ -117,15 +117,11 @@ def top_k(values: Array, k: int) -> tuple[Array, Array]:
     Only the k chunks of the largest maxima can hold the k largest: an element of any other chunk
     has k chunks before it, each with a value at least as large (and, if equal, at a lower index).
     """
-    size = values.shape[-1]
-    # Whole chunks, if the vocabulary has a divisor of that size: padding copies all the logits.
-    chunk = next((chunk for chunk in range(64, 129) if size % chunk == 0), 64)
-    if size < 2 * k * chunk:
+    chunks = in_chunks(values)
+    if chunks.shape[2] < 2 * k:
         top, index = jax.lax.top_k(values, k)
         return top, index
-    padding = [(0, 0), (0, 0), (0, -size % chunk)]
-    chunks = jnp.pad(values, padding, constant_values=-jnp.inf)
-    chunks = chunks.reshape(*values.shape[:2], -1, chunk)
+    chunk = chunks.shape[3]
     _, best = jax.lax.top_k(jnp.max(chunks, axis=-1), k)
     best = jnp.sort(best, axis=-1)  # back in order of index, for the ties
     found = jnp.take_along_axis(chunks, best[:, :, :, None], axis=2)
@@ -133,9 +129,22 @@ def top_k(values: Array, k: int) -> tuple[Array, Array]:
     return top, jnp.take_along_axis(best, flat // chunk, axis=-1) * chunk + flat % chunk
 
 
-def log_normalizer(logits: Array) -> Array:
+def in_chunks(values: Float[Array, "B K V"]) -> Float[Array, "B K C c"]:
+    """The last axis in pieces of 64 to 128, the last of them completed with -inf."""
+    size = values.shape[-1]
+    # Whole chunks, if the vocabulary has a divisor of that size: padding copies all the logits.
+    chunk = next((chunk for chunk in range(64, 129) if size % chunk == 0), 64)
+    padding = [(0, 0), (0, 0), (0, -size % chunk)]
+    padded = jnp.pad(values, padding, constant_values=-jnp.inf) if size % chunk else values
+    return padded.reshape(*values.shape[:2], -1, chunk)
+
+
+def log_normalizer(logits: Float[Array, "B K V"]) -> Float[Array, "B K 1"]:
     """Log-sum-exp over the last axis, kept; 0 where all are -inf, whose log-probs stay -inf."""
-    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    # `best_extensions` wants the maxima of the chunks too: the logits are read once less.
+    largest = jnp.max(jnp.max(in_chunks(logits), axis=-1), axis=-1, keepdims=True)
+    largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
+    total = jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True)) + largest
     return jnp.where(jnp.isfinite(total), total, 0.0)
 
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxformer.beam import gnmt_length_penalty, power_length_penalty
+from jaxformer.beam import best_extensions, gnmt_length_penalty, power_length_penalty
 from jaxformer.config import EOS_ID, PAD_ID
 from jaxformer.decoding import beam_search, greedy_search, sample
-from jaxformer.search import top_k
+from jaxformer.search import log_normalizer, top_k
 
 NODES = 1009
 PAPER = gnmt_length_penalty(0.6)
@@ -418,6 +418,25 @@ def test_top_k_in_chunks_is_top_k(size, k):
     jitted = jax.jit(top_k, static_argnums=1)
     for values in (normal, np.round(normal * 2), mostly_impossible):
         assert_bit_equal(jitted(values, k), jax.lax.top_k(values, k))
+
+
+@pytest.mark.parametrize(("size", "count"), [(1999, 6), (1600, 10), (1280, 1), (300, 4)])
+def test_extensions_in_chunks_are_the_best_of_all(size, count):
+    rng = np.random.default_rng(0)
+    normal = rng.normal(size=(B, K, size)).astype(np.float32)
+    mostly_impossible = np.where(rng.random(normal.shape) < 0.99, -np.inf, normal)
+    beams = np.array([[-1.5, -1.5], [-0.25, -np.inf], [0.0, -70.0]], np.float32)
+    for logits in (normal, np.round(normal * 2), mostly_impossible):
+        normalizer = jax.jit(log_normalizer)(logits)
+        np.testing.assert_allclose(
+            normalizer, jax.nn.logsumexp(logits, axis=-1, keepdims=True), rtol=1e-6
+        )
+        all_totals = (beams[:, :, None] + (logits - np.asarray(normalizer))).reshape(B, -1)
+        totals, index = jax.lax.top_k(all_totals, count)
+        expected = totals, index // size, index % size
+        assert_bit_equal(
+            jax.jit(best_extensions, static_argnums=3)(beams, logits, normalizer, count), expected
+        )
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ def test_table_and_records(run, source, tmp_path, capsys):
         rate = record["tokens"] / record["seconds_median"]
         assert record["tokens_per_second"] == pytest.approx(rate)
         assert record["settings"]["beam_size"] == 2 and record["machine"]["cores"] > 0
+        assert record["seconds_p10"] <= record["seconds_median"] <= record["seconds_p90"]
+        assert record["compile_seconds"] > 0 and record["compiled_programs"] >= 1
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,13 @@ from train.benchmark.report import plot
 from train.benchmark.steps import StepBenchmark, benchmark_steps
 from train.benchmark.turns import Turn, summary
 from train.cli import main
-from train.config import TrainConfig
+from train.config import ParallelConfig, TrainConfig
 from train.prepare import prepare
 
 #: Compiled often, so as small as can be.
 MODEL = CONFIG.replace(decoder_layers=1, dropout=0.0)
 CONFIGURATION = TrainConfig(model=MODEL)
+PARAMS = jax.eval_shape(Transformer(MODEL).init, jax.random.key(0), *[jnp.ones((1, 2), int)] * 2)
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +38,9 @@ def small_yardsticks(monkeypatch):
     monkeypatch.setattr("train.benchmark.steps.memory_bandwidth", lambda *_: 1e10)
 
 
-def measured(kind="train", **changes):
+def measured(kind="train", config=CONFIGURATION, **changes):
     settings = {"batch": (4,), "length": (8,), "devices": (1,), "steps": 2, "rounds": 2}
-    return list(benchmark_steps(StepBenchmark(kind, CONFIGURATION, **settings | changes)))
+    return list(benchmark_steps(StepBenchmark(kind, config, **settings | changes)))
 
 
 @pytest.mark.parametrize("changes", [{}, {"activation": "swiglu", "head_dim": 5, "value_dim": 7}])
@@ -84,6 +85,11 @@ def test_a_record_of_every_case(kind):
         assert record["program_memory_bytes"] > 0 and record["peak_memory_bytes"] > 0
         assert record["xla_flops"] > 0.5 * record["model_flops"]
         assert record["bound_by"] in ("compute", "memory")
+        assert record["roofline_seconds"]["memory"] == record["bytes_moved"] / 1e10
+        assert record["bytes_moved"] > 4 * number_of_parameters(PARAMS)
+        # The state and the step, or the state and the forward pass; keys of random numbers.
+        assert 2 <= record["compiled_programs"] <= 8
+        assert min(record[f"{part}_seconds"] for part in ("trace", "lower", "compile")) > 0
         assert record["machine"]["devices"] == 1
         json.dumps(record)
 
@@ -92,6 +98,14 @@ def test_devices_share_the_rows():
     one, four = measured(devices=(1, 4), rounds=1)
     assert four["machine"]["devices"] == 4
     assert four["model_flops"] == one["model_flops"]
+    parallel = ParallelConfig(strategy="mesh", fsdp=2)
+    model = MODEL.replace(vocab_size=MODEL.vocab_size + 1)
+    configuration = TrainConfig(model=model, parallel=parallel)
+    (mesh,) = measured(devices=(4,), rounds=1, config=configuration)
+    # Each of two devices has a half of what is split, where every device had all.
+    assert mesh["program_memory_bytes"] < 0.8 * four["program_memory_bytes"]
+    with pytest.raises(UserError, match="is measured on copies of the model"):
+        measured("forward", devices=(4,), config=configuration)
     with pytest.raises(UserError, match="4 rows cannot be split over 3 devices"):
         measured(devices=(3,))
     with pytest.raises(UserError, match="9 devices are asked for, 8 are here"):
@@ -114,6 +128,7 @@ def test_on_a_corpus_only_real_tokens_count(batches):
         assert share == pytest.approx(1 - record["padding"])
     assert plain["ratio_min"] <= plain["ratio_median"] <= plain["ratio_max"]
     assert "mfu" not in plain and 0 <= ours["host_wait"] < 1
+    assert plain["host_wait"] is None
 
 
 @pytest.mark.parametrize(
@@ -214,7 +229,7 @@ def test_command_line(tmp_path, capsys):
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "target tokens/s" in printed and "MFU" in printed and "bound by" in printed
-    assert printed.count("jaxformer  float32") == 2
+    assert printed.count("jaxformer  float32") == 2 and "threefry2x32 noise" in printed
     assert [json.loads(line)["batch"] for line in output.read_text().splitlines()] == [1, 2]
     assert list(trace.rglob("*.xplane.pb"))
     assert main(["benchmark", "train", "nothing"]) == 1
@@ -224,10 +239,60 @@ def test_command_line(tmp_path, capsys):
     assert "invalid list of int value: '1,two'" in capsys.readouterr().err
 
 
+def test_configurations_and_a_corpus_from_the_command_line(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    write_corpus(tmp_path)
+    for name, width in (("narrow", 8), ("wide", 16)):
+        (tmp_path / f"{name}.py").write_text(
+            "from jaxformer.config import PRESETS\n"
+            "from train.config import DataConfig, TrainConfig\n"
+            f"model = PRESETS['tiny'].replace(vocab_size=64, d_model={width}, d_ff=16)\n"
+            f"data = DataConfig(path={str(tmp_path)!r}, train=('train',), validation=('valid',), "
+            "source='en', target='de', target_length=16, batch_tokens=64, "
+            f"cache_dir={str(tmp_path / 'cache')!r})\n"
+            "config = TrainConfig(model=model, data=data)\n"
+        )
+    configurations = f"{tmp_path}/narrow.py,{tmp_path}/wide.py"
+    output, picture = tmp_path / "results.jsonl", tmp_path / "sweep.png"
+    layers = ["--model.encoder-layers", "1", "--model.decoder-layers", "1"]
+    small = ["--devices", "1", "--steps", "1", "--rounds", "1", *layers]
+    arguments = ["benchmark", "train", configurations, "--corpus", *small]
+    arguments += ["--dtype", "float32,bfloat16", "--peer", "flax-plain", "--output", str(output)]
+    assert main(arguments) == 0
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record["config"] for record in records] == [
+        path for path in configurations.split(",") for _ in range(4)
+    ]
+    assert [record["engine"] for record in records] == ["jaxformer", "flax-plain"] * 4
+    assert 0 < records[0]["padding"] < records[1]["padding"]
+    assert main(["benchmark", "train", configurations, "--corpus", "--batch", "4", *small]) == 1
+    assert "instead of --batch, --length and --vocab-size give" in capsys.readouterr().err
+    sweep = ["--batch", "1,2", "--length", "4", "--plot", str(picture), *small]
+    assert main(["benchmark", "train", f"{tmp_path}/narrow.py", *sweep]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_peer_has_one_device(monkeypatch):
+    monkeypatch.setattr("train.benchmark.steps.separate_devices", len)
+    with pytest.raises(UserError, match="a peer has one device and we have 4: give --devices 1"):
+        measured(devices=(4,), peers=("flax-plain",))
+
+
+def test_process_peak_can_begin_anew():
+    block = np.ones(2**25)  # 256 MiB
+    assert peaks.process_peak() > block.nbytes
+    del block
+    peaks.forget_process_peak()
+    before = peaks.process_peak()
+    block = np.ones(2**24)
+    assert peaks.process_peak() > before + 0.9 * block.nbytes
+
+
 def test_a_sweep_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     records = [
         {
+            "config": "tiny",
             "engine": "jaxformer",
             "dtype": "float32",
             "batch": rows,

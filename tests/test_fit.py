@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from compiles import count_compiles
 from jaxformer.errors import UserError
 from jaxformer.run import checkpoint_steps, find_checkpoint, load_params
 from jaxformer.translator import Translator
 from small_run import change, small_config, write_corpus
+from train.benchmark.compiles import count_compiles
 from train.lock import only_trainer
 from train.loop import _out_of_patience, fit
 from train.metrics import read_metrics

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import jaxformer.generation as module
-from compiles import count_compiles
 from jaxformer.beam import power_length_penalty
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
 from jaxformer.decoding import beam_search, sample
@@ -20,6 +19,7 @@ from jaxformer.scoring import attention_alignment, token_log_probs
 from jaxformer.transformer import Transformer
 from random_run import CONFIG as RANDOM
 from random_run import random_params
+from train.benchmark.compiles import count_compiles
 
 # Compiles faster, and says more than what it has just said.
 CONFIG = RANDOM.replace(embeddings="separate")

@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from compiles import count_compiles
 from jaxformer.errors import UserError
 from jaxformer.schedules import warmup_inverse_sqrt
 from jaxformer.sharding import num_shards
 from jaxformer.transformer import Transformer
 from packed_rows import BATCH, KEY, SPLITTABLE, assert_same_training, run_steps
+from train.benchmark.compiles import count_compiles
 from train.config import OptimizerConfig, ParallelConfig
 from train.mesh import in_mesh, make_mesh
 from train.parallel import DataParallel, MeshParallel
@@ -62,7 +62,7 @@ def test_every_mesh_trains_as_one_device_and_gathers_no_embedding(
     assert runner.mesh.devices.shape == (data, fsdp, tensor)
     step = make_train_step(MODEL, OPTIMIZER, SCHEDULE)
     state, batch = create(runner), place(runner)
-    compiled = runner.compiled_step(step, state, batch, KEY)
+    compiled = runner.train(step).lower(state, batch, KEY).compile()
     # XLA's word for an array that it gathers whole only to lay it out anew.
     assert "rematerialization" not in capfd.readouterr().err
     assert one_device[0][1]["loss"] - one_device[-1][1]["loss"] > 0.1

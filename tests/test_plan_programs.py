@@ -51,7 +51,8 @@ def real(request):
     state = runner.create(partial(create_state, model, optimizer, jax.random.key(0)))
     batch = runner.place(ROWS, lambda rows: {name: x[rows] for name, x in BATCH.items()})
     step = make_train_step(model, optimizer, schedule)
-    return config.parallel.strategy, state, runner.compiled_step(step, state, batch, KEY)
+    compiled = runner.train(step).lower(state, batch, KEY).compile()
+    return config.parallel.strategy, state, compiled
 
 
 def test_the_planned_program_is_the_one_that_runs(planned, real):

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 
-from compiles import count_compiles
 from jaxformer.config import TransformerConfig
 from jaxformer.schedules import warmup_inverse_sqrt
 from jaxformer.transformer import Transformer
@@ -24,6 +23,7 @@ from packed_rows import (
     packed_rows,
     run_steps,
 )
+from train.benchmark.compiles import count_compiles
 from train.config import OptimizerConfig
 from train.parallel import DataParallel
 from train.state import TrainState, create_state, make_optimizer, make_schedule

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import jaxformer.translator as module
-from compiles import count_compiles
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, Generator
 from jaxformer.tokenizer import VocabularyTokenizer
 from jaxformer.translator import Translator
 from random_run import CONFIG, write_random_run
 from small_run import LEXICON, sentence_pairs, trained_run
+from train.benchmark.compiles import count_compiles
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,9 @@ def describe_machine(devices: Sequence[jax.Device]) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "jax": jax.__version__,
+        "jaxlib": jax.lib.__version__,
         "flax": flax.__version__,
+        "prng": jax.config.jax_default_prng_impl,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
     }

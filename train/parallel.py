@@ -27,13 +27,11 @@ class Runner(Protocol):
     def create(self, make_state: Callable[[], Any]) -> Any:
         """Return what `make_state` returns, placed as the steps take it."""
 
-    def train(self, train_step: Callable) -> Callable[[Any, Batch, jax.Array], tuple[Any, Any]]:
-        """Return `(state, batch, rng) -> (state, metrics)`; the old state's memory is reused."""
+    def train(self, train_step: Callable) -> Any:
+        """Return `(state, batch, rng) -> (state, metrics)`; the old state's memory is reused.
 
-    def compiled_step(
-        self, train_step: Callable, state: Any, batch: Any, rng: Any
-    ) -> jax.stages.Compiled:
-        """Compile what `train` returns without running it; abstract ones will do."""
+        Its method `lower` takes the same, abstract ones too, and returns a `jax.stages.Lowered`.
+        """
 
     def abstract_state(self, state: Any) -> Any:
         """Return shapes with the shardings of what `to_save` returns."""
@@ -94,11 +92,6 @@ class DataParallel:
             donate_argnums=0,
             devices=self.devices,
         )
-
-    def compiled_step(
-        self, train_step: Callable, state: Any, batch: Any, rng: Any
-    ) -> jax.stages.Compiled:
-        return self.train(train_step).lower(state, batch, rng).compile()
 
     def abstract_state(self, state: Any) -> Any:
         return jax.tree.map(
@@ -173,13 +166,12 @@ class MeshParallel:
             return jax.jit(make_state, out_shardings=placed)()
 
     def train(self, train_step: Callable) -> Any:
-        return self._within(self._jitted(train_step))
+        def step(state: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Any]:
+            state, metrics = train_step(state, batch, rng)
+            # Without this XLA might return it laid out otherwise, and compile the next step anew.
+            return jax.lax.with_sharding_constraint(state, shardings(self.mesh, state)), metrics
 
-    def compiled_step(
-        self, train_step: Callable, state: Any, batch: Any, rng: Any
-    ) -> jax.stages.Compiled:
-        with in_mesh(self.mesh):
-            return self._jitted(train_step).lower(state, batch, rng).compile()
+        return _WithinMesh(self.mesh, jax.jit(step, donate_argnums=0))
 
     def abstract_state(self, state: Any) -> Any:
         return jax.tree.map(
@@ -194,16 +186,8 @@ class MeshParallel:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_rows), batch
         )
 
-    def _jitted(self, train_step: Callable) -> Any:
-        def step(state: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Any]:
-            state, metrics = train_step(state, batch, rng)
-            # Without this XLA might return it laid out otherwise, and compile the next step anew.
-            return jax.lax.with_sharding_constraint(state, shardings(self.mesh, state)), metrics
-
-        return jax.jit(step, donate_argnums=0)
-
     def evaluate(self, eval_step: Callable) -> Any:
-        return self._within(jax.jit(eval_step))
+        return _WithinMesh(self.mesh, jax.jit(eval_step))
 
     def place(self, rows_per_batch: int, read: Callable[[slice], HostBatch]) -> Any:
         by_rows = self._by_rows()
@@ -237,12 +221,21 @@ class MeshParallel:
     def _by_rows(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec((AXIS, "fsdp")))
 
-    def _within(self, function: Callable) -> Callable:
-        def call(*arguments: Any) -> Any:
-            with in_mesh(self.mesh):
-                return function(*arguments)
 
-        return call
+@dataclasses.dataclass(frozen=True)
+class _WithinMesh:
+    """A jitted function, called and lowered where the axes of the mesh have their names."""
+
+    mesh: Mesh
+    function: Any
+
+    def __call__(self, *arguments: Any) -> Any:
+        with in_mesh(self.mesh):
+            return self.function(*arguments)
+
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        with in_mesh(self.mesh):
+            return self.function.lower(*arguments)
 
 
 def initialize_hosts(config: ParallelConfig) -> None:

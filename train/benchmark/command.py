@@ -4,11 +4,15 @@ import argparse
 import dataclasses
 import os
 import tempfile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxformer.config import PRESETS
+from jaxformer.errors import UserError
 from train.arguments import list_of, load_config, override, refuse
 from train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from train.benchmark.steps import StepBenchmark
 
 
 class _ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -39,10 +43,15 @@ def _add_steps(kinds: Any, kind: str, what: str) -> None:
         "--section.field VALUE changes any field of the configuration.",
         formatter_class=_ShowDefaults,
     )
-    steps.add_argument("config", metavar="CONFIG", help="a configuration, or a preset such as base")
+    steps.add_argument(
+        "config",
+        metavar="CONFIG",
+        type=list_of(str),
+        help="configurations, or presets such as base,big",
+    )
     numbers = list_of(int)
-    steps.add_argument("--batch", type=numbers, default=(64,), help="rows a step")
-    steps.add_argument("--length", type=numbers, default=(64,), help="positions a row, both sides")
+    steps.add_argument("--batch", type=numbers, default=(), help="rows a step; 64")
+    steps.add_argument("--length", type=numbers, default=(), help="positions a row, both sides; 64")
     steps.add_argument("--vocab-size", type=numbers, default=(), help="pieces")
     steps.add_argument("--devices", type=numbers, default=(), help="how many take part")
     steps.add_argument("--dtype", type=list_of(str), default=(), help="float32,bfloat16")
@@ -96,6 +105,9 @@ def _add_decode(kinds: Any) -> None:
         help="sentences it takes at once: the fastest of these",
     )
     decode.add_argument("--rounds", type=int, default=5, help="measurements of each")
+    decode.add_argument(
+        "--profile", metavar="DIR", help="write a trace for TensorBoard or Perfetto"
+    )
     decode.add_argument("--output", metavar="FILE", help="add the results, as JSON lines")
     decode.set_defaults(command=_benchmark_decode)
 
@@ -111,29 +123,51 @@ def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
     import jax
 
     from train.benchmark.report import keep_records, plot, steps_table
-    from train.benchmark.steps import StepBenchmark, benchmark_steps
+    from train.benchmark.steps import benchmark_steps
 
     # What was compiled before would make compiling look free.
     jax.config.update("jax_enable_compilation_cache", False)
-    if options.config in PRESETS:
-        config = TrainConfig(model=PRESETS[options.config])
-    else:
-        config = load_config(options.config)
+    records = keep_records(
+        options.output,
+        (
+            record
+            for name in options.config
+            for record in benchmark_steps(_step_benchmark(options, name, overrides))
+        ),
+    )
+    print(steps_table(records))
+    if options.plot is not None:
+        plot(options.plot, records)
+
+
+def _step_benchmark(
+    options: argparse.Namespace, name: str, overrides: list[str]
+) -> "StepBenchmark":
+    from train.benchmark.steps import StepBenchmark
+
+    config = TrainConfig(model=PRESETS[name]) if name in PRESETS else load_config(name)
     config = override(config, overrides, f"python -m train benchmark {options.kind}")
     batches = None
     if options.corpus:
+        if options.batch or options.length or options.vocab_size:
+            raise UserError(
+                "a corpus is measured in the rows of its configuration: instead of --batch, "
+                "--length and --vocab-size give --data.batch-tokens, --data.target-length and "
+                "--model.vocab-size"
+            )
         from train.prepare import prepare
 
         with tempfile.TemporaryDirectory() as scratch:
             data = dataclasses.replace(config.data, extra=(), weights=())  # peers know no mixtures
             alone = dataclasses.replace(config, run=f"{scratch}/run", data=data)
             batches = prepare(alone).batches
-    settings = StepBenchmark(
+    return StepBenchmark(
         options.kind,
         config,
+        name,
         batches,
-        batch=options.batch,
-        length=options.length,
+        batch=options.batch or (64,),
+        length=options.length or (64,),
         vocab_sizes=options.vocab_size,
         devices=options.devices,
         dtypes=options.dtype,
@@ -142,10 +176,6 @@ def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
         peers=tuple(options.peer),
         profile=options.profile,
     )
-    records = keep_records(options.output, benchmark_steps(settings))
-    print(steps_table(records))
-    if options.plot is not None:
-        plot(options.plot, records)
 
 
 def _benchmark_decode(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -22,14 +22,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxformer.config import PRESETS, Precision, TransformerConfig
+from jaxformer.config import (
+    BOS_ID,
+    EOS_ID,
+    PAD_ID,
+    PRESETS,
+    UNK_ID,
+    Precision,
+    TransformerConfig,
+)
 from jaxformer.errors import UserError
 from jaxformer.run import save_params, save_tokenizers, write_config
 from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
+from train.benchmark.compiles import count_compiles
 from train.benchmark.processes import in_a_process
-from train.benchmark.turns import Translate
+from train.benchmark.turns import Translate, summary
 from train.machine import describe_machine
 
 Engine = Callable[[Sequence[str]], tuple[list[str], float]]  # translations and seconds
@@ -56,6 +65,7 @@ class DecodeBenchmark:
       peer_batches: sentences it translates at once: the fastest of these, when it warms up; for
         CTranslate2 with one worker on all cores or a worker a core, whichever is faster.
       rounds: measurements of each engine.
+      profile: folder for a trace of one more round of our first, for TensorBoard or Perfetto.
     """
 
     run: str
@@ -72,6 +82,7 @@ class DecodeBenchmark:
     peer_types: tuple[str, ...] = ("float32",)
     peer_batches: tuple[int, ...] = (32, 128)
     rounds: int = 5
+    profile: str | None = None
 
 
 def benchmark_decode(settings: DecodeBenchmark) -> Iterator[dict[str, Any]]:
@@ -112,18 +123,26 @@ def _timed(translate: Translate, lines: Sequence[str]) -> tuple[list[str], float
 def _measure(
     engines: dict[str, Engine], lines: list[str], settings: DecodeBenchmark, run: str
 ) -> Iterator[dict[str, Any]]:
-    outputs = {name: engine(lines)[0] for name, engine in engines.items()}  # compiles
+    outputs, first_seconds, programs = {}, {}, {}
+    for name, engine in engines.items():
+        with count_compiles() as programs[name]:
+            outputs[name], first_seconds[name] = engine(lines)
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(settings.rounds):
         for name, engine in engines.items():
             outputs[name], took = engine(lines)
             seconds[name].append(took)
     first = next(iter(engines))
+    if settings.profile is not None:
+        with jax.profiler.trace(settings.profile):
+            engines[first](lines)
     tokenizer = Translator.load(run).target_tokenizer
     for name in engines:
+        ours = name.startswith("jaxformer")
         median = statistics.median(seconds[name])
         tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch(outputs[name]))
-        ratios = [theirs / ours for theirs, ours in zip(seconds[name], seconds[first], strict=True)]
+        pairs = zip(seconds[name], seconds[first], strict=True)
+        ratios = [this / best for this, best in pairs]
         same = sum(map(str.__eq__, outputs[name], outputs[first])) / len(lines)
         yield {
             "engine": name,
@@ -131,6 +150,8 @@ def _measure(
             "tokens": tokens,
             "seconds": [round(value, 4) for value in seconds[name]],
             "seconds_median": median,
+            "seconds_p10": summary(seconds[name])["p10"],
+            "seconds_p90": summary(seconds[name])["p90"],
             "sentences_per_second": len(lines) / median,
             "tokens_per_second": tokens / median,
             "milliseconds_per_sentence": 1000 * median / len(lines),
@@ -139,6 +160,9 @@ def _measure(
             "ratio_min": min(ratios),
             "ratio_max": max(ratios),
             "same_as_first": same,
+            # The first round compiles; that of a peer looks for its best settings.
+            "compile_seconds": max(0.0, first_seconds[name] - median) if ours else None,
+            "compiled_programs": len(programs[name]) if ours else None,
             "settings": dataclasses.asdict(settings),
             "machine": describe_machine(jax.devices()),
         }
@@ -146,9 +170,9 @@ def _measure(
 
 def _ours(run: str, dtype: Precision, settings: DecodeBenchmark, fixed: int | None) -> Translate:
     translator = Translator.load(run, dtype=dtype)
-    lengths = {} if fixed is None else {"max_length_ratio": 0.0, "max_length_extra": fixed}
+    lengths = {}
     if fixed is not None:
-        lengths["min_length_extra"] = fixed
+        lengths = {"max_length_ratio": 0.0, "max_length_extra": fixed, "min_length_extra": fixed}
 
     def translate(lines: Sequence[str]) -> list[str]:
         return translator.translate(
@@ -235,10 +259,10 @@ def _write_random_run(run: Path, config: TransformerConfig) -> None:
         model_writer=model,
         model_type="word",
         vocab_size=config.vocab_size,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
+        pad_id=PAD_ID,
+        bos_id=BOS_ID,
+        eos_id=EOS_ID,
+        unk_id=UNK_ID,
         minloglevel=2,
     )
     tokenizer = Tokenizer(model.getvalue())

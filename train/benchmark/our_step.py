@@ -7,13 +7,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxformer.errors import UserError
 from jaxformer.transformer import Transformer
-from train.benchmark.peaks import peak_memory
+from train.benchmark.compiles import time_traces
+from train.benchmark.peaks import forget_process_peak, peak_memory
 from train.benchmark.turns import Turn
 from train.benchmark.work import Case, Kind, full_rows
 from train.config import TrainConfig
 from train.data.batches import Batches
-from train.parallel import DataParallel
+from train.parallel import make_runner
+from train.plan.hlo import Program
 from train.prefetch import prefetch
 from train.state import create_state, make_optimizer, make_schedule
 from train.step import make_train_step
@@ -24,12 +27,12 @@ class OurStep:
 
     def __init__(self, kind: Kind, config: TrainConfig, case: Case, batches: Batches | None):
         self.devices = tuple(jax.local_devices()[: case.devices])
-        self._batches, self._all_rows = batches, slice(0, case.batch)
+        self._batches, self._rows = batches, case.batch
         self._full_rows = full_rows(case)
         model = Transformer(case.model)
         schedule = make_schedule(config.optimizer, case.model.d_model, config.steps)
         optimizer = make_optimizer(config.optimizer, schedule)
-        runner = DataParallel(self.devices)
+        runner = self._runner = make_runner(config, self.devices)
         state = runner.create(partial(create_state, model, optimizer, jax.random.key(0)))
         self._rng = jax.random.key(1)
         self._done = 0
@@ -37,6 +40,10 @@ class OurStep:
             step = make_train_step(model, optimizer, schedule, accumulate=config.accumulate)
             self._carry, self._step = state, runner.train(step)
             return
+        if config.parallel.strategy == "mesh":
+            raise UserError(
+                "the forward pass is measured on copies of the model: leave out parallel.strategy"
+            )
 
         def forward(params: Any, batch: dict, rng: jax.Array) -> tuple[Any, Any]:
             logits = model.apply(
@@ -61,19 +68,20 @@ class OurStep:
         """Compile, and return how long it took and what XLA says of the program."""
         arguments = self._carry, self._batch(0), self._rng
         began = time.perf_counter()
-        jax.eval_shape(self._step, *arguments)
-        traced = time.perf_counter()
-        lowered = self._step.lower(*arguments)
+        with time_traces() as traces:
+            lowered = self._step.lower(*arguments)
         low = time.perf_counter()
+        trace = max(traces)  # the outermost
         self._step = lowered.compile()
         done = time.perf_counter()
         cost, memory = self._step.cost_analysis(), self._step.memory_analysis()
+        moved = Program(self._step.as_text()).bytes_moved()
         return {
-            "trace_seconds": traced - began,
-            "lower_seconds": low - traced,
+            "trace_seconds": trace,
+            "lower_seconds": low - began - trace,
             "compile_seconds": done - low,
             "xla_flops": cost.get("flops", float("nan")) * len(self.devices),
-            "xla_bytes": cost.get("bytes accessed", float("nan")) * len(self.devices),
+            "bytes_moved": moved * len(self.devices),
             "program_memory_bytes": memory.argument_size_in_bytes
             + memory.output_size_in_bytes
             - memory.alias_size_in_bytes
@@ -86,6 +94,7 @@ class OurStep:
         self._done += steps
         ready = map(self._batch, which) if self._batches is None else prefetch(self._batch, which)
         turn = Turn([], [], [], [])
+        forget_process_peak()
         began = time.perf_counter()
         for batch in ready:
             got = time.perf_counter()
@@ -99,7 +108,10 @@ class OurStep:
             began = time.perf_counter()
         return turn._replace(peak_memory=peak_memory(self.devices))
 
-    def _batch(self, step: int) -> dict[str, np.ndarray]:
-        batches, rows = self._batches, len(self.devices)
-        batch = self._full_rows if batches is None else batches.at(step, self._all_rows)
-        return {name: x.reshape(rows, -1, *x.shape[1:]) for name, x in batch.items()}
+    def _batch(self, step: int) -> dict[str, Any]:
+        def read(rows: slice) -> dict[str, np.ndarray]:
+            if self._batches is not None:
+                return self._batches.at(step, rows)
+            return {name: x[rows] for name, x in self._full_rows.items()}
+
+        return self._runner.place(self._rows, read)

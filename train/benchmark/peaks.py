@@ -3,6 +3,8 @@
 import resource
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,8 +21,10 @@ def separate_devices(devices: Sequence[jax.Device]) -> int:
 def matmul_peak(dtype: str, device: jax.Device) -> float:
     """FLOP/s of the product of two large square matrices on one device, the best of ten."""
     size = 2048 if device.platform == "cpu" else 8192
-    matrix = jax.device_put(jnp.ones((size, size), dtype), device)
-    return 2 * size**3 / _best_seconds(jax.jit(jnp.matmul), matrix, matrix)
+    # Random, for the power that a GPU takes, and with it its clock, depends on the numbers.
+    keys = jax.random.split(jax.random.key(0))
+    a, b = (jax.device_put(jax.random.normal(key, (size, size), dtype), device) for key in keys)
+    return 2 * size**3 / _best_seconds(jax.jit(jnp.matmul), a, b)
 
 
 def memory_bandwidth(device: jax.Device) -> float:
@@ -49,13 +53,23 @@ def datasheet_peak(dtype: str, device: jax.Device) -> float | None:
 
 
 def peak_memory(devices: Sequence[jax.Device]) -> int:
-    """Most bytes in use so far: of the fullest device, or, on CPU, of the process."""
+    """Most bytes in use: of the fullest device so far, or, on CPU, see `process_peak`."""
     stats = [device.memory_stats() for device in devices]
     if all(found and "peak_bytes_in_use" in found for found in stats):
         return max(found["peak_bytes_in_use"] for found in stats if found)
     return process_peak()
 
 
+def forget_process_peak() -> None:
+    """Let `process_peak` begin anew with what the process holds now, where that is Linux."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def process_peak() -> int:
-    """Most bytes of main memory that this process has held."""
+    """Most bytes of main memory that this process has held since `forget_process_peak`."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

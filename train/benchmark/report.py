@@ -12,17 +12,21 @@ Records = Sequence[dict[str, Any]]
 def decode_table(records: Records) -> str:
     """Of `benchmark_decode`: a line an engine."""
     first = records[0]["engine"]
-    header = ("engine", "sentences/s", "tokens/s", "ms/sentence")
-    rows = [(*header, f"{first} is faster by", "same output")]
+    header = ("engine", "sentences/s", "tokens/s", "ms/sentence (p10 to p90)")
+    rows = [(*header, f"{first} is faster by", "same output", "programs", "compile s")]
     for record in records:
         rows.append(
             (
                 record["engine"],
                 f"{record['sentences_per_second']:,.1f}",
                 f"{record['tokens_per_second']:,.0f}",
-                f"{record['milliseconds_per_sentence']:,.2f}",
+                f"{record['milliseconds_per_sentence']:,.2f} "
+                f"({1000 * record['seconds_p10'] / record['sentences']:,.2f} to "
+                f"{1000 * record['seconds_p90'] / record['sentences']:,.2f})",
                 _ratio(record),
                 f"{record['same_as_first']:.1%}",
+                _cell(record["compiled_programs"], "d"),
+                _cell(record["compile_seconds"], ".1f"),
             )
         )
     return aligned(rows)
@@ -30,12 +34,13 @@ def decode_table(records: Records) -> str:
 
 def steps_table(records: Records) -> str:
     """Of `benchmark_steps`: a line for each engine and case, then what XLA says of our programs."""
-    header = ("engine", "dtype", "devices", "batch", "source", "target", "vocabulary")
+    header = ("config", "engine", "dtype", "devices", "rows", "source", "target", "vocabulary")
     rows = [
         (
             *header,
             "ms/step (p10 to p90)",
             "target tokens/s",
+            "with padding",
             "padding",
             "MFU",
             "wait",
@@ -43,12 +48,25 @@ def steps_table(records: Records) -> str:
             "faster by",
         )
     ]
-    programs = [("compile s", "GFLOP", "of the formulas", "bytes", "bound by", "memory")]
+    programs = [
+        (
+            "programs",
+            "compile s",
+            "GFLOP",
+            "of the formulas",
+            "bytes",
+            "at best ms",
+            "bound by",
+            "MFU by data sheet",
+            "memory",
+        )
+    ]
     for record in records:
         milliseconds = {name: 1000 * value for name, value in record["step_seconds"].items()}
         ours, peak = "mfu" in record, record["peak_memory_bytes"]
         rows.append(
             (
+                record["config"],
                 record["engine"],
                 record["dtype"],
                 str(record["machine"]["devices"]),
@@ -58,38 +76,50 @@ def steps_table(records: Records) -> str:
                 f"{record['vocab_size']:,}",
                 "{median:,.1f} ({p10:,.1f} to {p90:,.1f})".format(**milliseconds),
                 f"{record['target_tokens_per_second']:,.0f}",
-                f"{record['padding']:.1%}",
+                _cell(record["target_positions_per_second"], ",.0f"),
+                _cell(record["padding"], ".1%"),
                 f"{record['mfu']:.0%}" if ours else "",
-                f"{record['host_wait']:.1%}",
+                _cell(record["host_wait"], ".1%"),
                 f"{peak / 2**20:,.0f} MiB" if peak else "",
                 _ratio(record),
             )
         )
         if ours:
+            at_best = [1000 * seconds for seconds in record["roofline_seconds"].values()]
             programs.append(
                 (
+                    str(record["compiled_programs"]),
                     "{trace_seconds:.1f} + {lower_seconds:.1f} + {compile_seconds:.1f}".format(
                         **record
                     ),
                     f"{record['xla_flops'] / 1e9:,.1f}",
                     f"{record['model_flops'] / record['xla_flops']:.0%}",
-                    f"{record['xla_bytes'] / 1e9:,.2f} GB",
+                    f"{record['bytes_moved'] / 1e9:,.2f} GB",
+                    "{:,.1f} compute, {:,.1f} memory".format(*at_best),
                     record["bound_by"],
+                    _cell(record["mfu_datasheet"], ".0%"),
                     f"{record['program_memory_bytes'] / 2**20:,.0f} MiB",
                 )
             )
     first = next(record for record in records if "mfu" in record)
     machine = first["machine"]
+    measured = {r["dtype"]: r["matmul_peak_flops"] for r in records if "mfu" in r}
+    peaks = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, peak in measured.items())
     footer = (
         f"{machine['devices']} x {machine['device']}, {machine['cores']} cores; "
-        f"jax {machine['jax']}, flax {machine['flax']}; measured peak "
-        f"{first['matmul_peak_flops'] / 1e9:,.0f} GFLOP/s in {first['dtype']}, "
-        f"{first['memory_bandwidth'] / 1e9:,.1f} GB/s\n"
+        f"Python {machine['python']}, jax {machine['jax']}, jaxlib {machine['jaxlib']}, "
+        f"flax {machine['flax']}; XLA_FLAGS={machine['xla_flags']!r}, {machine['prng']} noise\n"
+        f"measured peak {peaks}, {first['memory_bandwidth'] / 1e9:,.1f} GB/s\n"
         "faster by: how many times the tokens/s of this line ours are, median of the turns\n"
-        "compile: trace + lower + compile; memory: what the program plans; peak: in use so far\n"
-        "GFLOP, bytes: by XLA, which counts once what a loop repeats, such as chunks of the loss"
+        "programs: of the state, the step, and whatever else was compiled before the second step\n"
+        "compile: trace + lower + compile; memory: what the program plans; peak: in use meanwhile\n"
+        "GFLOP: by XLA, which counts once what a loop repeats, such as chunks of the loss"
     )
     return "\n\n".join((aligned(rows), aligned(programs), footer))
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _ratio(record: dict[str, Any]) -> str:
@@ -128,7 +158,7 @@ def keep_records(path: str | None, records: Iterable[dict[str, Any]]) -> list[di
     return kept
 
 
-#: What a sweep can vary, and how the axis is called.
+#: What a sweep can vary and be drawn over, and how the axis is called.
 _DIMENSIONS = {
     "batch": "rows a step",
     "target_length": "positions a row",
@@ -160,7 +190,12 @@ def plot(path: str, records: Records) -> None:
         lines: dict[str, list[dict[str, Any]]] = {}
         for point in points:
             label = " ".join(
-                [point["engine"], point["dtype"], *(f"{_DIMENSIONS[o]} {point[o]}" for o in others)]
+                [
+                    point["config"],
+                    point["engine"],
+                    point["dtype"],
+                    *(f"{_DIMENSIONS[other]} {point[other]}" for other in others),
+                ]
             )
             lines.setdefault(label, []).append(point)
         for label, line in lines.items():

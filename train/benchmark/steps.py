@@ -3,6 +3,8 @@
     python -m train benchmark train tiny --batch 32,64 --length 64 --dtype float32,bfloat16
     python -m train benchmark train multi30k --corpus --data.path DIR --peer torch flax-plain
     python -m train benchmark forward base --vocab-size 32000 --length 32,64,128 --plot forward.png
+    python -m train benchmark train base,big --vocab-size 32000 --dtype bfloat16 --batch 128 \
+        --peer torch torch-compile
 
 Steps are synchronised: each ends before the next begins. Engines take turns of a few steps, so that
 what else the machine does disturbs them alike, and ratios are those of neighbouring turns.
@@ -22,6 +24,7 @@ import numpy as np
 
 from jaxformer.config import DType
 from jaxformer.errors import UserError
+from train.benchmark.compiles import count_compiles
 from train.benchmark.our_step import OurStep
 from train.benchmark.peaks import (
     datasheet_peak,
@@ -46,6 +49,7 @@ class StepBenchmark:
     Attributes:
       kind: the training step, or the forward pass to logits without dropout.
       config: model, optimizer and, with `batches`, data.
+      name: what the configuration is called.
       batches: of the training corpus; None measures full rows of random tokens.
       batch, length: rows, and positions of both sides; without batches, every combination.
       vocab_sizes, devices, dtypes: further dimensions of the sweep.
@@ -57,6 +61,7 @@ class StepBenchmark:
 
     kind: Kind
     config: TrainConfig
+    name: str = ""
     batches: Batches | None = None
     batch: tuple[int, ...] = (64,)
     length: tuple[int, ...] = (64,)
@@ -91,6 +96,8 @@ def benchmark_steps(settings: StepBenchmark) -> Iterator[dict[str, Any]]:
         if dtype not in peaks:
             peaks[dtype] = matmul_peak(dtype, device)
         devices = separate_devices(jax.local_devices()[: case.devices])
+        if devices > 1 and settings.peers:
+            raise UserError(f"a peer has one device and we have {devices}: give --devices 1")
         yield from _measure(settings, case, peaks[dtype] * devices, bandwidth * devices)
 
 
@@ -127,11 +134,13 @@ def _measure(
         scratch = processes.enter_context(tempfile.TemporaryDirectory())
         for peer in settings.peers:
             engines[peer] = processes.enter_context(_peer(peer, settings, case, scratch))
-        ours = OurStep(settings.kind, settings.config, case, settings.batches)
-        compiled = ours.compile()
-        engines = {"jaxformer": ours.turn} | engines
+        with count_compiles() as programs:
+            ours = OurStep(settings.kind, settings.config, case, settings.batches)
+            compiled = ours.compile()
+            ours.turn(2)
         for turn in engines.values():
             turn(2)
+        engines = {"jaxformer": ours.turn} | engines
         turns: dict[str, list[Turn]] = {name: [] for name in engines}
         for _ in range(settings.rounds):
             for name, turn in engines.items():
@@ -152,6 +161,7 @@ def _measure(
         ]
         record = {
             "benchmark": settings.kind,
+            "config": settings.name,
             "engine": name,
             "batch": case.batch,
             "source_length": case.source,
@@ -160,24 +170,27 @@ def _measure(
             "dtype": "float32" if name == "marian" else case.model.dtype,
             "step_seconds": summary(seconds),
             "target_tokens_per_second": tokens / sum(seconds),
-            "target_positions_per_second": positions / sum(seconds),
-            "padding": 1 - tokens / positions,
-            "host_wait": sum(sum(turn.waited) for turn in measured) / sum(seconds),
+            # Marian says nothing of its padding; a peer has its batches ready.
+            "target_positions_per_second": None if name == "marian" else positions / sum(seconds),
+            "padding": None if name == "marian" else 1 - tokens / positions,
+            "host_wait": None,
             "ratio_median": statistics.median(ratios),
             "ratio_min": min(ratios),
             "ratio_max": max(ratios),
             "model_flops": flops,
             "machine": describe_machine(ours.devices),
-            "peak_memory_bytes": measured[-1].peak_memory,
+            "peak_memory_bytes": max((turn.peak_memory or 0) for turn in measured) or None,
         }
         if name == "jaxformer":
             step = record["step_seconds"]["median"]
             sheet = datasheet_peak(case.model.dtype, ours.devices[0])
             seconds_of = {
                 "compute": max(flops, compiled["xla_flops"]) / peak,
-                "memory": compiled["xla_bytes"] / bandwidth,
+                "memory": compiled["bytes_moved"] / bandwidth,
             }
             record |= compiled | {
+                "host_wait": sum(sum(turn.waited) for turn in measured) / sum(seconds),
+                "compiled_programs": len(programs),
                 "matmul_peak_flops": peak,
                 "memory_bandwidth": bandwidth,
                 "mfu": flops / step / peak,
@@ -200,6 +213,8 @@ def _peer(
             return [full_rows(case)]
         return padded_batches(settings.batches, multiple=multiple)
 
+    compiled = name == "torch-compile"
+
     if name == "flax-plain":
         from train.benchmark.flax_plain import plain_step
 
@@ -212,5 +227,5 @@ def _peer(
         return contextlib.nullcontext(marian_turn(case.model, settings.batches, scratch))
     from train.benchmark.torch_peer import torch_turn
 
-    compiled = name == "torch-compile"
-    return in_a_process(torch_turn, settings.kind, case.model, batches(multiple=1), compiled)
+    padded = batches(multiple=8 if compiled else 1)
+    return in_a_process(torch_turn, settings.kind, case.model, padded, compiled)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxformer.config import PAD_ID, TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.positions import sinusoid
-from train.benchmark.peaks import process_peak
+from train.benchmark.peaks import forget_process_peak, process_peak
 from train.benchmark.turns import Turn, take_turn
 
 
@@ -19,13 +19,14 @@ def torch_turn(
 ) -> Callable[[int], Turn]:
     """Return a function that takes steps over `batches`, on a GPU if there is one.
 
-    Adam, dropout, label smoothing, tied embeddings, post- or pre-norm as in `config`; bfloat16 by
-    autocast, attention by `scaled_dot_product_attention`, threads as PyTorch chooses.
+    Adam, dropout where the model has it, label smoothing, tied embeddings, post- or pre-norm as in
+    `config`; bfloat16 by autocast, attention by `scaled_dot_product_attention`, threads as PyTorch
+    chooses.
 
     Args:
       kind: "train" or "forward", the latter without gradients and dropout.
       batches: padded ids, labels beside them.
-      compiled: by `torch.compile`.
+      compiled: by `torch.compile`, a program for each shape; they are compiled here.
 
     Raises:
       UserError: PyTorch is not installed, or has no such model.
@@ -62,6 +63,12 @@ def torch_turn(
                 batch_first=True,
                 norm_first=config.norm == "pre",
             )
+            # Beside sub-layer outputs they drop attention weights and hidden layers at that rate.
+            for module in self.transformer.modules():
+                if isinstance(module, nn.MultiheadAttention):
+                    module.dropout = config.attention_dropout
+                elif isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+                    module.dropout.p = config.activation_dropout
 
         def embed(self, ids: Any) -> Any:
             x = self.embedding(ids) * config.d_model**0.5
@@ -82,7 +89,7 @@ def torch_turn(
     model: Any = Model().to(device)
     training = kind == "train"
     model.train(training)
-    run = torch.compile(model) if compiled else model
+    run = torch.compile(model, dynamic=False) if compiled else model
     adam = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-9, fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
@@ -94,12 +101,14 @@ def torch_turn(
         padding = source == PAD_ID
         length = target.shape[1]
         future = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
-        return source, target, (padding if bool(padding.any()) else None), future, labels
+        counts = int(np.count_nonzero(batch["labels"])), labels.numel()
+        return source, target, (padding if bool(padding.any()) else None), future, labels, counts
 
-    ready = cycle([tensors(batch) for batch in batches])
+    on_device = [tensors(batch) for batch in batches]
+    ready = cycle(on_device)
 
-    def step() -> tuple[int, int]:
-        source, target, padding, future, labels = next(ready)
+    def step(batch: tuple[Any, ...] | None = None) -> tuple[int, int]:
+        source, target, padding, future, labels, counts = batch or next(ready)
         with torch.set_grad_enabled(training), autocast:
             logits = run(source, target, padding, future)
             if training:
@@ -115,11 +124,20 @@ def torch_turn(
             adam.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return int((labels != PAD_ID).sum()), labels.numel()
+        return counts
+
+    if compiled:
+        kinds = {(b[0].shape, b[1].shape, b[2] is None): b for b in on_device}
+        torch._dynamo.config.recompile_limit = 2 * len(kinds) + 8
+        for batch in kinds.values():
+            step(batch)
 
     def turn(steps: int) -> Turn:
-        taken = take_turn(step, steps)
         on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        forget_process_peak()
+        taken = take_turn(step, steps)
         peak = torch.cuda.max_memory_allocated() if on_gpu else process_peak()
         return taken._replace(peak_memory=peak)
 

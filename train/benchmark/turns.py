@@ -15,7 +15,7 @@ class Turn(NamedTuple):
     waited: list[float]  # seconds of these in which the device had no batch yet
     tokens: list[int]  # real target tokens
     positions: list[int]  # target positions, padding included
-    peak_memory: int | None = None  # bytes in use at most so far, where the engine can tell
+    peak_memory: int | None = None  # bytes in use at most, where the engine can tell
 
 
 def take_turn(step: Callable[[], tuple[int, int]], steps: int) -> Turn:

@@ -58,8 +58,8 @@ def padded_batches(
 ) -> list[dict[str, np.ndarray]]:
     """The corpus as other toolkits batch it: sentences of like length, padded, as many positions.
 
-    Lengths are rounded up to a `multiple`. If it is more than 1, empty rows complete a batch, so
-    that the shapes are few.
+    Each side is as wide as its longest sentence. With a `multiple` of more than 1 the shapes are
+    few: both sides are as wide as the longer one, rounded up, and empty rows complete a batch.
     """
     corpus = batches.corpus
     positions = batches.rows_per_batch * batches.packing.target_length
@@ -76,16 +76,24 @@ def padded_batches(
             and (multiple == 1 or widths[stop] == widths[start])
         ):
             stop += 1
-        width = int(widths[stop - 1])
-        rows = stop - start if multiple == 1 else positions // width
-        padded.append(_pad(corpus, kept[start:stop], rows, width))
+        pairs, width = kept[start:stop], int(widths[stop - 1])
+        rows, source, target = positions // width, width, width
+        if multiple == 1:
+            rows = len(pairs)
+            source, target = (
+                int(side.lengths[pairs].max()) for side in (corpus.source, corpus.target)
+            )
+        padded.append(_pad(corpus, pairs, rows, source, target))
         start = stop
     order = np.random.default_rng(0).permutation(len(padded))[:number]
     return [padded[index] for index in order]
 
 
-def _pad(corpus: EncodedCorpus, pairs: np.ndarray, rows: int, width: int) -> dict[str, np.ndarray]:
-    source, labels = np.zeros((2, rows, width), np.int32)
+def _pad(
+    corpus: EncodedCorpus, pairs: np.ndarray, rows: int, source_length: int, target_length: int
+) -> dict[str, np.ndarray]:
+    source = np.zeros((rows, source_length), np.int32)
+    labels = np.zeros((rows, target_length), np.int32)
     for row, pair in enumerate(pairs):
         for ids, side in ((source, corpus.source), (labels, corpus.target)):
             ids[row, : side.lengths[pair]] = side.take(pairs[row : row + 1])

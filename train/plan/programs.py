@@ -96,7 +96,7 @@ def step_program(
     state = runner.abstract_state(jax.eval_shape(partial(create_state, model, optimizer), key))
     batch = runner.abstract_batch(_batch(rows, source_length, config.data.target_length))
     step = make_train_step(model, optimizer, schedule, accumulate=config.accumulate)
-    compiled = _refusals(partial(runner.compiled_step, step, state, batch, key))
+    compiled = _refusals(lambda: runner.train(step).lower(state, batch, key).compile())
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     program = Program(compiled.as_text())
     return StepProgram(

@@ -23,7 +23,7 @@ from jaxformer.linear import Linear, quantize
 from jaxformer.losses import LossSums, cross_entropy, cross_entropy_sums
 from jaxformer.masks import causal_mask, padding_mask, segment_mask
 from jaxformer.positions import segment_positions, sinusoid
-from jaxformer.results import Alignment, Explanation, Hypothesis
+from jaxformer.results import Alignment, Explanation, Hypothesis, Score
 from jaxformer.sampling import Sampling
 from jaxformer.schedules import cooldown, warmup_inverse_sqrt
 from jaxformer.scoring import (
@@ -68,6 +68,7 @@ __all__ = [
     "PositionalEncoding",
     "Residual",
     "Sampling",
+    "Score",
     "Tokenizer",
     "Transformer",
     "TransformerConfig",

@@ -10,13 +10,18 @@ from jaxformer.config import PAD_ID
 SMALLEST = 16
 
 
-def bucket(length: int, smallest: int = 16) -> int:
+def bucket(length: int) -> int:
     """The least of 16, 32, 64, … that is not below `length`."""
-    return max(smallest, 1 << (length - 1).bit_length())
+    return max(16, 1 << (length - 1).bit_length())
 
 
 def batches(
-    lengths: Sequence[int], batch_tokens: int, *, devices: int = 1, few_shapes: bool = False
+    lengths: Sequence[int],
+    batch_tokens: int,
+    *,
+    devices: int = 1,
+    few_shapes: bool = False,
+    limit: int | None = None,
 ) -> Iterator[tuple[list[int], int, int]]:
     """Group sentences of like length, the longest first.
 
@@ -27,6 +32,7 @@ def batches(
       few_shapes: fewer programs to compile, but more padding. Lengths are then that of the longest
         sentence, rounded up to a multiple of 16, and a quarter of it and so on, if 32 or more; and
         batches of one length have one number of rows.
+      limit: no batch is longer, as no sentence is: the positions that the model has.
 
     Yields:
       Indices of the sentences of a batch, its rows (no fewer) and its length. Rows are 1 or
@@ -40,6 +46,7 @@ def batches(
             length, rows = bucket(longest), 0
         elif not length:
             length = -(-longest // 16) * 16
+        length = length if limit is None else min(length, limit)
         while few_shapes and length // 4 >= max(longest, 32):
             length, rows = length // 4, 0
         rows = rows or devices * _rows(len(order), batch_tokens // length, devices)
@@ -52,7 +59,7 @@ def _rows(waiting: int, full: int, devices: int) -> int:
     full //= devices
     full = SMALLEST << (full // SMALLEST).bit_length() - 1 if full >= SMALLEST else max(1, full)
     waiting = -(-waiting // devices)
-    return 1 if waiting == 1 else min(full, bucket(waiting, SMALLEST))
+    return 1 if waiting == 1 else min(full, bucket(waiting))
 
 
 def pad(sentences: Sequence[Sequence[int]], rows: int, length: int) -> np.ndarray:

@@ -15,7 +15,8 @@ from jaxformer.search import (
     Sentences,
     State,
     StepFn,
-    constrain,
+    apply_constraints,
+    best_of_chunks,
     in_chunks,
     log_normalizer,
     next_logits,
@@ -113,6 +114,7 @@ class BeamSearch:
         return Search(
             step=jnp.int32(0),
             done=sentences.max_lengths <= 0,
+            steps=jnp.zeros(batch_size, jnp.int32),
             tokens=jnp.full((batch_size, self.beam_size), self.bos_id, jnp.int32),
             hypotheses=(none._replace(scores=start, log_probs=start), none),
             sentences=sentences,
@@ -124,7 +126,7 @@ class BeamSearch:
         old_live, old_finished = search.hypotheses
         logits, state = next_logits(step_fn, search, self.beam_size)
         normalizer = log_normalizer(logits)
-        logits = constrain(self, logits, search, old_live.sequences)
+        logits = apply_constraints(self, logits, search, old_live.sequences)
         # A second candidate would outlive an eos of the first and could still win by its length.
         num_candidates = 2 * self.beam_size if self.beam_size > 1 else 1
         log_probs, beams, tokens = best_extensions(
@@ -165,7 +167,8 @@ class BeamSearch:
             in_reach = self._normalize(live.log_probs[:, 0], limits)
             enough = finished.scores[:, -1] >= in_reach
         done = search.done | (step >= limits) | enough
-        return Search(step, done, tokens, (live, finished), search.sentences, state)
+        steps = search.steps + ~search.done
+        return Search(step, done, steps, tokens, (live, finished), search.sentences, state)
 
     def result(self, search: Search) -> BeamResult:
         """The hypotheses, best first."""
@@ -208,19 +211,16 @@ def best_extensions(
         totals = (log_probs[:, :, None] + (logits - normalizer)).reshape(batch_size, -1)
         totals, flat = jax.lax.top_k(totals, min(count, beam_size * vocab_size))
         return totals, flat // vocab_size, flat % vocab_size
-    # As in `top_k`, but over all beams of a sentence at once: only the chunks with the best of
-    # their extensions can hold the best of all, and no [B, K, V] of log-probabilities is made.
-    # Rounding keeps their order: the larger logit never gets the smaller total.
     _, _, num_chunks, chunk = chunks.shape
-    totals = log_probs[:, :, None] + (jnp.max(chunks, axis=-1) - normalizer)
-    _, best = jax.lax.top_k(totals.reshape(batch_size, -1), count)
-    best = jnp.sort(best, axis=-1)  # back in order of beam and token, for the ties
-    found = take(chunks.reshape(batch_size, -1, chunk), best)
-    beams = best // num_chunks
-    totals = take(log_probs, beams)[:, :, None] + (found - take(normalizer, beams))
-    totals, flat = jax.lax.top_k(totals.reshape(batch_size, -1), count)
-    tokens = take(best % num_chunks, flat // chunk) * chunk + flat % chunk
-    return totals, take(beams, flat // chunk), tokens
+
+    def score(values: Array, chosen: Array) -> Array:
+        # Rounding keeps their order: the larger logit never gets the smaller log-probability.
+        beams = chosen // num_chunks
+        return take(log_probs, beams)[:, :, None] + (values - take(normalizer, beams))
+
+    rows = chunks.reshape(batch_size, beam_size * num_chunks, chunk)
+    totals, chosen, place = best_of_chunks(rows, count, score)
+    return totals, chosen // num_chunks, chosen % num_chunks * chunk + place
 
 
 def _best(hypotheses: BeamResult, count: int, *, by: str) -> tuple[BeamResult, Array]:

@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice, repeat, tee
+from itertools import chain, islice, repeat, tee, zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 from jaxformer.compilation import keep_compiled_programs
@@ -19,7 +20,8 @@ from jaxformer.inspection import add_inspect
 from jaxformer.terminal import Progress, write_line
 
 if TYPE_CHECKING:
-    from jaxformer.translator import Hypothesis, Translator
+    from jaxformer.results import Alignment
+    from jaxformer.translator import Translator
 
 # Lines that are printed, and aligned or scored, at a time.
 _WINDOW = 256
@@ -111,9 +113,9 @@ def _add_translate(commands: Any) -> None:
         "--alignment",
         action="store_true",
         help="after each translation a tab and the source word that each of its words comes from, "
-        "as 0-0 1-2: source-target, from 0",
+        "as 0-0 1-2: source-target, from 0; nothing for a line that is translated in parts",
     )
-    output.add_argument("--quiet", action="store_true", help="say nothing on standard error")
+    output.add_argument("--quiet", action="store_true", help="show no progress on standard error")
     translate.set_defaults(command=_translate)
 
 
@@ -187,7 +189,10 @@ def _translate(options: argparse.Namespace) -> None:
             source_lines = list(islice(source, len(window)))
             links: Iterator[str] = repeat("")
             if options.alignment:
-                links = iter(_links(translator, source_lines, hypotheses, options.batch_tokens))
+                aligned = translator.align_hypotheses(
+                    source_lines, hypotheses, batch_tokens=options.batch_tokens
+                )
+                links = map(_links, chain.from_iterable(aligned))
             for line in hypotheses:
                 for hypothesis in line:
                     text = hypothesis.text + next(links)
@@ -199,36 +204,40 @@ def _translate(options: argparse.Namespace) -> None:
         progress.close()
 
 
-def _links(
-    translator: "Translator",
-    source_lines: list[str],
-    hypotheses: "list[list[Hypothesis]]",
-    batch_tokens: int,
-) -> list[str]:
-    """A tab and the word alignment of each hypothesis."""
-    pairs = zip(source_lines, hypotheses, strict=True)
-    sources, targets = zip(*((s, h.text) for s, line in pairs for h in line), strict=True)
-    found = translator.align(sources, targets, batch_tokens=batch_tokens)
-    return ["\t" + " ".join(f"{s}-{t}" for s, t in alignment.words()) for alignment in found]
+def _links(alignment: "Alignment | None") -> str:
+    words = [] if alignment is None else alignment.words()
+    return "\t" + " ".join(f"{source}-{target}" for source, target in words)
 
 
 def _score(options: argparse.Namespace) -> None:
     _check_at_least_one(options, "batch_tokens")
     counts = []
     for name in (options.source, options.target):
-        with _open(name) as file:
-            counts.append(sum(1 for _ in file))
-    if counts[0] != counts[1]:
+        if Path(name).is_file():  # a pipe can be read but once
+            with _open(name) as file:
+                counts.append(sum(1 for _ in file))
+    if len(set(counts)) == 2:
         raise UserError(
             f"{options.source} has {counts[0]} lines and {options.target} {counts[1]}: "
             "give files of as many lines, each the translation of the other's"
         )
     translator = _load(options)
     with _open(options.source) as source, _open(options.target) as target:
-        pairs = zip(_lines(source, options.source), _lines(target, options.target), strict=True)
+        pairs = zip_longest(_lines(source, options.source), _lines(target, options.target))
+        number = 0
         while window := list(islice(pairs, _WINDOW)):
             sources, targets = zip(*window, strict=True)
-            for score in translator.score(sources, targets, batch_tokens=options.batch_tokens):
+            if None in sources or None in targets:
+                ended = options.source if None in sources else options.target
+                raise UserError(
+                    f"{ended} ends before the other file: give as many lines, each the "
+                    "translation of the other's"
+                )
+            scores = translator.score(
+                sources, targets, batch_tokens=options.batch_tokens, first_line=number + 1
+            )
+            number += len(window)
+            for score in scores:
                 each = zip(score.tokens, score.token_log_probs, strict=True)
                 pieces = " ".join(f"{token}:{value:.6f}" for token, value in each)
                 write_line(f"{score.log_prob:.6f}" + f"\t{pieces}" * options.tokens)

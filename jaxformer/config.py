@@ -51,7 +51,8 @@ class TransformerConfig:
       embeddings: "shared", one matrix for source, target and softmax (§3.4); "target", one for
         target and softmax; "separate", three matrices.
       positions: the paper's interleaved sinusoid, its layout with all sines before all cosines
-        (Tensor2Tensor, Marian), or learned vectors (Table 3 (E)).
+        (Marian's; Tensor2Tensor has that layout too, but other frequencies), or learned vectors
+        (Table 3 (E)).
       max_length: longest sequence in tokens that learned positions hold, and where a
         `Translator` splits its input. Sinusoids themselves have no limit.
       attention_bias: whether the four attention projections add a bias; the paper's do not.
@@ -140,6 +141,11 @@ class TransformerConfig:
     def head_value_dim(self) -> int:
         """Width of one head's values, resolved."""
         return self.value_dim or self.query_key_dim
+
+    @property
+    def num_positions(self) -> int | None:
+        """`max_length` if positions are learned, which then end there; None: no limit."""
+        return self.max_length if self.positions == "learned" else None
 
     def replace(self, **changes: Any) -> TransformerConfig:
         """Return a copy with some fields changed; raises `UserError` like the constructor."""

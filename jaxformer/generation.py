@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -86,6 +87,15 @@ class GenerationConfig:
             raise UserError(f"top_p is {self.top_p}: give more than 0, at most 1")
         if self.length_penalty_form not in ("gnmt", "power"):
             raise UserError(f"length_penalty_form is {self.length_penalty_form!r}: gnmt or power")
+        drawn = ("temperature", "top_k", "top_p")
+        searched = ("coverage_penalty", "early_stopping")
+        for field in dataclasses.fields(self):
+            idle = searched if self.sampling else drawn
+            if field.name in idle and getattr(self, field.name) != field.default:
+                raise UserError(
+                    f"{field.name} is {getattr(self, field.name)}: it has no effect "
+                    + ("with sampling" if self.sampling else "without sampling, set it too")
+                )
 
     def max_length(self, source_length: int) -> int:
         """T: the most tokens a hypothesis of a source of this many tokens can have."""
@@ -156,6 +166,12 @@ class Generator:
       configs, params: as for `generate`.
       options: see `GenerationConfig`.
       devices: rows of a batch are split over these, by default all of this process.
+
+    Attributes:
+      num_devices: how many these are.
+      computed_steps: rows times steps of all batches so far ...
+      needed_steps: ... and those of them that were of sentences not yet done. The others waited
+        for the rest of their batch, or filled up its shape.
     """
 
     def __init__(
@@ -170,6 +186,8 @@ class Generator:
         self.configs = configs
         self.options = options
         self.num_devices = len(devices)
+        self.computed_steps = self.needed_steps = 0
+        self._counting = threading.Lock()
         # One batch leaves cores idle: its operations come one after the other, and many are too
         # small to be shared. Two at once on two cores: 1.2 times the sentences a second. Not on
         # several devices, for there the collectives of two programs could wait for each other.
@@ -207,20 +225,27 @@ class Generator:
             keys,
             until,
         )
-        done, step, result = jax.device_get((search.done, search.step, result))
+        done, steps, step, result = jax.device_get((search.done, search.steps, search.step, result))
         results = jax.tree.map(np.copy, result)
+        computed, needed = len(rows) * int(step), steps.copy()
         while not done.all():
             if step >= room:
                 room = max_length
             kept = np.argsort(done, kind="stable")[: self._enough(int(np.sum(~done)), len(rows))]
-            rows = rows[kept]
+            rows, before = rows[kept], step
             until = self._until(len(rows))
             search, result = _next_stage(
                 self.configs, self._params, self.options, room, self._rows, search, kept, until
             )
-            done, step, result = jax.device_get((search.done, search.step, result))
+            done, steps, step, result = jax.device_get(
+                (search.done, search.steps, search.step, result)
+            )
             for whole, part in zip(results, result, strict=True):
                 whole[rows] = part
+            computed, needed[rows] = computed + len(rows) * int(step - before), steps
+        with self._counting:
+            self.computed_steps += computed
+            self.needed_steps += int(needed.sum())
         return results
 
     def sentences(
@@ -261,7 +286,11 @@ class Generator:
                 results[index] = jax.tree.map(lambda leaf, row=row: leaf[row], found)
 
         waiting = batches(
-            list(map(len, sources)), batch_tokens, devices=self.num_devices, few_shapes=few_shapes
+            list(map(len, sources)),
+            batch_tokens,
+            devices=self.num_devices,
+            few_shapes=few_shapes,
+            limit=fewest_positions(self.configs),
         )
         if self._overlap:
             with ThreadPoolExecutor(2) as threads:
@@ -282,12 +311,18 @@ class Generator:
         return rows
 
 
+def fewest_positions(configs: Sequence[TransformerConfig]) -> int | None:
+    """Positions that all members of an ensemble have; None if none of them is learned."""
+    return min((n for config in configs if (n := config.num_positions) is not None), default=None)
+
+
 def _max_length(
     configs: tuple[TransformerConfig, ...], options: GenerationConfig, source_length: int
 ) -> int:
-    """T: of learned positions there are no more than `max_length`."""
-    learned = [config.max_length for config in configs if config.positions == "learned"]
-    return min([options.max_length(source_length), *learned])
+    """T, the positions that there are room for, of which there may be fewer."""
+    limit = fewest_positions(configs)
+    asked = options.max_length(source_length)
+    return asked if limit is None else min(asked, limit)
 
 
 def _method(options: GenerationConfig) -> Method:
@@ -426,6 +461,7 @@ def _next_stage(
     caches = tuple(cache.take(rows, room) for cache in search.state.caches)
     kept = search._replace(
         done=search.done[rows],
+        steps=search.steps[rows],
         tokens=search.tokens[rows],
         hypotheses=keep(search.hypotheses),
         sentences=keep(search.sentences),

@@ -13,8 +13,10 @@ class Hypothesis(NamedTuple):
 
     text: str
     score: float  # log_prob over the length penalty: what hypotheses are ranked by
-    log_prob: float  # of its tokens and eos, natural logarithm
+    log_prob: float  # of its tokens, and of eos if it is finished, natural logarithm
     tokens: list[str]  # pieces of the vocabulary, without eos
+    ids: list[int]  # the same as numbers
+    finished: bool  # by eos, and not cut off at the length limit
 
 
 class Score(NamedTuple):

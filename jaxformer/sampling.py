@@ -13,7 +13,7 @@ from jaxformer.search import (
     Sentences,
     State,
     StepFn,
-    constrain,
+    apply_constraints,
     log_normalizer,
     next_logits,
     no_hypotheses,
@@ -67,6 +67,7 @@ class Sampling:
         return Search(
             step=jnp.int32(0),
             done=done,
+            steps=jnp.zeros(shape[0], jnp.int32),
             tokens=jnp.full(shape, self.bos_id, jnp.int32),
             hypotheses=(
                 none._replace(scores=zeros, log_probs=zeros),
@@ -82,7 +83,7 @@ class Sampling:
         step = search.step
         logits, state = next_logits(step_fn, search, self.num_samples)
         normalizer = log_normalizer(logits)
-        logits = constrain(self, logits, search, sequences)
+        logits = apply_constraints(self, logits, search, sequences)
         tokens = jnp.where(ended, search.tokens, self._draw(logits, search))
         chosen = jnp.take_along_axis(logits, tokens[:, :, None], axis=-1)
         gains = (chosen - normalizer)[:, :, 0]
@@ -95,7 +96,8 @@ class Sampling:
         ended = ended | (tokens == self.eos_id) | at_limit[:, None]
         drawn = BeamResult(sequences, log_probs, log_probs, lengths)
         done = jnp.all(ended, axis=1)
-        return Search(step + 1, done, tokens, (drawn, ended), search.sentences, state)
+        steps = search.steps + ~search.done
+        return Search(step + 1, done, steps, tokens, (drawn, ended), search.sentences, state)
 
     def result(self, search: Search) -> BeamResult:
         """The samples; their log_probs are the model's own, at temperature 1, as are the scores."""

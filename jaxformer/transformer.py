@@ -481,7 +481,10 @@ class Transformer(nn.Module):
         beam_size: int,
         max_length: int,
     ) -> DecoderCache:
-        """Cache for decoding `max_length` positions of `beam_size` beams a sentence."""
+        """Cache for decoding `max_length` positions of `beam_size` beams a sentence.
+
+        Take no more steps than that: one more would overwrite the last position without a word.
+        """
         return self.decoder.init_cache(
             encoded, padding_mask(source_ids), beam_size=beam_size, max_length=max_length
         )

@@ -12,7 +12,7 @@ import numpy as np
 from jaxformer.batching import batches, pad
 from jaxformer.config import BOS_ID, EOS_ID, Precision, TransformerConfig
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig, Generator
+from jaxformer.generation import GenerationConfig, Generator, fewest_positions
 from jaxformer.linear import quantize
 from jaxformer.results import Alignment, Explanation, Hypothesis, Score
 from jaxformer.run import load_params, load_tokenizers, read_model_config
@@ -184,18 +184,29 @@ class Translator:
             first_line += len(window)
 
     def score(
-        self, sources: Sequence[str], targets: Sequence[str], *, batch_tokens: int = 4096
+        self,
+        sources: Sequence[str],
+        targets: Sequence[str],
+        *,
+        batch_tokens: int = 4096,
+        first_line: int = 1,
     ) -> list[Score]:
         """Log-probability of each target as the translation of its source.
 
         The numbers are those that `generate` ranks by, if it finds the same pieces.
 
+        Args:
+          sources, targets: sentences and their translations, the model's own or not.
+          batch_tokens: positions at once.
+          first_line: the number of the first pair, for messages.
+
         Raises:
           UserError: the lines are not as many, or one is longer than learned positions reach.
         """
-        source_ids, target_ids = self._pairs(sources, targets)
+        source_ids, target_ids = self._pairs(sources, targets, first_line)
         scores: list[Score] = [Score(0.0, [], [])] * len(source_ids)
-        for chosen, source, target in _pair_batches(source_ids, target_ids, batch_tokens):
+        limit = fewest_positions(self._configs)
+        for chosen, source, target in _pair_batches(source_ids, target_ids, batch_tokens, limit):
             log_probs = token_log_probs(self._configs, self._params, source, target)
             for index, row in zip(chosen, np.asarray(log_probs), strict=False):
                 values = [float(value) for value in row[: len(target_ids[index])]]
@@ -221,9 +232,53 @@ class Translator:
         Raises:
           UserError: as for `score`.
         """
-        source_ids, target_ids = self._pairs(sources, targets)
+        return self._align(*self._pairs(sources, targets, 1), layer, batch_tokens)
+
+    def align_hypotheses(
+        self,
+        lines: Sequence[str],
+        hypotheses: Sequence[Sequence[Hypothesis]],
+        *,
+        batch_tokens: int = 4096,
+    ) -> list[list[Alignment | None]]:
+        """Where the (first) model looked when it wrote what `generate` found, piece by piece.
+
+        Args:
+          lines: the sentences.
+          hypotheses: of each.
+          batch_tokens: positions at once.
+
+        Returns:
+          For each line the alignment of each hypothesis; None where the line was translated in
+          parts, or the hypothesis reaches to the last of learned positions.
+        """
+        limit = min(config.max_length for config in self._configs) - 1
+        positions = fewest_positions(self._configs)
+        sources, targets, where = [], [], []
+        found: list[list[Alignment | None]] = [[None] * len(each) for each in hypotheses]
+        encoded = self.source_tokenizer.encode_batch(lines)
+        for line, (source, each) in enumerate(zip(encoded, hypotheses, strict=True)):
+            for number, hypothesis in enumerate(each):
+                target = [*hypothesis.ids, EOS_ID]
+                if len(source) <= limit and (positions is None or len(target) <= positions):
+                    sources.append([*source, EOS_ID])
+                    targets.append(target)
+                    where.append((line, number))
+        aligned = self._align(sources, targets, None, batch_tokens)
+        for (line, number), alignment in zip(where, aligned, strict=True):
+            found[line][number] = alignment
+        return found
+
+    def _align(
+        self,
+        source_ids: list[list[int]],
+        target_ids: list[list[int]],
+        layer: int | None,
+        batch_tokens: int,
+    ) -> list[Alignment]:
         found: list[Any] = [None] * len(source_ids)
-        for chosen, source, target in _pair_batches(source_ids, target_ids, batch_tokens):
+        limit = self.config.num_positions
+        for chosen, source, target in _pair_batches(source_ids, target_ids, batch_tokens, limit):
             weights = attention_alignment(self.config, self.params, source, target, layer)
             for index, row in zip(chosen, np.asarray(weights), strict=False):
                 found[index] = Alignment(
@@ -256,10 +311,11 @@ class Translator:
         (result,) = generator.sentences([source], batch_tokens=len(source))
         best = map(int, result.sequences[0][: result.lengths[0]])
         target = [token for token in best if token != EOS_ID]
-        if self.config.positions == "learned":
-            target = target[:limit]  # there is no position for the end of one that was cut off
+        positions = fewest_positions(self._configs)
+        if positions is not None:
+            target = target[: positions - 1]  # there is none for the end of one that was cut off
         target.append(EOS_ID)
-        ((_, source_ids, target_ids),) = _pair_batches([source], [target], len(source))
+        ((_, source_ids, target_ids),) = _pair_batches([source], [target], len(source), positions)
         log_probs = token_log_probs(self._configs, self._params, source_ids, target_ids)
         maps = attention_maps(self.config, self._params[0], source_ids, target_ids)
         S, T = len(source), len(target)
@@ -282,6 +338,14 @@ class Translator:
             positional_encoding=positional_encoding(self.config, self._params[0], max(S, T)),
         )
 
+    @property
+    def needed_share(self) -> float:
+        """Of the work of all searches so far, the share that was for sentences not yet done."""
+        generators = self._generators.values()
+        return sum(g.needed_steps for g in generators) / max(
+            1, sum(g.computed_steps for g in generators)
+        )
+
     def _generator(self, options: GenerationConfig) -> Generator:
         if options not in self._generators:
             self._generators[options] = Generator(
@@ -290,23 +354,22 @@ class Translator:
         return self._generators[options]
 
     def _pairs(
-        self, sources: Sequence[str], targets: Sequence[str]
+        self, sources: Sequence[str], targets: Sequence[str], first_line: int
     ) -> tuple[list[list[int]], list[list[int]]]:
         if len(sources) != len(targets):
             raise UserError(f"{len(sources)} sources but {len(targets)} targets: give pairs")
-        pairs = []
+        pairs, limit = [], fewest_positions(self._configs)
         for name, tokenizer, lines in (
             ("source", self.source_tokenizer, sources),
             ("target", self.target_tokenizer, targets),
         ):
             ids = [[*line, EOS_ID] for line in tokenizer.encode_batch(lines)]
-            for number, line in enumerate(ids, start=1):
-                for config in self._configs:
-                    if config.positions == "learned" and len(line) > config.max_length:
-                        raise UserError(
-                            f"{name} line {number} has {len(line)} pieces, the model has "
-                            f"{config.max_length} positions: shorten it"
-                        )
+            for number, line in enumerate(ids, start=first_line):
+                if limit is not None and len(line) > limit:
+                    raise UserError(
+                        f"{name} line {number} has {len(line)} pieces, the model has {limit} "
+                        "positions: shorten it"
+                    )
             pairs.append(ids)
         return pairs[0], pairs[1]
 
@@ -378,7 +441,10 @@ class Translator:
                 tokens = [int(token) for token in ids[:length] if token != EOS_ID]
                 text = self.target_tokenizer.decode(tokens)
                 pieces = self.target_tokenizer.pieces(tokens)
-                hypotheses.append(Hypothesis(text, float(score), float(log_prob), pieces))
+                finished = bool(length) and int(ids[length - 1]) == EOS_ID
+                hypotheses.append(
+                    Hypothesis(text, float(score), float(log_prob), pieces, tokens, finished)
+                )
         return hypotheses
 
 
@@ -419,13 +485,15 @@ def _join(parts: list[list[Hypothesis]]) -> list[Hypothesis]:
     if len(parts) == 1:
         return parts[0]
     if not parts:
-        return [Hypothesis("", 0.0, 0.0, [])]
+        return [Hypothesis("", 0.0, 0.0, [], [], True)]
     return [
         Hypothesis(
             text=" ".join(part.text for part in joined),
             score=sum(part.score for part in joined),
             log_prob=sum(part.log_prob for part in joined),
             tokens=[token for part in joined for token in part.tokens],
+            ids=[token for part in joined for token in part.ids],
+            finished=all(part.finished for part in joined),
         )
         for joined in zip(*parts, strict=False)
     ]
@@ -438,10 +506,10 @@ def _sentence_keys(seed: jax.Array, numbers: jax.Array) -> jax.Array:
 
 
 def _pair_batches(
-    sources: list[list[int]], targets: list[list[int]], batch_tokens: int
+    sources: list[list[int]], targets: list[list[int]], batch_tokens: int, limit: int | None
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Indices of pairs of like length and their ids [B, S] and [B, T]."""
+    """Indices of pairs of like length and their ids [B, S] and [B, T], `limit` at most."""
     lengths = [max(map(len, pair)) for pair in zip(sources, targets, strict=True)]
-    for chosen, rows, length in batches(lengths, batch_tokens):
+    for chosen, rows, length in batches(lengths, batch_tokens, limit=limit):
         source, target = ([side[index] for index in chosen] for side in (sources, targets))
         yield chosen, pad(source, rows, length), pad(target, rows, length)

@@ -159,6 +159,16 @@ def test_importing_jaxformer_loads_no_data_checkpoint_or_plotting_package():
     assert done.stdout.split() == []
 
 
+def test_training_loads_what_only_text_needs_where_it_is_used():
+    heavy = {"datasets", "matplotlib", "pandas", "sacrebleu", "sentencepiece", "tensorboardX"}
+    modules = "train.cli, train.loop, train.benchmark.steps, train.plan.plan"
+    program = f"import sys, {modules}; print(*sorted({heavy!r} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
+
+
 def own_docstring(member: object) -> str | None:
     doc = vars(member).get("__doc__") if inspect.isclass(member) else member.__doc__
     # Dataclasses and named tuples without one are given "Name(field: type, ...)".

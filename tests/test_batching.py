@@ -14,12 +14,14 @@ from jaxformer.config import PAD_ID
     st.integers(1, 5000),
     st.sampled_from([1, 2, 3, 8]),
     st.booleans(),
+    st.sampled_from([None, 100, 120]),
 )
-def test_every_sentence_is_in_one_batch(lengths, batch_tokens, devices, few_shapes):
+def test_every_sentence_is_in_one_batch(lengths, batch_tokens, devices, few_shapes, limit):
     seen = []
     for chosen, rows, length in batches(
-        lengths, batch_tokens, devices=devices, few_shapes=few_shapes
+        lengths, batch_tokens, devices=devices, few_shapes=few_shapes, limit=limit
     ):
+        assert limit is None or length <= limit
         assert 0 < len(chosen) <= rows
         assert rows % devices == 0
         per_device = rows // devices

@@ -39,7 +39,7 @@ def test_table_and_records(run, source, tmp_path, capsys):
     ]
     arguments += ["--beam-size", "2", "--batch-tokens", "128", "--dtypes", "float32", "bfloat16"]
     assert main([*arguments, "--output", str(output)]) == 0
-    header, first, second = capsys.readouterr().out.splitlines()
+    header, first, second, *_ = capsys.readouterr().out.splitlines()
     assert "sentences/s" in header and "jaxformer float32 is faster by" in header
     assert first.startswith("jaxformer float32") and "1.00x (1.00 to 1.00)" in first
     assert second.startswith("jaxformer bfloat16")
@@ -52,6 +52,7 @@ def test_table_and_records(run, source, tmp_path, capsys):
         assert record["settings"]["beam_size"] == 2 and record["machine"]["cores"] > 0
         assert record["seconds_p10"] <= record["seconds_median"] <= record["seconds_p90"]
         assert record["compile_seconds"] > 0 and record["compiled_programs"] >= 1
+        assert 6 / 16 * 0.3 < record["needed_share"] <= 6 / 16  # of sixteen rows
 
 
 @pytest.mark.parametrize(

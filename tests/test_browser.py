@@ -112,7 +112,7 @@ def explanation():
     cross[1, 1] = 1 / length[0]  # a head that fails
     return Explanation(
         source="A sentence of many words. " * 6,
-        hypotheses=[Hypothesis("낱말이 많은 문장. " * 8, -1.0, -2.0, target[:-1])] * 2,
+        hypotheses=[Hypothesis("낱말이 많은 문장. " * 8, -1.0, -2.0, target[:-1], [], True)] * 2,
         source_tokens=source,
         target_tokens=target,
         decoder_tokens=["<s>", *target[:-1]],

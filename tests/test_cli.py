@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -18,6 +19,8 @@ from jaxformer.cli import main
 from jaxformer.generation import GenerationConfig
 from jaxformer.terminal import Progress
 from jaxformer.translator import Alignment, Hypothesis, Score, Translator
+from random_run import CONFIG as RANDOM
+from random_run import write_random_run
 from small_run import trained_run
 
 ROOT = Path(__file__).parent.parent
@@ -42,16 +45,18 @@ class Uppercase:
         for line, prefix in zip(lines, prefixes, strict=False):
             best = prefix + line.upper()
             yield [
-                Hypothesis(best, -1.0, -2.0, best.split()),
-                Hypothesis(best.lower(), -1.5, -3.0, best.split()),
+                Hypothesis(best, -1.0, -2.0, best.split(), [7] * len(best.split()), True),
+                Hypothesis(best.lower(), -1.5, -3.0, best.split(), [], True),
             ][: options["beam_size"]]
 
-    def align(self, sources, targets, **_):
-        return [
-            Alignment(["▁x"] * 2 + ["</s>"], [f"▁{word}" for word in text.split()] + ["</s>"], eye)
-            for text in targets
-            for eye in [np.eye(len(text.split()) + 1, 3)]
-        ]
+    def align_hypotheses(self, lines, hypotheses, **_):
+        def alignment(text):
+            if text.startswith("LONG"):
+                return None
+            target = [f"▁{word}" for word in text.split()] + ["</s>"]
+            return Alignment(["▁x"] * 2 + ["</s>"], target, np.eye(len(target), 3))
+
+        return [[alignment(hypothesis.text) for hypothesis in each] for each in hypotheses]
 
     def score(self, sources, targets, **_):
         return [
@@ -107,7 +112,7 @@ def test_options(translator, run_with):
     assert translator.options == DEFAULTS
     options = (
         "--beam-size 2 --length-penalty 1 --length-penalty-form power --batch-tokens 99 --top-k 3 "
-        "--sampling --early-stopping --no-repeat-ngram-size 4 --max-length-ratio 1.5 --seed 7"
+        "--sampling --no-repeat-ngram-size 4 --max-length-ratio 1.5 --seed 7"
     )
     run_with(b"one\n", *options.split(), "--checkpoint", "best", "--dtype", "int8")
     assert translator.options == DEFAULTS | {
@@ -117,7 +122,6 @@ def test_options(translator, run_with):
         "batch_tokens": 99,
         "top_k": 3,
         "sampling": True,
-        "early_stopping": True,
         "no_repeat_ngram_size": 4,
         "max_length_ratio": 1.5,
         "seed": 7,
@@ -138,8 +142,8 @@ def test_several_translations_of_a_line(translator, run_with):
 
 
 def test_alignment(translator, run_with):
-    output = run_with(b"one two\n\n", "--alignment")[1]
-    assert output == b"ONE TWO\t0-0 1-1\n\t\n"
+    output = run_with(b"one two\n\nlong line\n", "--alignment")[1]
+    assert output == b"ONE TWO\t0-0 1-1\n\t\nLONG LINE\t\n"
 
 
 def test_prefixes(translator, run_with, tmp_path):
@@ -184,6 +188,26 @@ def score(capfd, source, target, *options):
     return status, *capfd.readouterr()
 
 
+def test_programs_are_kept_for_the_next_process(tmp_path):
+    write_random_run(tmp_path / "run", RANDOM)
+    kept = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    environment = {name: value for name, value in os.environ.items() if name not in kept}
+    environment["XDG_CACHE_HOME"] = str(tmp_path)
+    program = "import sys; from jaxformer.cli import main; sys.exit(main(sys.argv[1:]))"
+    files = []
+    for _ in range(2):
+        subprocess.run(
+            [sys.executable, "-c", program, "translate", str(tmp_path / "run")],
+            input=b"red dogs\n",
+            env=environment,
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+        )
+        files.append(sorted(path.name for path in (tmp_path / "jaxformer").glob("*-cache")))
+    assert files[0] and files[1] == files[0]
+
+
 def test_score(translator, tmp_path, capfd):
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_text("ab\n\n")
@@ -199,6 +223,24 @@ def test_score(translator, tmp_path, capfd):
         "each the translation of the other's\n"
     )
     assert len(translator.loaded) == 2, "that could have been said at once"
+
+
+def test_score_of_pipes(translator, tmp_path, capfd):
+    """They can be read once, and what they hold is not known before."""
+
+    def score_of(*texts):
+        pipes = [tmp_path / f"{len(list(tmp_path.iterdir()))}.{side}" for side in ("a", "b")]
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        with ThreadPoolExecutor(2) as threads:
+            written = threads.map(Path.write_text, pipes, texts)
+            found = score(capfd, *pipes)
+            list(written)
+        return found
+
+    assert score_of("ab\n\n", "a\nabc\n") == (0, "-2.000000\n-0.000000\n", "")
+    status, output, error = score_of("ab\n\n", "a\n")
+    assert (status, output) == (1, "") and ".b ends before the other file: give as many" in error
 
 
 def test_a_line_that_is_not_utf8_is_named(translator, run_with):

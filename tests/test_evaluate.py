@@ -101,6 +101,15 @@ def test_settings_may_differ_from_the_runs(run, tmp_path):
         evaluate_run(str(run), beam_size=0)
 
 
+def test_the_dtype_may_differ_from_the_runs(run):
+    whole = evaluate_run(str(run), beam_size=1)
+    half = evaluate_run(str(run), beam_size=1, dtype="bfloat16")
+    assert half["loss"] == pytest.approx(whole["loss"], rel=0.02)
+    assert half["loss"] != whole["loss"]
+    eighth = evaluate_run(str(run), beam_size=1, dtype="int8")
+    assert "loss" not in eighth and eighth["chrf"] == pytest.approx(whole["chrf"], abs=10)
+
+
 def test_files_need_no_data_of_the_run(run, tmp_path):
     for name in ("src", "ref"):
         (tmp_path / f"{name}.txt").write_text("red dogs\n\n")

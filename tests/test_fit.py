@@ -140,12 +140,42 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(folder
     assert_equal(load_params(folder / "nan", 3), arrays)
 
 
+def test_what_has_failed_is_not_saved_at_sigterm(folder, monkeypatch):
+    config = small_config(
+        folder,
+        run=str(folder / "failed"),
+        steps=12,
+        log_every=12,
+        evaluate__every=12,
+        optimizer__peak_learning_rate=1e30,
+    )
+    monkeypatch.setattr("train.loop.Preemption.reached", lambda self, step: step == 8)
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step [1-8]: lower"):
+        fit(config)
+    assert checkpoint_steps(folder / "failed") == []
+
+
+def test_a_run_whose_rate_falls_keeps_its_end(folder):
+    config = small_config(
+        folder,
+        run=str(folder / "falling"),
+        steps=4,
+        evaluate__every=1,
+        optimizer__cooldown_steps=2,
+        data__test=(),
+    )
+    fit(config)
+    with pytest.raises(UserError, match=r"since step 2 its learning rate falls towards that"):
+        fit(change(config, steps=6))
+
+
 def test_more_devices_than_rows(folder):
     """One row of 16 positions: seven of eight devices have nothing but an empty row."""
     few = small_config(folder, run=str(folder / "few"), steps=1, data__batch_tokens=16, log_every=1)
     fit(change(few, data__test=()))
     (record,) = (record for record in read_metrics(folder / "few") if record["split"] == "train")
     assert record["loss"] > 0 and 8 <= record["target_tokens"] <= 16
+    assert record["padding"] == 1 - record["target_tokens"] / (8 * 16)
 
 
 def test_two_processes_do_not_train_in_one_directory(run, config):

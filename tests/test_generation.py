@@ -277,7 +277,7 @@ def ngrams(tokens, size):
 @pytest.mark.parametrize("sampling", [False, True])
 def test_no_ngram_occurs_twice(sampling):
     options = {"beam_size": K, "max_length_extra": 40, "min_length_extra": 40}
-    options |= {"sampling": sampling, "top_k": 2}
+    options |= {"sampling": True, "top_k": 2} if sampling else {}
     keys = jax.random.split(jax.random.key(0), B)
     repeated = []
     for size in (0, 2):
@@ -352,6 +352,30 @@ def test_learned_positions_end_a_translation():
     assert result.sequences.shape[-1] == 9
 
 
+@pytest.mark.parametrize("few_shapes", [False, True])
+def test_padding_stays_within_learned_positions(few_shapes):
+    config = CONFIG.replace(positions="learned", max_length=9)
+    options = GenerationConfig(beam_size=2)
+    generator = Generator((config,), (params_of(config),), options, jax.devices()[:1])
+    source = [5, 6, 7, 8, 5, 6, 7, 8, EOS_ID]
+    (found,) = generator.sentences([source], few_shapes=few_shapes)
+    assert found.sequences.shape == (2, 9)
+    alone = generate((config,), (params_of(config),), np.array([source]), options)
+    np.testing.assert_array_equal(found.sequences, alone.sequences[0])
+
+
+def test_work_for_sentences_that_are_done_is_counted():
+    options = GenerationConfig(beam_size=2, max_length_ratio=1.0, max_length_extra=0)
+    generator = Generator((CONFIG,), (params_of(CONFIG),), options, jax.devices()[:1])
+    source_ids = np.full((4, 8), PAD_ID, np.int32)
+    for row, length in enumerate((8, 4, 2, 0)):  # at most so many steps; the last row is empty
+        source_ids[row, :length] = [*range(5, 5 + length - 1), EOS_ID][:length]
+    generator(source_ids)
+    steps = generator.computed_steps // 4
+    assert generator.computed_steps == 4 * steps and 0 < steps <= 8
+    assert steps <= generator.needed_steps <= min(8, steps) + 4 + 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -360,6 +384,11 @@ def test_learned_positions_end_a_translation():
         ({"top_p": 1.5}, "top_p is 1.5: give more than 0, at most 1"),
         ({"top_k": 0}, "top_k is 0: give at least 1"),
         ({"temperature": float("nan")}, "temperature is nan: give at least 0"),
+        ({"top_k": 3}, "top_k is 3: it has no effect without sampling, set it too"),
+        (
+            {"early_stopping": True, "sampling": True},
+            "early_stopping is True: it has no effect with sampling",
+        ),
     ],
 )
 def test_impossible_options(changes, message):

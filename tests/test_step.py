@@ -60,6 +60,21 @@ def placed(state, batch):
 several_devices = pytest.mark.skipif(DEVICES not in (2, 4, 8), reason="needs 2, 4 or 8 devices")
 
 
+def test_memory_of_a_step_does_not_grow_with_tokens_times_vocabulary():
+    vocab_size = 20_000
+    model = Transformer(CONFIG.replace(vocab_size=vocab_size))
+    state = jax.eval_shape(lambda: create_state(model, OPTIMIZER, KEY))
+    step = jax.jit(make_train_step(model, OPTIMIZER, SCHEDULE), donate_argnums=0)
+
+    def temporary_bytes(rows):
+        batch = {name: jax.ShapeDtypeStruct((rows, 32), x.dtype) for name, x in BATCH.items()}
+        memory = step.lower(state, batch, KEY).compile().memory_analysis()
+        return memory.temp_size_in_bytes
+
+    growth = temporary_bytes(128) - temporary_bytes(64)
+    assert growth < 0.2 * (64 * 32 * vocab_size * 4)
+
+
 @pytest.fixture(scope="module")
 def model():
     return Transformer(CONFIG)

@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxformer.attention import MultiHeadAttention
 from jaxformer.config import BOS_ID, PAD_ID, PRESETS, TransformerConfig
-from jaxformer.transformer import Encoder, Transformer
+from jaxformer.layers import Embedding, FeedForward, PositionalEncoding
+from jaxformer.linear import Linear
+from jaxformer.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
 
 B, S, T, K = 6, 8, 6, 3
 
@@ -652,6 +655,57 @@ def test_no_type_or_rank_is_promoted_silently(name, dtype):
         packed = (PACKED_SOURCE, PACKED_TARGET, PACKED_LABELS)
         jax.eval_shape(jax.grad(loss), params, jax.random.key(0), *packed, **SEGMENTS)
         jax.eval_shape(functools.partial(decode, model), params, SOURCE[:2], steps, steps)
+
+
+_X = np.ones((2, 3, MODERN.d_model), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs"),
+    [
+        (Linear((2, 5)), [_X]),
+        (Embedding(11, 6), [np.array([[1, 2, 3]])]),
+        (PositionalEncoding("learned", 9), [_X]),
+        (MultiHeadAttention(2, 3), [_X, _X[:, :2]]),
+        (FeedForward(7, "geglu"), [_X]),
+        (EncoderLayer(MODERN), [_X]),
+        (DecoderLayer(MODERN), [_X, _X[:, :2]]),
+        (Encoder(MODERN), [_X]),
+        (Decoder(MODERN), [_X, _X[:, :2]]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_every_module_works_alone(module, inputs):
+    inputs = [jnp.asarray(x) for x in inputs]
+    table = nn.tabulate(module, jax.random.key(0), console_kwargs={"force_terminal": False})
+    assert type(module).__name__ in table(*inputs)
+    params = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    out = jax.eval_shape(module.apply, params, *inputs)
+    batched = [jnp.stack([x] * 4) for x in inputs]
+    mapped = jax.eval_shape(
+        jax.vmap(module.apply, in_axes=(None, *(0 for _ in inputs))), params, *batched
+    )
+    assert mapped.shape == (4, *out.shape)
+    gradient = jax.grad(lambda params: jnp.sum(module.apply(params, *inputs)))
+    assert names(jax.eval_shape(gradient, params)) == names(params)
+    wrapped = nnx.eval_shape(lambda: nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(*inputs))
+    found = nnx.to_pure_dict(nnx.state(wrapped, nnx.Param))
+    assert len(jax.tree.leaves(found)) == len(jax.tree.leaves(params))
+
+
+def test_nothing_is_tiled_by_beam():
+    def arrays(params, encoded):
+        cache = Transformer(MODERN).apply(
+            {"params": params}, encoded, ids, beam_size=K, max_length=T, method="init_cache"
+        )
+        return [(layer.self_key, layer.cross_key) for layer in cache.layers]
+
+    ids = jnp.asarray(SOURCE)
+    encoded = jax.ShapeDtypeStruct((*ids.shape, MODERN.d_model), jnp.float32)
+    heads, width = MODERN.num_heads, MODERN.query_key_dim
+    for self_key, cross_key in jax.eval_shape(arrays, shapes_of(MODERN), encoded):
+        assert cross_key.shape == (len(ids), heads, ids.shape[1], width)
+        assert self_key.shape == (len(ids), heads, K, T, width)
 
 
 def test_tabulate():

@@ -297,6 +297,37 @@ def test_alignments(translator):
         assert all(0 <= s < len(source.split()) for s, _ in words)
 
 
+def test_hypotheses_are_aligned_by_their_own_pieces(translator, monkeypatch):
+    lines = [*SENTENCES[:3], ""]
+    found = list(translator.generate(lines, beam_size=2, batch_tokens=128))
+    aligned = translator.align_hypotheses(lines, found)
+    for hypotheses, alignments in zip(found, aligned, strict=True):
+        for hypothesis, alignment in zip(hypotheses, alignments, strict=True):
+            assert alignment.target_tokens == [*hypothesis.tokens, "</s>"]
+            assert translator.target_tokenizer.pieces(hypothesis.ids) == hypothesis.tokens
+            assert hypothesis.finished
+    short = translator.config.replace(max_length=3)
+    monkeypatch.setattr(translator, "_configs", (short,))
+    assert translator.align_hypotheses(lines[:1], found[:1]) == [[None, None]]
+
+
+def test_learned_positions_reach_to_the_longest_line(tmp_path):
+    config = CONFIG.replace(positions="learned", max_length=11)  # no multiple of a batch's lengths
+    write_random_run(tmp_path, config)
+    translator = Translator.load(tmp_path)
+    tokenizer = translator.source_tokenizer
+    line = tokenizer.decode(tokenizer.encode(" ".join(SENTENCES))[:10])
+    assert len(tokenizer.encode(line)) == 10
+    for few_shapes in (False, True):
+        assert len(greedy(translator, [line], few_shapes=few_shapes)) == 1
+    (score,) = translator.score([line], [line])
+    assert len(score.tokens) == 11
+    with pytest.raises(
+        UserError, match=r"source line 7 has \d+ pieces, the model has 11 positions"
+    ):
+        translator.score([line + " a"], [line], first_line=7)
+
+
 def test_words_are_aligned_by_the_sum_of_their_pieces():
     alignment = module.Alignment(
         ["▁a", "b", "▁c", "</s>"],

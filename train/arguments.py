@@ -32,7 +32,9 @@ def load_config(name: str) -> TrainConfig:
     if not path.is_file():
         near = difflib.get_close_matches(name, config_names(), n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(config_names())}"
-        raise UserError(f"no configuration {name!r}: {hint} (or give a .py file)")
+        raise UserError(
+            f"no configuration {name!r}: {hint} (or give a .py file), before any --field VALUE"
+        )
     spec = importlib.util.spec_from_file_location(f"train.configs.{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -5,10 +5,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 import jax
 
 from jaxformer.compilation import keep_compiled_programs
+from jaxformer.config import Precision
 from jaxformer.errors import UserError
 from train.arguments import config_names, load_config, override, refuse
 from train.benchmark.command import add_benchmark
@@ -68,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         help="of the run's own data; default: test",
     )
     evaluate.add_argument("--checkpoint", help="average, best, last or a step")
+    evaluate.add_argument(
+        "--dtype", choices=get_args(Precision), help="of the computation; default: the run's"
+    )
     evaluate.add_argument("--beam-size", type=int, help="beams; default: the run's")
     evaluate.add_argument("--length-penalty", type=float, help="alpha; default: the run's")
     evaluate.add_argument("--length-penalty-form", choices=("gnmt", "power"))
@@ -115,13 +120,15 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         split=options.split,
         files=options.source and (options.source, options.reference),
         checkpoint=options.checkpoint,
+        dtype=options.dtype,
         output=options.output,
         **changes,
     )
     if options.json:
         print(json.dumps(values))
         return
-    print(f"loss {values['loss']:.4f}  nll {values['nll']:.4f}  ppl {values['perplexity']:.3f}")
+    if "loss" in values:
+        print(f"loss {values['loss']:.4f}  nll {values['nll']:.4f}  ppl {values['perplexity']:.3f}")
     print(f"BLEU {values['bleu']:.2f} ({values['bleu_signature']})")
     print(f"chrF2 {values['chrf']:.2f} ({values['chrf_signature']})")
     print(f"exact match {values['exact_match']:.1%}")

@@ -114,9 +114,9 @@ class OptimizerConfig:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}: give 0 up to below 1")
         for name in ("epsilon", "weight_decay", "clip_norm"):
-            if getattr(self, name) < 0.0:
+            if not 0.0 <= getattr(self, name) < math.inf:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}: give at least 0")
-        if self.peak_learning_rate is not None and self.peak_learning_rate <= 0.0:
+        if self.peak_learning_rate is not None and not 0.0 < self.peak_learning_rate < math.inf:
             raise UserError(
                 f"optimizer.peak_learning_rate is {self.peak_learning_rate}: give more than 0"
             )
@@ -148,7 +148,7 @@ class EvaluateConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"evaluate.{name} is {getattr(self, name)}: give at least 1")
         for name in ("every", "patience", "length_penalty"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"evaluate.{name} is {getattr(self, name)}: give at least 0")
 
 

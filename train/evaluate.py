@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxformer.config import Precision, TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
@@ -18,9 +19,19 @@ from train.data.batches import Batches
 from train.data.corpus import EncodedCorpus, encode_corpus
 from train.data.packing import pack_in_order
 from train.data.sources import load_split
-from train.metrics import Score, bleu, chrf
+from train.metrics import Score, bleu, bleu_metric, chrf
 from train.parallel import DataParallel, Runner
 from train.step import make_eval_step
+
+
+def check_positions(model: TransformerConfig, corpus: EncodedCorpus) -> None:
+    """Raise `UserError` if a sentence reaches past the last of learned positions."""
+    longest = max(int(side.lengths.max()) for side in (corpus.source, corpus.target))
+    if model.num_positions is not None and longest > model.num_positions:
+        raise UserError(
+            f"the longest sentence has {longest} tokens but model.max_length is "
+            f"{model.max_length} learned positions: raise it and train, or leave the sentence out"
+        )
 
 
 class LossEvaluator:
@@ -126,6 +137,7 @@ def evaluate_run(
     split: str = "test",
     files: tuple[str, str] | None = None,
     checkpoint: str | None = None,
+    dtype: Precision | None = None,
     output: str | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
@@ -135,20 +147,22 @@ def evaluate_run(
       run: the run directory.
       split: "train", "validation" or "test" of the run's data; not looked at if `files` is given.
       files: source and reference text file.
-      checkpoint: as for `Translator.load`.
+      checkpoint, dtype: as for `Translator.load`.
       output: file that the translations are written to, one a line.
       **changes: fields of `EvaluateConfig` to use instead of the run's.
 
     Returns:
-      loss, nll, perplexity (a token, natural logarithm), bleu, chrf, exact_match and signatures.
+      loss, nll, perplexity (a token, natural logarithm; not of int8, which has no loss), bleu,
+      chrf, exact_match and signatures.
 
     Raises:
       UserError: the run, the data or the output file cannot be used.
     """
     config = read_train_config(run)
     settings = dataclasses.replace(config.evaluate, **changes)
-    translator = Translator.load(run, checkpoint)
-    data = config.data
+    bleu_metric(settings.bleu_tokenize)
+    translator = Translator.load(run, checkpoint, dtype=dtype)
+    model, data = translator.config, config.data
     if files is not None:
         split = "test"
         data = dataclasses.replace(data, path=None, dataset=None, test=files)
@@ -156,14 +170,17 @@ def evaluate_run(
     corpus = encode_corpus(
         pairs, translator.source_tokenizer, translator.target_tokenizer, data.cache_dir
     )
-    losses = LossEvaluator(
-        Transformer(config.model),
-        corpus,
-        source_length=data.target_length,
-        target_length=data.target_length,
-        rows_per_batch=jax.device_count() * -(-4096 // data.target_length),
-        runner=DataParallel(),
-    )(translator.params)
+    losses: dict[str, float] = {}
+    if not model.quantized:
+        check_positions(model, corpus)
+        losses = LossEvaluator(
+            Transformer(model),
+            corpus,
+            source_length=data.target_length,
+            target_length=data.target_length,
+            rows_per_batch=jax.device_count() * -(-4096 // data.target_length),
+            runner=DataParallel(),
+        )(translator.params)
     hypotheses = decoder(translator, settings, beam_size=settings.beam_size)(pairs["source"][:])
     if output is not None:
         try:

@@ -21,10 +21,12 @@ class Log:
     Between reports nothing waits for the device, so that it always has the next step queued.
     """
 
-    def __init__(self, writer: MetricsWriter, progress: Progress, batches: Batches) -> None:
+    def __init__(
+        self, writer: MetricsWriter, progress: Progress, batches: Batches, rows_per_step: int
+    ) -> None:
         self._writer, self._progress = writer, progress
         self._steps_per_epoch = batches.steps_per_epoch
-        self._positions = batches.rows_per_batch * batches.packing.target_length
+        self._positions = rows_per_step * batches.packing.target_length
         self._pending: list[dict[str, jax.Array]] = []
         self.restart_clock()
 
@@ -54,6 +56,8 @@ class Log:
         Raises:
           UserError: a loss was not finite; the message names the step.
         """
+        if not self._pending:
+            return
         steps = jax.device_get(self._pending)
         seconds = time.monotonic() - self._began
         for number, metrics in enumerate(steps, start=step - len(steps) + 1):

@@ -17,13 +17,13 @@ from train.evaluate import LossEvaluator, Quality, decoder, score
 from train.lock import only_trainer
 from train.log import Log, check_finite, describe, examples
 from train.machine import describe_machine
-from train.metrics import MetricsWriter, read_metrics
-from train.parallel import initialize_hosts, make_runner
+from train.metrics import MetricsWriter, bleu_metric, read_metrics
+from train.parallel import Runner, initialize_hosts, make_runner
 from train.preemption import Preemption
 from train.prefetch import prefetch
 from train.prepare import RunData, prepare
 from train.progress import Progress
-from train.state import create_state, make_optimizer, make_schedule
+from train.state import TrainState, create_state, make_optimizer, make_schedule
 from train.step import Batch, make_train_step
 
 
@@ -43,6 +43,7 @@ def fit(config: TrainConfig) -> Path:
 
 
 def _train(config: TrainConfig, run: Path) -> None:
+    bleu_metric(config.evaluate.bleu_tokenize)  # or it would fail after an epoch
     runner, chief = make_runner(config), jax.process_index() == 0
     evaluate, metric = config.evaluate, config.evaluate.metric
     data = prepare(config)
@@ -88,7 +89,7 @@ def _train(config: TrainConfig, run: Path) -> None:
             for line in describe(config, state.params, batches, start):
                 progress.message(line)
             writer.write(start, "start", describe_machine(jax.devices()))
-            log = Log(writer, progress, batches)
+            log = Log(writer, progress, batches, data.rows_per_step)
             history = _validation_history(run, metric, start)
             evaluate_every = evaluate.every or batches.steps_per_epoch
             steps = range(start, config.steps)
@@ -119,9 +120,13 @@ def _train(config: TrainConfig, run: Path) -> None:
                         f"chrF {quality.chrf.value:.2f}  exact match {quality.exact_match:.1%}  "
                         f"({time.monotonic() - began:.1f} s)"
                     )
+                    if not history:
+                        for name in (quality.bleu, quality.chrf):
+                            progress.message(f"here {name.name} is {name.signature}")
                     log.restart_clock()
                     history.append(numbers[metric])
                 if preemption.reached(done):
+                    log.flush(done)  # raises if what is about to be saved is not finite
                     checkpoints.save(runner.to_save(state))
                     progress.message(
                         f"stopped by SIGTERM; step {done:,} is saved: run the same command again "
@@ -134,22 +139,36 @@ def _train(config: TrainConfig, run: Path) -> None:
                     )
                     break
 
-            params = runner.whole(state.params)
-            averaged = checkpoints.evaluated_steps()[-config.checkpoint.average :]
-            if len(averaged) > 1:
-                params = checkpoints.average(averaged)
-                checkpoints.save_average(params, averaged)
-                steps_text = ", ".join(f"{step:,}" for step in averaged)
-                progress.message(f"averaged the checkpoints of steps {steps_text}")
-            splits = [split for split in data.pairs if split != "train"]
-            scored = _evaluate(config, data, params, splits, evaluate.beam_size)
-            for split, (quality, _) in scored.items():
-                writer.write(int(state.step), f"final_{split}", quality.to_dict())
-                progress.message(f"\n{split}, beam {evaluate.beam_size}:\n{quality}")
-            pairs, (_, hypotheses) = data.pairs[splits[-1]], scored[splits[-1]]
-            for line in examples(pairs["source"][:], hypotheses, pairs["target"][:]):
-                progress.message(line)
-            progress.message(f"\ntry it: jaxformer translate {run}")
+            _finish(config, data, checkpoints, state, runner, writer, progress)
+
+
+def _finish(
+    config: TrainConfig,
+    data: RunData,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    runner: Runner,
+    writer: MetricsWriter,
+    progress: Progress,
+) -> None:
+    """Average the last checkpoints, translate and score all splits, and show a few translations."""
+    params, step = runner.whole(state.params), int(state.step)
+    beam_size = config.evaluate.beam_size
+    averaged = checkpoints.evaluated_steps()[-config.checkpoint.average :]
+    if len(averaged) > 1:
+        params = checkpoints.average(averaged)
+        checkpoints.save_average(params, averaged)
+        steps_text = ", ".join(f"{step:,}" for step in averaged)
+        progress.message(f"averaged the checkpoints of steps {steps_text}")
+    splits = [split for split in data.pairs if split != "train"]
+    scored = _evaluate(config, data, params, splits, beam_size)
+    for split, (quality, _) in scored.items():
+        writer.write(step, f"final_{split}", quality.to_dict())
+        progress.message(f"\n{split}, beam {beam_size}:\n{quality}")
+    pairs, (_, hypotheses) = data.pairs[splits[-1]], scored[splits[-1]]
+    for line in examples(pairs["source"][:], hypotheses, pairs["target"][:]):
+        progress.message(line)
+    progress.message(f"\ntry it: jaxformer translate {config.run}")
 
 
 def _evaluate(

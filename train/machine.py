@@ -19,7 +19,7 @@ def describe_machine(devices: Sequence[jax.Device]) -> dict[str, Any]:
         "jax": jax.__version__,
         "jaxlib": jax.lib.__version__,
         "flax": flax.__version__,
-        "prng": jax.config.jax_default_prng_impl,
+        "prng": jax.config.values["jax_default_prng_impl"],
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
     }

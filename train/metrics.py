@@ -43,6 +43,15 @@ def bleu(
     Raises:
       UserError: the counts differ or are 0, or the tokenizer does not exist or cannot be loaded.
     """
+    return _score(bleu_metric(tokenize, lowercase=lowercase), hypotheses, references)
+
+
+def bleu_metric(tokenize: str, *, lowercase: bool = False) -> Any:
+    """Return sacreBLEU's BLEU, whose tokenizer is loaded by then.
+
+    Raises:
+      UserError: the tokenizer does not exist or cannot be loaded.
+    """
     from sacrebleu.metrics.bleu import BLEU
 
     if tokenize not in BLEU.TOKENIZERS:
@@ -50,11 +59,10 @@ def bleu(
         raise UserError(f"sacreBLEU has no tokenizer {tokenize!r}: choose one of {choices}")
     try:
         # force: no warning about text that looks tokenised, which "none" asks for.
-        metric = BLEU(tokenize=tokenize, lowercase=lowercase, force=tokenize == "none")
+        return BLEU(tokenize=tokenize, lowercase=lowercase, force=tokenize == "none")
     except (ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"sacreBLEU's tokenizer {tokenize!r} cannot be used: {reason}") from error
-    return _score(metric, hypotheses, references)
 
 
 def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> Score:

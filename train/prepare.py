@@ -27,6 +27,7 @@ from train.data.mixture import Mixture
 from train.data.packing import choose_source_length, pack
 from train.data.sources import load_extra, load_split
 from train.data.tokenizer import learn_tokenizers
+from train.evaluate import check_positions
 
 if TYPE_CHECKING:
     import datasets
@@ -74,7 +75,8 @@ def prepare(config: TrainConfig) -> RunData:
     corpora = [_segmentations(config, dataset, tokenizers) for dataset in training]
     validation = encode_corpus(pairs["validation"], *tokenizers, config.data.cache_dir)
     batches = make_batches(config, corpora)
-    _check_positions(config, *chain(*corpora), validation)
+    check_positions(config.model, validation)
+    _check_packed_positions(config, batches)
     parts = jax.device_count() * config.accumulate
     rows = -(-batches.rows_per_batch // parts) * parts
     return RunData(pairs, *tokenizers, validation, batches, rows)
@@ -143,6 +145,14 @@ def _check_same_run(config: TrainConfig, run: Path) -> None:
         before = flatten(read_train_config(run))
     except UserError as error:
         raise UserError(f"{error}; choose another --run") from error
+    falls_from = before["steps"] - before["optimizer.cooldown_steps"]
+    reached = checkpoint_steps(run)[-1]
+    if config.steps != before["steps"] and falls_from < reached:
+        raise UserError(
+            f"{run} has steps={before['steps']}, and since step {falls_from} its learning rate "
+            f"falls towards that: give that value to go on, or another --run to train for "
+            f"{config.steps}"
+        )
     for name, value in flatten(config).items():
         if name in _MAY_CHANGE or name.startswith(_MAY_CHANGE_SECTIONS):
             continue
@@ -175,13 +185,15 @@ def _tokenizers(
     return load_tokenizers(run)
 
 
-def _check_positions(config: TrainConfig, *corpora: EncodedCorpus) -> None:
+def _check_packed_positions(config: TrainConfig, batches: Batches) -> None:
     """Learned positions must reach the end of every sentence that is not left out of training."""
-    longest = max(
-        int(side.lengths.max()) for corpus in corpora for side in (corpus.source, corpus.target)
-    )
-    if config.model.positions == "learned" and longest > config.model.max_length:
+    positions = config.model.num_positions
+    if positions is None:
+        return
+    longest = max(part.longest_sentence() for part in batches.parts)
+    if longest > positions:
         raise UserError(
-            f"the longest sentence has {longest} tokens but model.max_length is "
-            f"{config.model.max_length} learned positions: raise model.max_length"
+            f"the longest sentence has {longest} tokens but model.max_length is {positions} "
+            "learned positions: raise model.max_length, or lower data.source_length and "
+            "data.target_length, which leaves it out"
         )

@@ -102,9 +102,12 @@ def benchmark_decode(settings: DecodeBenchmark) -> Iterator[dict[str, Any]]:
             lines = _random_lines(config, settings.sentences or 128, settings.length)
         else:
             lines = _read_lines(settings)
+        translators = {
+            f"jaxformer {dtype}": Translator.load(run, dtype=dtype) for dtype in settings.dtypes
+        }
         engines: dict[str, Engine] = {
-            f"jaxformer {dtype}": partial(_timed, _ours(run, dtype, settings, fixed))
-            for dtype in settings.dtypes
+            name: partial(_timed, _ours(translator, settings, fixed))
+            for name, translator in translators.items()
         }
         with contextlib.ExitStack() as processes:
             if settings.peer is not None:
@@ -112,7 +115,7 @@ def benchmark_decode(settings: DecodeBenchmark) -> Iterator[dict[str, Any]]:
                     engines[f"{settings.peer} {kind}"] = processes.enter_context(
                         in_a_process(_peer, settings, run, kind, scratch, fixed)
                     )
-            yield from _measure(engines, lines, settings, run)
+            yield from _measure(engines, lines, settings, translators)
 
 
 def _timed(translate: Translate, lines: Sequence[str]) -> tuple[list[str], float]:
@@ -121,7 +124,10 @@ def _timed(translate: Translate, lines: Sequence[str]) -> tuple[list[str], float
 
 
 def _measure(
-    engines: dict[str, Engine], lines: list[str], settings: DecodeBenchmark, run: str
+    engines: dict[str, Engine],
+    lines: list[str],
+    settings: DecodeBenchmark,
+    translators: dict[str, Translator],
 ) -> Iterator[dict[str, Any]]:
     outputs, first_seconds, programs = {}, {}, {}
     for name, engine in engines.items():
@@ -136,9 +142,9 @@ def _measure(
     if settings.profile is not None:
         with jax.profiler.trace(settings.profile):
             engines[first](lines)
-    tokenizer = Translator.load(run).target_tokenizer
+    tokenizer = translators[first].target_tokenizer
     for name in engines:
-        ours = name.startswith("jaxformer")
+        ours = translators.get(name)
         median = statistics.median(seconds[name])
         tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch(outputs[name]))
         pairs = zip(seconds[name], seconds[first], strict=True)
@@ -163,13 +169,13 @@ def _measure(
             # The first round compiles; that of a peer looks for its best settings.
             "compile_seconds": max(0.0, first_seconds[name] - median) if ours else None,
             "compiled_programs": len(programs[name]) if ours else None,
+            "needed_share": ours.needed_share if ours else None,
             "settings": dataclasses.asdict(settings),
             "machine": describe_machine(jax.devices()),
         }
 
 
-def _ours(run: str, dtype: Precision, settings: DecodeBenchmark, fixed: int | None) -> Translate:
-    translator = Translator.load(run, dtype=dtype)
+def _ours(translator: Translator, settings: DecodeBenchmark, fixed: int | None) -> Translate:
     lengths = {}
     if fixed is not None:
         lengths = {"max_length_ratio": 0.0, "max_length_extra": fixed, "min_length_extra": fixed}

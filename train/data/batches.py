@@ -58,6 +58,14 @@ class Rows:
     def _segmentation(self, epoch: int) -> Packed:
         return self._segmentations[epoch % len(self._segmentations)]
 
+    def longest_sentence(self) -> int:
+        """Tokens of the longest source or target that is in a row, eos counted."""
+        return max(
+            int(side.lengths[packing.pairs].max())
+            for corpus, packing in self._segmentations
+            for side in (corpus.source, corpus.target)
+        )
+
     def of_epoch(self, epoch: int, start: int, stop: int) -> Batch:
         """Return the rows of an epoch from `start` to before `stop`, fewer where it ends."""
         return self._lay_out(epoch, self._order(epoch)[start:stop])

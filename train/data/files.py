@@ -38,7 +38,11 @@ def read_lines(path: Path) -> Iterator[str]:
     Only "\n" ends a line: `str.splitlines` would also split at U+2028 or U+0085, which occur
     inside sentences, and shift one side of the corpus against the other.
     """
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    with file:
         for number, raw in enumerate(file, start=1):
             if number == 1:
                 raw = raw.removeprefix(codecs.BOM_UTF8)

@@ -147,7 +147,7 @@ def _parquet(path: Path, data: "DataConfig") -> "datasets.Dataset":
             return datasets.load_dataset(
                 "parquet", data_files=str(path), split="train", cache_dir=data.cache_dir
             )
-    except (ValueError, DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         reason = _first_line(error.__cause__ or error)
         raise UserError(f"{path} cannot be read as Parquet ({reason}): write it again") from error
 

@@ -33,7 +33,6 @@ def learn_tokenizers(
     vocab_size: int,
     joint: bool,
     model_type: Literal["bpe", "unigram"] = "bpe",
-    character_coverage: float = 1.0,
     cache: Path | None = None,
 ) -> tuple[Tokenizer, Tokenizer]:
     """Learn, write into the directory `run`, and return the source and the target tokenizer.
@@ -45,8 +44,6 @@ def learn_tokenizers(
       vocab_size: pieces of each vocabulary, the four special ones included.
       joint: one vocabulary of both languages, returned twice (§5.1), instead of one of each.
       model_type: byte-pair encoding, or sentencepiece's unigram language model.
-      character_coverage: share of the corpus whose characters become pieces; the rarest others
-        become unk.
       cache: a folder to keep in what was learned, and to find it in when it is asked for again.
 
     Raises:
@@ -57,7 +54,7 @@ def learn_tokenizers(
         if joint
         else {SOURCE_TOKENIZER_FILE: ("source",), TARGET_TOKENIZER_FILE: ("target",)}
     )
-    settings = vocab_size, model_type, character_coverage
+    settings = vocab_size, model_type
     tokenizers = [
         _learn(corpora, columns, *settings)
         if cache is None
@@ -91,7 +88,6 @@ def _learn(
     columns: tuple[str, ...],
     vocab_size: int,
     model_type: str,
-    character_coverage: float,
 ) -> Tokenizer:
     import sentencepiece
 
@@ -102,7 +98,7 @@ def _learn(
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
-            character_coverage=character_coverage,
+            character_coverage=1.0,  # every character of the corpus becomes a piece
             pad_id=PAD_ID,
             bos_id=BOS_ID,
             eos_id=EOS_ID,

@@ -14,7 +14,8 @@ package nor JAX:
     print(tokenizer.decode([result.hypotheses[0] for result in results]))
 
 With two vocabularies, `tokenizer.source.model` encodes and `tokenizer.target.model` decodes. Bos
-and eos are added by themselves, and pad and bos are never generated.
+and eos are added by themselves, and pad and bos are never generated. A language code at the
+beginning of a line, such as ">>deu<<", is a piece of its own: take it off before encoding the rest.
 
 In float32 its log-probabilities are those of `Transformer`, and greedy search (`beam_size=1`) gives
 the tokens of `Translator`, but for what is different by default:

@@ -9,7 +9,8 @@ The directory holds
 - `params.npz`, the parameters, their first argument; the others are passed by name;
 - `manifest.json`: every function's inputs and outputs, and the special ids;
 - the tokenizers, `tokenizer.model`, or `tokenizer.source.model` and `tokenizer.target.model`. If
-  `vocabulary.json` lies beside it, the id of a piece is its place in that list.
+  `vocabulary.json`, or `vocabulary.source.json` and `vocabulary.target.json`, lies beside it, the
+  id of a piece is its place in that list.
 
 Each function runs on CPUs, NVIDIA GPUs and TPUs, and takes any number of sentences unless
 `batch_size` was given. It takes jax, numpy, flatbuffers and sentencepiece to translate:

@@ -22,9 +22,11 @@ def roofline(
     }
 
 
-def largest_fitting(
-    needs: Callable[[int], float], memory: float, first: int, tries: int = 3
-) -> int:
+# Sizes that are compiled, after the first two, to find the largest that fits.
+_TRIES = 3
+
+
+def largest_fitting(needs: Callable[[int], float], memory: float, first: int) -> int:
     """Return the largest size that was seen to fit, 0 if none was.
 
     The need grows about linearly: a straight line through two sizes says which third to try, and,
@@ -35,10 +37,9 @@ def largest_fitting(
         compiles.
       memory: bytes there are.
       first: a size to begin with.
-      tries: sizes to compile after the first two.
     """
     seen = {first: needs(first)}
-    for _ in range(1 + tries):
+    for _ in range(1 + _TRIES):
         if len(seen) == 1:
             size = 2 * first if seen[first] <= memory else first // 2
         else:

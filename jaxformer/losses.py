@@ -107,7 +107,12 @@ def _pad(x, axis, multiple):
     return jnp.pad(x, padding, constant_values=PAD_ID)
 
 
-def _chunk_losses(hidden, embedding, labels, label_smoothing):
+def _mean(embedding):
+    """The mean row, float32 [D]: its logit is the mean logit, without reading them all."""
+    return jnp.mean(embedding.astype(jnp.float32), axis=0)
+
+
+def _chunk_losses(hidden, embedding, mean, labels, label_smoothing):
     """Logits, log-sum-exp, is-label mask and the two loss sums of one chunk, all in float32."""
     logits = jnp.einsum("GTD,VD->GTV", hidden, embedding, preferred_element_type=jnp.float32)
     logits = constrain(logits, "vocab_batch", None, "vocab")
@@ -117,8 +122,9 @@ def _chunk_losses(hidden, embedding, labels, label_smoothing):
     label_logit = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
     real = labels != PAD_ID
     nll = log_normalizer[..., 0] - label_logit
-    # -Σ_v (ε/V) log p_v, the smoothed share of the loss, needs only the mean logit.
-    uniform = log_normalizer[..., 0] - jnp.mean(logits, axis=-1)
+    # -Σ_v (ε/V) log p_v, the smoothed share of the loss, needs only the mean logit (no product:
+    # TPUs round the factors of those to bfloat16).
+    uniform = log_normalizer[..., 0] - jnp.sum(hidden.astype(jnp.float32) * mean, axis=-1)
     nll = jnp.where(real, nll, 0.0)
     loss = (1.0 - label_smoothing) * nll + label_smoothing * jnp.where(real, uniform, 0.0)
     return logits, log_normalizer, is_label, jnp.sum(loss), jnp.sum(nll)
@@ -129,20 +135,22 @@ def _fused(hidden, embedding, labels, label_smoothing, chunk_size):
     embedding = embedding.astype(hidden.dtype)
 
     def step(sums, chunk):
-        *_, loss, nll = _chunk_losses(chunk[0], embedding, chunk[1], label_smoothing)
+        *_, loss, nll = _chunk_losses(chunk[0], embedding, mean, chunk[1], label_smoothing)
         return (sums[0] + loss, sums[1] + nll), None
 
+    mean = _mean(embedding)
     return jax.lax.scan(step, (0.0, 0.0), _chunks(hidden, labels, chunk_size))[0]
 
 
 def _fused_forward(hidden, embedding, labels, label_smoothing, chunk_size):
     compute = embedding.astype(hidden.dtype)
+    mean = _mean(compute)
 
     def step(carry, chunk):
         loss_sum, nll_sum, d_embedding = carry
         hidden, labels = chunk
         logits, log_normalizer, is_label, loss, nll = _chunk_losses(
-            hidden, compute, labels, label_smoothing
+            hidden, compute, mean, labels, label_smoothing
         )
         # ∂loss/∂logits = softmax(logits) - target distribution
         target = jnp.where(is_label, 1.0 - label_smoothing, 0.0) + label_smoothing / logits.shape[2]

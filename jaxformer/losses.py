@@ -119,7 +119,7 @@ def _chunk_losses(hidden, embedding, mean, labels, label_smoothing):
     log_normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     log_normalizer = constrain(log_normalizer, "vocab_batch", None, None)
     is_label = labels[..., None] == jnp.arange(embedding.shape[0])[None, None]
-    label_logit = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
+    label_logit = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     real = labels != PAD_ID
     nll = log_normalizer[..., 0] - label_logit
     # -Σ_v (ε/V) log p_v, the smoothed share of the loss, needs only the mean logit (no product:

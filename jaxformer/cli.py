@@ -1,6 +1,7 @@
 """The `jaxformer` command."""
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
 import os
@@ -17,7 +18,7 @@ from jaxformer.convert import add_convert
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, PenaltyForm
 from jaxformer.inspection import add_inspect
-from jaxformer.terminal import Progress, write_line
+from jaxformer.terminal import Progress, ShowDefaults, write_line
 
 if TYPE_CHECKING:
     from jaxformer.results import Alignment
@@ -82,7 +83,7 @@ def _add_translate(commands: Any) -> None:
         help="translate standard input, line by line",
         description="Translate standard input to standard output: one line in, one line out, in "
         "order. Example: jaxformer translate runs/multi30k < source.txt > translation.txt",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=ShowDefaults,
     )
     _add_model(translate)
     types = {"beam_size": int, "top_k": int, "top_p": float}
@@ -125,7 +126,7 @@ def _add_score(commands: Any) -> None:
         help="log-probability of given translations",
         description="Print the natural logarithm of the probability that the model gives each "
         "line of TARGET, end of sentence included, as translation of the line of SOURCE.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=ShowDefaults,
     )
     _add_model(score)
     score.add_argument(
@@ -263,8 +264,12 @@ def _open(name: str) -> BinaryIO:
 
 
 def _lines(file: Iterable[bytes], name: str) -> Iterator[str]:
-    r"""Lines of UTF-8 that end in "\n" and nothing else, or one line in would not be one out."""
+    r"""Lines of UTF-8 that end in "\n" and nothing else, or one line in would not be one out.
+
+    A mark of the byte order before the first, which some editors write, is no part of it.
+    """
     for number, line in enumerate(file, start=1):
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         try:
             yield line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:

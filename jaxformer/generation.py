@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -85,8 +85,9 @@ class GenerationConfig:
                 raise UserError(f"{name} is {value}: give at least {minimum}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}: give more than 0, at most 1")
-        if self.length_penalty_form not in ("gnmt", "power"):
-            raise UserError(f"length_penalty_form is {self.length_penalty_form!r}: gnmt or power")
+        if self.length_penalty_form not in get_args(PenaltyForm):
+            forms = " or ".join(get_args(PenaltyForm))
+            raise UserError(f"length_penalty_form is {self.length_penalty_form!r}: {forms}")
         drawn = ("temperature", "top_k", "top_p")
         searched = ("coverage_penalty", "early_stopping")
         for field in dataclasses.fields(self):

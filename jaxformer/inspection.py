@@ -20,6 +20,7 @@ from jaxformer.heatmap import (
 )
 from jaxformer.page import page, script_note, scrolling, section, table, write
 from jaxformer.results import Explanation
+from jaxformer.terminal import ShowDefaults
 
 _READ = {
     "Encoder self-attention": "A row is a piece of the source, and shows what it looks at.",
@@ -148,7 +149,7 @@ def add_inspect(commands: Any) -> None:
         description="Translate a sentence and write a page about it: the beam's translations with "
         "their scores, what every attention head looked at, which word is from which, and the "
         "positional encoding. Beside it, if matplotlib is installed, the same as PNG files.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=ShowDefaults,
     )
     inspect.add_argument("run", metavar="RUN", help="directory that training wrote")
     inspect.add_argument("sentence", metavar="SENTENCE", help="what to translate")

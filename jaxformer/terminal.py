@@ -1,11 +1,20 @@
-"""Whole lines to standard output, and how fast they come to standard error."""
+"""Whole lines to standard output, how fast they come to standard error, and help."""
 
+import argparse
 import os
 import signal
 import sys
 import time
 from types import FrameType
 from typing import Any
+
+
+class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Says what an option is if it is not given, unless that is nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default is None or action.default is False or action.default == ()
+        return action.help if nothing else super()._get_help_string(action)
 
 
 def write_line(text: str) -> None:

@@ -107,6 +107,10 @@ def test_one_line_in_one_line_out(translator, run_with, text, expected):
     assert run_with(text) == (0, expected, "")
 
 
+def test_a_byte_order_mark_is_no_text(translator, run_with):
+    assert run_with(b"\xef\xbb\xbfone\ntwo\n") == (0, b"ONE\nTWO\n", "")
+
+
 def test_options(translator, run_with):
     run_with(b"one\n")
     assert translator.options == DEFAULTS

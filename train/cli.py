@@ -12,6 +12,7 @@ import jax
 from jaxformer.compilation import keep_compiled_programs
 from jaxformer.config import Precision
 from jaxformer.errors import UserError
+from jaxformer.generation import PenaltyForm
 from train.arguments import config_names, load_config, override, refuse
 from train.benchmark.command import add_benchmark
 from train.metrics import has_ended
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--beam-size", type=int, help="beams; default: the run's")
     evaluate.add_argument("--length-penalty", type=float, help="alpha; default: the run's")
-    evaluate.add_argument("--length-penalty-form", choices=("gnmt", "power"))
+    evaluate.add_argument("--length-penalty-form", choices=get_args(PenaltyForm))
     evaluate.add_argument("--bleu-tokenize", help="sacreBLEU's tokenizer; default: the run's")
     evaluate.add_argument("--output", help="file to write the translations to")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")

@@ -8,18 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from jaxformer.config import PRESETS
 from jaxformer.errors import UserError
+from jaxformer.terminal import ShowDefaults
 from train.arguments import list_of, load_config, override, refuse
 from train.config import TrainConfig
 
 if TYPE_CHECKING:
     from train.benchmark.steps import StepBenchmark
-
-
-class _ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Says what an option is if it is not given, unless that is nothing."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default else action.help
 
 
 def add_benchmark(commands: Any) -> None:
@@ -41,7 +35,7 @@ def _add_steps(kinds: Any, kind: str, what: str) -> None:
         description=f"Measure {what}: time, tokens a second, share of the machine's measured "
         "matrix-product peak, memory. Lists, as in --batch 16,32, measure every combination. "
         "--section.field VALUE changes any field of the configuration.",
-        formatter_class=_ShowDefaults,
+        formatter_class=ShowDefaults,
     )
     steps.add_argument(
         "config",
@@ -79,7 +73,7 @@ def _add_decode(kinds: Any) -> None:
         help="translation, beside another engine with the same weights",
         description="Measure sentences and tokens a second, compilation apart, beside another "
         "engine with the same weights, which has a process of its own and takes turns with ours.",
-        formatter_class=_ShowDefaults,
+        formatter_class=ShowDefaults,
     )
     decode.add_argument(
         "run", metavar="RUN", help="directory that training wrote, or a preset such as base"

@@ -213,8 +213,6 @@ def _peer(
             return [full_rows(case)]
         return padded_batches(settings.batches, multiple=multiple)
 
-    compiled = name == "torch-compile"
-
     if name == "flax-plain":
         from train.benchmark.flax_plain import plain_step
 
@@ -227,5 +225,6 @@ def _peer(
         return contextlib.nullcontext(marian_turn(case.model, settings.batches, scratch))
     from train.benchmark.torch_peer import torch_turn
 
+    compiled = name == "torch-compile"
     padded = batches(multiple=8 if compiled else 1)
     return in_a_process(torch_turn, settings.kind, case.model, padded, compiled)

@@ -54,10 +54,12 @@ MAY_IMPORT = {
     "page": {"errors"},
     "heatmap": {"page", "results"},
     "pictures": {"errors", "results"},
-    "inspection": BASE | {"compilation", "heatmap", "page", "pictures", "results", "translator"},
+    "inspection": BASE
+    | {"compilation", "heatmap", "page", "pictures", "results", "terminal", "translator"},
     "convert": {"errors", "interop"},
     "terminal": set(),
-    "cli": FILES | {"compilation", "convert", "generation", "inspection", "terminal", "translator"},
+    "cli": FILES
+    | {"compilation", "convert", "generation", "inspection", "results", "terminal", "translator"},
 }
 MAY_IMPORT["__init__"] = set(MAY_IMPORT) - {"cli", "convert", "inspection"}
 

@@ -208,7 +208,8 @@ def test_programs_are_kept_for_the_next_process(tmp_path):
             check=True,
             capture_output=True,
         )
-        files.append(sorted(path.name for path in (tmp_path / "jaxformer").glob("*-cache")))
+        # Not those that compile too quickly to be worth it.
+        files.append({path.name for path in (tmp_path / "jaxformer").glob("*stage*-cache")})
     assert files[0] and files[1] == files[0]
 
 

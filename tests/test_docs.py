@@ -98,6 +98,8 @@ def run_command(command, monkeypatch, capfdbinary):
         return
     if words[0] == "srun":
         words = words[1:]
+    while re.match(r"[A-Z_]+=", words[0]):  # of the environment
+        words = words[1:]
     program = os.path.basename(words[0])
     if program == "python" and words[1:3] == ["-m", "train"]:
         run_train(words[3:])

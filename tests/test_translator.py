@@ -233,7 +233,7 @@ def test_n_best(translator):
         scores = [hypothesis.score for hypothesis in hypotheses]
         assert scores == sorted(scores, reverse=True)
         assert len({tuple(hypothesis.tokens) for hypothesis in hypotheses}) == 3
-        for text, score, log_prob, tokens in hypotheses:
+        for text, score, log_prob, tokens, *_ in hypotheses:
             assert text == "".join(tokens).replace("▁", " ").strip()
             length = len(tokens) + 1
             assert score == pytest.approx(log_prob / ((5 + length) / 6) ** 0.6, rel=1e-5)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxformer.errors import UserError
@@ -175,7 +176,7 @@ _DIMENSIONS = {
 def plot(path: str, records: Records) -> None:
     """Draw throughput and MFU over each dimension that the sweep varies, as a picture file.
 
-    The other dimensions, the engine and the dtype tell the lines apart.
+    The other dimensions, configuration, engine and dtype tell the lines apart.
 
     Raises:
       UserError: matplotlib is not installed, nothing varies, or the file cannot be written.
@@ -185,6 +186,7 @@ def plot(path: str, records: Records) -> None:
     except ImportError as error:
         raise UserError('no picture without matplotlib: pip install -e ".[plot]"') from error
     points = [record | {"devices": record["machine"]["devices"]} for record in records]
+    several = len({point["config"] for point in points}) > 1
     varied = [name for name in _DIMENSIONS if len({point[name] for point in points}) > 1]
     if not varied:
         raise UserError("nothing to draw: give --batch, --length, --vocab-size or --devices a list")
@@ -196,7 +198,7 @@ def plot(path: str, records: Records) -> None:
         for point in points:
             label = " ".join(
                 [
-                    point["config"],
+                    *([Path(point["config"]).stem] if several else []),
                     point["engine"],
                     point["dtype"],
                     *(f"{_DIMENSIONS[other]} {point[other]}" for other in others),

@@ -21,7 +21,7 @@ from jaxformer.generation import GenerationConfig, Generator, generate
 from jaxformer.layers import Embedding, FeedForward, PositionalEncoding, Residual
 from jaxformer.linear import Linear, quantize
 from jaxformer.losses import LossSums, cross_entropy, cross_entropy_sums
-from jaxformer.masks import causal_mask, padding_mask, segment_mask
+from jaxformer.masks import SegmentMask, causal_mask, padding_mask, segment_mask
 from jaxformer.positions import segment_positions, sinusoid
 from jaxformer.results import Alignment, Explanation, Hypothesis, Score
 from jaxformer.sampling import Sampling
@@ -69,6 +69,7 @@ __all__ = [
     "Residual",
     "Sampling",
     "Score",
+    "SegmentMask",
     "Tokenizer",
     "Transformer",
     "TransformerConfig",

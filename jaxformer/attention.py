@@ -4,22 +4,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
+from jaxformer.config import FlashAttention
 from jaxformer.dropout import Dropout
+from jaxformer.flash import flash_kernel
 from jaxformer.linear import Linear
+from jaxformer.masks import Mask, pairs
 from jaxformer.sharding import constrain
 
 
 def attention_weights(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S N H"],
-    mask: Bool[Array, "#B #N #T #S"] | None = None,
+    mask: Mask | None = None,
 ) -> Float[Array, "B N T S"]:
     """softmax(Q Kᵀ / √d_k) of equation 1, in float32 whatever the inputs.
 
     A query that may attend to nothing gets weights of zero, not NaN and not an average.
     """
+    mask = pairs(mask)
     # Heads first, or einsum would pick an order of operands that XLA multiplies slowly on CPU.
     query = jnp.swapaxes(query * query.shape[-1] ** -0.5, 1, 2)
     key = jnp.swapaxes(key, 1, 2)
@@ -37,17 +41,23 @@ def dot_product_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S N H"],
     value: Float[Array, "B S N Hv"],
-    mask: Bool[Array, "#B #N #T #S"] | None = None,
+    mask: Mask | None = None,
+    *,
+    flash: FlashAttention = "auto",
 ) -> Float[Array, "B T N Hv"]:
     """Attention(Q, K, V) = softmax(Q Kᵀ / √d_k) V (§3.2.1, equation 1).
 
     Args:
       query, key, value: projected inputs, float32 or bfloat16.
-      mask: True where a query may attend to a key; None where all may.
+      mask: True where a query may attend to a key, or segment ids that say so; None where all may.
+      flash: as `TransformerConfig.flash_attention`.
 
     Returns:
       Weighted sums of the values in `value`'s dtype; zeros for a query with nothing to attend to.
     """
+    kernel = flash_kernel(flash, query, key, value, mask)
+    if kernel is not None:
+        return kernel(query, key, value, mask)
     return weighted_sum(attention_weights(query, key, mask).astype(value.dtype), value)
 
 
@@ -64,7 +74,7 @@ class MultiHeadAttention(nn.Module):
 
     Parameters: query and key kernels [D, N, H], value kernel [D, N, Hv], output kernel [N, Hv, D],
     and biases if `use_bias`. The weights of the last call are sown as "attention_weights"
-    [B, N, T, S] in the collection "intermediates".
+    [B, N, T, S] in the collection "intermediates", if that is mutable.
 
     Attributes:
       num_heads: N.
@@ -75,6 +85,7 @@ class MultiHeadAttention(nn.Module):
       output_gain: of the output kernel's initialisation, over Xavier's.
       dtype: of the computation; parameters are float32.
       quantized: whether the projections are int8, see `Linear`.
+      flash: as `TransformerConfig.flash_attention`; not where weights are dropped or asked for.
     """
 
     num_heads: int
@@ -85,6 +96,7 @@ class MultiHeadAttention(nn.Module):
     output_gain: float = 1.0
     dtype: DTypeLike = jnp.float32
     quantized: bool = False
+    flash: FlashAttention = "auto"
 
     def setup(self) -> None:
         self.query = self._projection(self.head_dim)
@@ -104,7 +116,7 @@ class MultiHeadAttention(nn.Module):
         self,
         query_input: Float[Array, "B T D"],
         key_value_input: Float[Array, "B S Dkv"],
-        mask: Bool[Array, "#B #N #T #S"] | None = None,
+        mask: Mask | None = None,
         *,
         deterministic: bool = True,
     ) -> Float[Array, "B T D"]:
@@ -114,7 +126,7 @@ class MultiHeadAttention(nn.Module):
           query_input: where queries come from, and the width of the output.
           key_value_input: where keys and values come from: the same array for self-attention, the
             encoder output for encoder-decoder attention.
-          mask: True = may attend.
+          mask: True = may attend, or segment ids.
           deterministic: no dropout; otherwise a "dropout" rng is needed if the rate is not 0.
         """
         key, value = self.project_key_value(key_value_input)
@@ -133,17 +145,22 @@ class MultiHeadAttention(nn.Module):
         query_input: Float[Array, "B T D"],
         key: Float[Array, "B S N H"],
         value: Float[Array, "B S N Hv"],
-        mask: Bool[Array, "#B #N #T #S"] | None = None,
+        mask: Mask | None = None,
         *,
         deterministic: bool = True,
     ) -> Float[Array, "B T D"]:
         """`__call__` on keys and values that are already projected."""
-        weights = attention_weights(_by_heads(self.query(query_input)), key, mask)
-        self.sow("intermediates", "attention_weights", weights)
-        weights = Dropout(self.dropout_rate)(
-            weights.astype(value.dtype), deterministic=deterministic
-        )
-        heads = weighted_sum(weights, value)
+        query = _by_heads(self.query(query_input))
+        dropping = self.dropout_rate > 0.0 and not deterministic
+        if dropping or self.is_mutable_collection("intermediates"):
+            weights = attention_weights(query, key, mask)
+            self.sow("intermediates", "attention_weights", weights)
+            weights = Dropout(self.dropout_rate)(
+                weights.astype(value.dtype), deterministic=deterministic
+            )
+            heads = weighted_sum(weights, value)
+        else:
+            heads = dot_product_attention(query, key, value, mask, flash=self.flash)
         return Linear(
             (query_input.shape[-1],),
             input_axes=2,

@@ -16,6 +16,7 @@ Activation = Literal["relu", "gelu", "swish", "glu", "reglu", "geglu", "swiglu"]
 Embeddings = Literal["shared", "target", "separate"]
 Positions = Literal["sinusoidal", "sinusoidal_concat", "learned"]
 DType = Literal["float32", "bfloat16"]
+FlashAttention = Literal["auto", "cudnn", "pallas", "none"]
 Precision = Literal[DType, "int8"]
 
 _CHOICES = {
@@ -24,6 +25,7 @@ _CHOICES = {
     "embeddings": get_args(Embeddings),
     "positions": get_args(Positions),
     "dtype": get_args(DType),
+    "flash_attention": get_args(FlashAttention),
 }
 
 
@@ -62,6 +64,9 @@ class TransformerConfig:
         float32 in any case.
       quantized: matrices are int8 with a scale for each output, as `quantize` makes them, and
         products with them are of int8: to translate with, not to train.
+      flash_attention: whose kernel attends without weights in memory, where it can do the case
+        (see `jaxformer.flash`): cuDNN's on a GPU, one in Pallas on a TPU, "auto" that of JAX's
+        default backend. Gradients of gradients and `jax.jvp` need "none".
       remat: recompute each layer's activations in the backward pass instead of keeping them.
       scan_layers: compile one layer and loop over it, instead of unrolling the stack. Parameters
         are stacked, [L, ...], either way.
@@ -93,6 +98,7 @@ class TransformerConfig:
     layer_norm_epsilon: float = 1e-6
     dtype: DType = "float32"
     quantized: bool = False
+    flash_attention: FlashAttention = "auto"
     remat: bool = False
     scan_layers: bool = False
 

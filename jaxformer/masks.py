@@ -1,6 +1,9 @@
 """Attention masks: boolean, True = may attend, broadcastable to scores [B, N, T, S]."""
 
+from typing import Any, TypeAlias
+
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Int
 
 from jaxformer.config import PAD_ID
@@ -26,3 +29,34 @@ def segment_mask(
     """
     query, key = query_segment_ids[:, None, :, None], key_segment_ids[:, None, None, :]
     return (query == key) & (key != PAD_ID)
+
+
+@struct.dataclass
+class SegmentMask:
+    """`segment_mask` before it is spelled out in pairs, and `causal_mask` with it if `causal`.
+
+    Attention kernels of accelerators take it as it is: ids instead of pairs, [B, 1, T, S].
+
+    Attributes:
+      query: segment ids of the queries, int32 [B, T].
+      key: segment ids of the keys, int32 [B, S]; 0 = padding.
+      causal: whether a query sees no later key.
+    """
+
+    # As nodes of a tree such fields hold whatever its leaves are made into.
+    query: Any
+    key: Any
+    causal: bool = struct.field(pytree_node=False, default=False)
+
+    def pairs(self) -> Bool[Array, "B 1 T S"]:
+        """Spell it out."""
+        mask = segment_mask(self.query, self.key)
+        return mask & causal_mask(self.query.shape[1]) if self.causal else mask
+
+
+Mask: TypeAlias = Bool[Array, "#B #N #T #S"] | SegmentMask
+
+
+def pairs(mask: Mask | None) -> Bool[Array, "#B #N #T #S"] | None:
+    """Return the boolean array, whichever form the mask has."""
+    return mask.pairs() if isinstance(mask, SegmentMask) else mask

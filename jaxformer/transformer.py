@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.attention import MultiHeadAttention
 from jaxformer.cache import DecoderCache, LayerCache
-from jaxformer.config import TransformerConfig
+from jaxformer.config import PAD_ID, TransformerConfig
 from jaxformer.dropout import Dropout
 from jaxformer.layers import (
     Embedding,
@@ -22,7 +22,7 @@ from jaxformer.layers import (
     packed_positions,
 )
 from jaxformer.losses import LossSums, cross_entropy_sums
-from jaxformer.masks import causal_mask, padding_mask, segment_mask
+from jaxformer.masks import Mask, SegmentMask, padding_mask
 
 
 def _output_gain(num_sublayers: int) -> float:
@@ -46,6 +46,7 @@ def _attention(config: TransformerConfig, output_gain: float) -> MultiHeadAttent
         output_gain=output_gain,
         dtype=config.dtype,
         quantized=config.quantized,
+        flash=config.flash_attention,
     )
 
 
@@ -79,7 +80,7 @@ class EncoderLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        mask: Bool[Array, "#B #N #S S"] | None = None,
+        mask: Mask | None = None,
         *,
         deterministic: bool = True,
     ) -> Float[Array, "B S D"]:
@@ -110,8 +111,8 @@ class DecoderLayer(nn.Module):
         self,
         x: Float[Array, "B T D"],
         encoded: Float[Array, "B S D"],
-        self_mask: Bool[Array, "#B #N #T T"] | None = None,
-        cross_mask: Bool[Array, "#B #N #T S"] | None = None,
+        self_mask: Mask | None = None,
+        cross_mask: Mask | None = None,
         *,
         deterministic: bool = True,
     ) -> Float[Array, "B T D"]:
@@ -188,7 +189,7 @@ class Encoder(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        mask: Bool[Array, "#B #N #S S"] | None = None,
+        mask: Mask | None = None,
         *,
         deterministic: bool = True,
     ) -> Float[Array, "B S D"]:
@@ -215,8 +216,8 @@ class Decoder(nn.Module):
         self,
         x: Float[Array, "B T D"],
         encoded: Float[Array, "B S D"],
-        self_mask: Bool[Array, "#B #N #T T"] | None = None,
-        cross_mask: Bool[Array, "#B #N #T S"] | None = None,
+        self_mask: Mask | None = None,
+        cross_mask: Mask | None = None,
         *,
         deterministic: bool = True,
     ) -> Float[Array, "B T D"]:
@@ -299,6 +300,11 @@ def unstack_decoder(params: Mapping[str, Any]) -> dict[str, Any]:
 def _unstack(layers: Any) -> tuple[Any, ...]:
     leaves, structure = jax.tree.flatten(layers)
     return tuple(jax.tree.unflatten(structure, layer) for layer in zip(*leaves, strict=True))
+
+
+def _not_padding(ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """Segment ids of rows with one sentence each."""
+    return (ids != PAD_ID).astype(jnp.int32)
 
 
 class Transformer(nn.Module):
@@ -438,9 +444,9 @@ class Transformer(nn.Module):
     ) -> Float[Array, "B S D"]:
         """Encoder output; at padding it is finite but means nothing."""
         if source_segment_ids is None:
-            mask = padding_mask(source_ids)
+            mask = SegmentMask(jnp.ones_like(source_ids), _not_padding(source_ids))
         else:
-            mask = segment_mask(source_segment_ids, source_segment_ids)
+            mask = SegmentMask(source_segment_ids, source_segment_ids)
         x = self.source_embedding(source_ids)
         x = self.source_positions(x, packed_positions(source_segment_ids))
         x = self.dropout(x, deterministic=deterministic)
@@ -461,13 +467,13 @@ class Transformer(nn.Module):
         Raises:
           ValueError: only one side has segment ids.
         """
-        self_mask = causal_mask(target_ids.shape[1])
-        cross_mask = padding_mask(source_ids)
-        if source_segment_ids is not None and target_segment_ids is not None:
-            self_mask = self_mask & segment_mask(target_segment_ids, target_segment_ids)
-            cross_mask = segment_mask(target_segment_ids, source_segment_ids)
-        elif source_segment_ids is not None or target_segment_ids is not None:
+        if (source_segment_ids is None) != (target_segment_ids is None):
             raise ValueError("packed rows need segment ids on both sides: give both or neither")
+        queries, keys = target_segment_ids, source_segment_ids
+        if queries is None or keys is None:
+            queries, keys = jnp.ones_like(target_ids), _not_padding(source_ids)
+        self_mask = SegmentMask(queries, queries, causal=True)
+        cross_mask = SegmentMask(queries, keys)
         x = self.embedding(target_ids)
         x = self.target_positions(x, packed_positions(target_segment_ids))
         x = self.dropout(x, deterministic=deterministic)

@@ -89,7 +89,10 @@ def step_program(
     """
     began = time.perf_counter()
     runner = make_runner(config, machine.devices)
-    model = Transformer(config.model)
+    model = config.model
+    if model.flash_attention == "auto" and machine.devices[0].platform == "tpu":
+        model = model.replace(flash_attention="pallas")  # that of the machine, not of this one
+    model = Transformer(model)
     schedule = make_schedule(config.optimizer, config.model.d_model, config.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     key = jax.eval_shape(jax.random.key, 0)

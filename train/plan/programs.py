@@ -89,10 +89,11 @@ def step_program(
     """
     began = time.perf_counter()
     runner = make_runner(config, machine.devices)
-    model = config.model
-    if model.flash_attention == "auto" and machine.devices[0].platform == "tpu":
-        model = model.replace(flash_attention="pallas")  # that of the machine, not of this one
-    model = Transformer(model)
+    architecture = config.model
+    if architecture.flash_attention == "auto" and machine.devices[0].platform == "tpu":
+        # That of the machine, not of this one.
+        architecture = architecture.replace(flash_attention="pallas")
+    model = Transformer(architecture)
     schedule = make_schedule(config.optimizer, config.model.d_model, config.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     key = jax.eval_shape(jax.random.key, 0)

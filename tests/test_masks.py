@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxformer.config import PAD_ID
-from jaxformer.masks import causal_mask, padding_mask, segment_mask
+from jaxformer.masks import SegmentMask, causal_mask, padding_mask, pairs, segment_mask
 from jaxformer.positions import segment_positions, sinusoid
 
 
@@ -44,6 +44,15 @@ def test_segment_mask_keeps_segments_apart_and_padding_alone(query_lengths, key_
     expected = np.array([[query == key != 0 for key in keys] for query in queries])
     np.testing.assert_array_equal(mask[0, 0], expected)
     np.testing.assert_array_equal(mask[1, 0], expected.T)
+
+
+def test_a_segment_mask_is_spelled_out_where_a_kernel_has_no_use_for_it():
+    ids = jnp.array([segment_row([2, 3]), segment_row([13])])
+    spelled_out = segment_mask(ids, ids)
+    np.testing.assert_array_equal(pairs(SegmentMask(ids, ids)), spelled_out)
+    causal = pairs(SegmentMask(ids, ids, causal=True))
+    np.testing.assert_array_equal(causal, np.tril(spelled_out))
+    assert pairs(spelled_out) is spelled_out and pairs(None) is None
 
 
 @settings(max_examples=25)

@@ -206,6 +206,51 @@ def test_programs_for_tpu_are_read():
     assert program.bytes_moved() == pytest.approx(moved, rel=0.05)
 
 
+# A fusion may end in one instruction that makes several arrays, alone or in a tuple beside others.
+SEVERAL = """HloModule jit_best, is_scheduled=true
+
+%larger (a: f32[], i: s32[], b: f32[], j: s32[]) -> (f32[], s32[]) {
+  %a = f32[] parameter(0)
+  %i = s32[] parameter(1)
+  %b = f32[] parameter(2)
+  %j = s32[] parameter(3)
+  %m = f32[] maximum(%a, %b)
+  ROOT %t = (f32[], s32[]) tuple(%m, %i)
+}
+
+%best (p: f32[64,128], q: s32[64,128]) -> (f32[64], s32[64]) {
+  %p = f32[64,128]{1,0} parameter(0)
+  %q = s32[64,128]{1,0} parameter(1)
+  %z = f32[] constant(0)
+  %n = s32[] constant(0)
+  ROOT %r = (f32[64]{0}, s32[64]{0}) reduce(%p, %q, %z, %n), dimensions={1}, to_apply=%larger
+}
+
+%beside (p: f32[64,128], q: s32[64,128]) -> ((f32[64], s32[64]), f32[64,128]) {
+  %p = f32[64,128]{1,0} parameter(0)
+  %q = s32[64,128]{1,0} parameter(1)
+  %z = f32[] constant(0)
+  %n = s32[] constant(0)
+  %r = (f32[64]{0}, s32[64]{0}) reduce(%p, %q, %z, %n), dimensions={1}, to_apply=%larger
+  %d = f32[64,128]{1,0} add(%p, %p)
+  ROOT %u = ((f32[64]{0}, s32[64]{0}), f32[64,128]{1,0}) tuple(%r, %d)
+}
+
+ENTRY %main (p0: f32[64,128], p1: s32[64,128]) -> (f32[64], s32[64]) {
+  %p0 = f32[64,128]{1,0} parameter(0)
+  %p1 = s32[64,128]{1,0} parameter(1)
+  %f = (f32[64]{0}, s32[64]{0}) fusion(%p0, %p1), kind=kLoop, calls=%best
+  ROOT %g = ((f32[64]{0}, s32[64]{0}), f32[64,128]{1,0}) fusion(%p0, %p1), kind=kLoop, calls=%beside
+}
+"""
+
+
+def test_fusions_of_several_results_are_counted():
+    array, best = 64 * 128 * 4, 2 * 64 * 4
+    # Each reads both arrays and writes the two results; the second writes an array beside them.
+    assert Program(SEVERAL).bytes_moved() == 2 * (2 * array + best) + array
+
+
 def test_decoding_reads_the_parameters_and_the_past_at_each_token():
     options = GenerationConfig(beam_size=2)
     small = decode_program(CONFIG, present_machine(), options, 4, 8)

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from functools import cached_property
+from itertools import islice
 
 _ITEMSIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{$")
@@ -164,9 +165,12 @@ class Program:
             begins = "AsyncCollectiveStart" in root.attributes
             return sum(shape_bytes(fusion.type)[:2]) if begins else 0.0
         results = root.operands if root.opcode == "tuple" else (root.name,)
+        sizes = iter(shape_bytes(fusion.type))
         moved = 0.0
-        for name, size in zip(results, shape_bytes(fusion.type), strict=True):
+        for name in results:
             made = inside[name]
+            # One that makes several arrays, such as a reduction to a maximum and its index.
+            size = sum(islice(sizes, len(shape_bytes(made.type))))
             while made.opcode == "bitcast":
                 made = inside[made.operands[0]]
             if made.opcode == "dynamic-update-slice":

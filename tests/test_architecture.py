@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 # The modules of jaxformer, leaves first; each with those that it may import.
 BASE = {"config", "errors"}
-PARTS = {"attention", "cache", "dropout", "layers", "linear", "losses", "masks", "positions"}
+PARTS = set("attention cache dropout flash layers linear losses masks positions".split())
 MODEL = BASE | PARTS | {"sharding"}
 FILES = BASE | {"run", "tokenizer"}
 SEARCH = {"beam", "config", "constraints", "sampling", "search"}
@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "masks": {"config"},
     "positions": set(),
     "schedules": {"errors"},
-    "attention": {"dropout", "linear", "sharding"},
+    "flash": {"config", "masks", "sharding"},
+    "attention": {"config", "dropout", "flash", "linear", "masks", "sharding"},
     "layers": BASE | {"dropout", "linear", "positions", "sharding"},
     "transformer": MODEL,
     "tokenizer": BASE,

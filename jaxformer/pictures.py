@@ -71,16 +71,16 @@ def fonts_for(text: str) -> tuple[list[str], str]:
 
 
 @cache
-def _families() -> dict[str, str]:
-    """The file of each installed family, plain ones before fancy ones."""
+def _families() -> list[str]:
+    """The installed families, plain ones before fancy ones."""
     from matplotlib.font_manager import findSystemFonts, fontManager
 
     # Matplotlib keeps a list, which knows nothing of a font that was installed after it was made.
     for file in set(findSystemFonts()) - {font.fname for font in fontManager.ttflist}:
         with contextlib.suppress(Exception):  # some files are no fonts that it can read
             fontManager.addfont(file)
-    files = {
-        font.name: font.fname
+    names = {
+        font.name
         for font in fontManager.ttflist
         # The last resort has every letter, as a box.
         if font.style == "normal" and not font.name.startswith("Last Resort")
@@ -89,14 +89,15 @@ def _families() -> dict[str, str]:
     def fancy(name: str) -> tuple[bool, bool, str]:
         return "Noto Sans" not in name, not re.search(r"Sans|Gothic", name), name
 
-    return {name: files[name] for name in sorted(files, key=fancy)}
+    return sorted(names, key=fancy)
 
 
 @cache
 def _letters(family: str) -> frozenset[str]:
-    from matplotlib.font_manager import get_font
+    from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    return frozenset(map(chr, get_font(_families()[family]).get_charmap()))
+    # Of a family's files, the one that is drawn with: light or condensed ones have fewer letters.
+    return frozenset(map(chr, get_font(findfont(FontProperties(family=family))).get_charmap()))
 
 
 def draw_explanation(explanation: Explanation, folder: Path) -> list[Path]:

@@ -20,6 +20,7 @@ IMPOSSIBLE = [
     ("embeddings", "tied", {}, "shared, target, separate"),
     ("positions", "rotary", {}, "sinusoidal, sinusoidal_concat, learned"),
     ("dtype", "float16", {}, "float32, bfloat16"),
+    ("flash_attention", "triton", {}, "auto, cudnn, pallas, none"),
     ("d_model", 0, {}, "at least 1"),
     ("d_model", 15, {"num_heads": 3}, "even"),
     ("d_ff", 0, {}, "at least 1"),

@@ -272,7 +272,7 @@ def test_pngs_name_letters_that_no_font_has(explanation, tmp_path, capsys, monke
 
     families, missing = fonts_for("a▁é")
     assert (families, missing) == (["DejaVu Sans"], "")
-    monkeypatch.setattr(pictures, "_families", lambda: {"DejaVu Sans": ""})
+    monkeypatch.setattr(pictures, "_families", lambda: ["DejaVu Sans"])
     monkeypatch.setattr(pictures, "_letters", lambda _: frozenset(map(chr, range(0x24F))))
     pieces = ["▁집", *explanation.source_tokens[1:]]
     files = draw_explanation(dataclasses.replace(explanation, source_tokens=pieces), tmp_path)

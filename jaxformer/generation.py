@@ -143,16 +143,24 @@ def generate(
 
 @partial(jax.jit, static_argnums=0)
 def prepare(configs: tuple[TransformerConfig, ...], params: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Parameters as decoding wants them: layers apart, matrices in the dtype of the computation."""
+    """Parameters as decoding wants them.
+
+    Layers apart, matrices in the dtype of the computation, the softmax layer's transposed besides.
+    """
 
     def cast(path: tuple, leaf: Array, dtype: str) -> Array:
         matrix = path[-1].key in ("kernel", "embedding") and leaf.dtype != jnp.int8
         return leaf.astype(dtype) if matrix else leaf
 
-    return tuple(
-        jax.tree_util.tree_map_with_path(partial(cast, dtype=config.dtype), unstack_decoder(member))
-        for config, member in zip(configs, params, strict=True)
-    )
+    def prepared(config: TransformerConfig, member: Any) -> dict[str, Any]:
+        cast_to = partial(cast, dtype=config.dtype)
+        member = jax.tree_util.tree_map_with_path(cast_to, unstack_decoder(member))
+        name = "output_embedding" if config.embeddings == "separate" else "embedding"
+        if not config.quantized:
+            member[name] = {**member[name], "transposed": member[name]["embedding"].T}
+        return member
+
+    return tuple(prepared(*both) for both in zip(configs, params, strict=True))
 
 
 class Generator:

@@ -210,6 +210,14 @@ def test_embedding_and_logits_use_one_table(dtype):
     np.testing.assert_allclose(logits, np.asarray(hidden, np.float64) @ rounded.T, atol=1e-5)
 
 
+def test_logits_by_a_transposed_copy_of_the_table():
+    table = np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32)
+    hidden = jax.random.normal(jax.random.key(1), (2, 3, 4))
+    params = {"embedding": jnp.full_like(table, jnp.nan), "transposed": jnp.asarray(table.T)}
+    logits = Embedding(7, 4).apply({"params": params}, hidden, method="logits")
+    np.testing.assert_allclose(logits, hidden @ table.T, rtol=1e-5, atol=1e-6)
+
+
 def test_an_id_past_the_vocabulary_is_no_number():
     module = Embedding(V, D)
     ids = jnp.array([[V - 1, V, 0, 10 * V]])

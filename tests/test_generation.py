@@ -53,6 +53,13 @@ def search(options=OPTIONS, source=SOURCE, params=None, configs=(CONFIG,), **arg
     return generate(configs, params, source, options, **arguments)
 
 
+def test_the_softmax_layer_is_transposed_before_the_search():
+    (prepared,) = prepare((CONFIG,), (params_of(),))
+    found = prepared["output_embedding"]
+    np.testing.assert_array_equal(found["transposed"], found["embedding"].T)
+    assert "transposed" not in prepared["embedding"]
+
+
 def uncached(source, members):
     """A step function that computes everything anew from all tokens so far."""
 

@@ -174,6 +174,17 @@ def test_the_second_call_compiles_nothing():
     assert len(traces) == before
 
 
+def test_parameters_are_drawn_by_a_program_of_one_layer():
+    """However many there are, and though the step is unrolled."""
+
+    def program(num_layers: int) -> str:
+        config = _COMMON.replace(encoder_layers=num_layers, decoder_layers=num_layers)
+        ids = jnp.ones((1, 2), jnp.int32)
+        return jax.jit(Transformer(config).init).lower(jax.random.key(0), ids, ids).as_text()
+
+    assert program(2).count("\n") == program(5).count("\n")
+
+
 def test_shapes_of_the_big_model():
     """Without allocating anything."""
     config = PRESETS["big"]

@@ -176,6 +176,7 @@ class Program:
             if made.opcode == "dynamic-update-slice":
                 size = min(size, num_bytes(_everywhere(inside[made.operands[1]].type)))
             moved += size
+        assert next(sizes, None) is None, f"{fusion.name} has more results than its root"
         for index, operand in enumerate(fusion.operands):
             whole = num_bytes(around[operand].type)
             if whole:

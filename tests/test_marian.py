@@ -15,6 +15,7 @@ import sentencepiece
 
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID, TransformerConfig
 from jaxformer.errors import UserError
+from jaxformer.interop.ctranslate2 import to_ctranslate2
 from jaxformer.interop.marian import from_marian, to_marian
 from jaxformer.run import (
     load_params,
@@ -293,6 +294,26 @@ def test_searches_of_imported_models(case, beam_size):
         assert [ids[piece] for piece in best.tokens] == row
         if "<unk>" not in best.tokens:
             assert best.text == case.tokenizer.decode(row, skip_special_tokens=True)
+
+
+def test_an_imported_model_goes_on_to_ctranslate2(case, tmp_path):
+    """With its vocabularies, in which sentencepiece's own numbers are not the ids."""
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    to_ctranslate2(case.run, tmp_path / "ct2")
+    source, target = load_tokenizers(tmp_path / "ct2")
+    lines = [">>deu<< " + line if i % 2 else line for i, line in enumerate(SOURCES)]
+    results = ctranslate2.Translator(str(tmp_path / "ct2")).translate_batch(
+        [source.pieces(ids) for ids in source.encode_batch(lines)],
+        beam_size=1,
+        max_decoding_length=63,
+    )
+    options = {"beam_size": 1, "max_length_ratio": 0.0, "max_length_extra": 63}
+    found = [best for (best,) in Translator.load(case.run).generate(lines, **options)]
+    assert len({best.text for best in found}) > len(lines) / 2
+    for best, result in zip(found, results, strict=True):
+        assert result.hypotheses[0] == best.tokens
+        ids = [target.vocabulary.index(piece) for piece in result.hypotheses[0]]
+        assert target.decode(ids) == best.text
 
 
 # ---------------------------------------------------------------------------------------------

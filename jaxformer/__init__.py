@@ -17,7 +17,8 @@ from jaxformer.config import BOS_ID, EOS_ID, PAD_ID, PRESETS, UNK_ID, Transforme
 from jaxformer.decoding import beam_search, greedy_search, sample
 from jaxformer.dropout import Dropout, dropout
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig, Generator, generate
+from jaxformer.generation import GenerationConfig, generate
+from jaxformer.generator import Generator
 from jaxformer.layers import Embedding, FeedForward, PositionalEncoding, Residual
 from jaxformer.linear import Linear, quantize
 from jaxformer.losses import LossSums, cross_entropy, cross_entropy_sums

@@ -1,6 +1,7 @@
 """Sentences of any number and length as batches of a few static shapes."""
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import numpy as np
 
@@ -15,51 +16,59 @@ def bucket(length: int) -> int:
     return max(16, 1 << (length - 1).bit_length())
 
 
-def batches(
-    lengths: Sequence[int],
-    batch_tokens: int,
-    *,
-    devices: int = 1,
-    few_shapes: bool = False,
-    limit: int | None = None,
-) -> Iterator[tuple[list[int], int, int]]:
+def groups(
+    lengths: Sequence[int], *, few_shapes: bool = False, limit: int | None = None
+) -> Iterator[tuple[list[int], int]]:
     """Group sentences of like length, the longest first.
 
     Args:
       lengths: tokens of each sentence.
-      batch_tokens: rows times length of a batch, over all devices.
-      devices: rows come in multiples of these.
-      few_shapes: fewer programs to compile, but more padding. Lengths are then that of the longest
-        sentence, rounded up to a multiple of 16, and a quarter of it and so on, if 32 or more; and
-        batches of one length have one number of rows.
-      limit: no batch is longer, as no sentence is: the positions that the model has.
+      few_shapes: fewer lengths, but more padding: that of the longest sentence, rounded up to a
+        multiple of 16, a quarter of it and so on, if 32 or more.
+      limit: no length is greater, as no sentence is: the positions that the model has.
 
     Yields:
-      Indices of the sentences of a batch, its rows (no fewer) and its length. Rows are 1 or
-      `SMALLEST` times a power of two for each device; lengths are those of `bucket`.
+      Indices of the sentences of a group, the longest first, and its length, that of `bucket`
+      without `few_shapes`.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    length = rows = 0
-    while order:
-        longest = lengths[order[0]]
-        if not few_shapes:
-            length, rows = bucket(longest), 0
-        elif not length:
-            length = -(-longest // 16) * 16
-        length = length if limit is None else min(length, limit)
-        while few_shapes and length // 4 >= max(longest, 32):
-            length, rows = length // 4, 0
-        rows = rows or devices * _rows(len(order), batch_tokens // length, devices)
-        yield order[:rows], rows, length
-        order = order[rows:]
+    kinds: list[int] = []
+    if few_shapes and order:
+        longest = -(-lengths[order[0]] // 16) * 16
+        kinds = [longest if limit is None else min(longest, limit)]
+        while kinds[-1] // 4 >= 32:
+            kinds.append(kinds[-1] // 4)
+
+    def padded(index: int) -> int:
+        if kinds:
+            return min(kind for kind in kinds if kind >= lengths[index])
+        length = bucket(lengths[index])
+        return length if limit is None else min(length, limit)
+
+    for length, same in groupby(order, key=padded):
+        yield list(same), length
 
 
-def _rows(waiting: int, full: int, devices: int) -> int:
-    """Rows a device of a batch that has room for `full` of the sentences `waiting`."""
-    full //= devices
+def num_rows(waiting: int, batch_tokens: int, length: int, devices: int = 1) -> int:
+    """Rows for sentences of a length: as many as wait or as `batch_tokens` allow.
+
+    They are 1 or `SMALLEST` times a power of two for each device, fewer if these are too many.
+    """
+    full = batch_tokens // length // devices
     full = SMALLEST << (full // SMALLEST).bit_length() - 1 if full >= SMALLEST else max(1, full)
     waiting = -(-waiting // devices)
-    return 1 if waiting == 1 else min(full, bucket(waiting))
+    return devices * (1 if waiting == 1 else min(full, bucket(waiting)))
+
+
+def batches(
+    lengths: Sequence[int], batch_tokens: int, *, limit: int | None = None
+) -> Iterator[tuple[list[int], int, int]]:
+    """Yield the sentences of each batch, its rows (no fewer) and its length, the longest first."""
+    for group, length in groups(lengths, limit=limit):
+        while group:
+            rows = num_rows(len(group), batch_tokens, length)
+            yield group[:rows], rows, length
+            group = group[rows:]
 
 
 def pad(sentences: Sequence[Sequence[int]], rows: int, length: int) -> np.ndarray:

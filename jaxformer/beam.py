@@ -112,7 +112,6 @@ class BeamSearch:
         first = jnp.arange(self.beam_size) == 0
         start = jnp.where(jnp.broadcast_to(first, none.scores.shape), 0.0, none.scores)
         return Search(
-            step=jnp.int32(0),
             done=sentences.max_lengths <= 0,
             steps=jnp.zeros(batch_size, jnp.int32),
             tokens=jnp.full((batch_size, self.beam_size), self.bos_id, jnp.int32),
@@ -134,9 +133,12 @@ class BeamSearch:
         )
         positions = jnp.arange(old_live.sequences.shape[2], dtype=jnp.int32)
         sequences = jnp.where(
-            positions == search.step, tokens[:, :, None], take(old_live.sequences, beams)
+            positions == search.steps[:, None, None],
+            tokens[:, :, None],
+            take(old_live.sequences, beams),
         )
-        lengths = jnp.full_like(tokens, search.step + 1)
+        steps = search.steps + 1
+        lengths = jnp.broadcast_to(steps[:, None], tokens.shape)
         scores = self._normalize(log_probs, lengths)
         if self.bonus is not None:
             scores += take(self.bonus(state), beams)
@@ -158,7 +160,6 @@ class BeamSearch:
         frozen = search.tokens, old_live, old_finished
         tokens, live, finished = jax.tree.map(unless_done, frozen, (tokens, live, finished))
         limits = search.sentences.max_lengths
-        step = search.step + 1
         if self.early_stopping:
             enough = finished.scores[:, -1] > -jnp.inf
             # With one beam nothing is left to go on with after an eos.
@@ -166,9 +167,9 @@ class BeamSearch:
         else:
             in_reach = self._normalize(live.log_probs[:, 0], limits)
             enough = finished.scores[:, -1] >= in_reach
-        done = search.done | (step >= limits) | enough
-        steps = search.steps + ~search.done
-        return Search(step, done, steps, tokens, (live, finished), search.sentences, state)
+        done = search.done | (steps >= limits) | enough
+        steps = jnp.where(search.done, search.steps, steps)
+        return Search(done, steps, tokens, (live, finished), search.sentences, state)
 
     def result(self, search: Search) -> BeamResult:
         """The hypotheses, best first."""

@@ -7,7 +7,7 @@ import dataclasses
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 @flax.struct.dataclass
@@ -16,12 +16,13 @@ class LayerCache:
 
     Attributes:
       self_key, self_value: [B, N, K, T, H], a slot of T positions for each beam.
-      cross_key, cross_value: [B, N, S, H], projections of the encoder output.
+      cross_key, cross_value: projections of the encoder output, the keys with the positions last,
+        or a CPU would transpose them at every step.
     """
 
     self_key: Float[Array, "B N K T H"]
     self_value: Float[Array, "B N K T Hv"]
-    cross_key: Float[Array, "B N S H"]
+    cross_key: Float[Array, "B N H S"]
     cross_value: Float[Array, "B N S Hv"]
 
     @classmethod
@@ -42,22 +43,21 @@ class LayerCache:
         return cls(
             self_key=empty(cross_key),
             self_value=empty(cross_value),
-            cross_key=jnp.swapaxes(cross_key, 1, 2),
+            cross_key=jnp.transpose(cross_key, (0, 2, 3, 1)),
             cross_value=jnp.swapaxes(cross_value, 1, 2),
         )
 
     def write(
-        self, key: Float[Array, "B K N H"], value: Float[Array, "B K N Hv"], index: Int[Array, ""]
+        self, key: Float[Array, "B K N H"], value: Float[Array, "B K N Hv"], index: Int[Array, B]
     ) -> LayerCache:
-        """Write the keys and values of position `index`, each beam's into its slot.
+        """Write the keys and values of each sentence's position `index`, each beam's into its slot.
 
-        An index past the end would be clamped by XLA and overwrite the last position without a
-        word: callers size the cache by the longest sequence they decode.
+        Past the end nothing is written: callers size the cache by the longest sequence they decode.
         """
 
         def update(past, new):
-            new = jnp.swapaxes(new, 1, 2)[:, :, :, None]
-            return jax.lax.dynamic_update_slice_in_dim(past, new, index, axis=3)
+            new = jnp.swapaxes(new, 1, 2)
+            return past.at[jnp.arange(index.shape[0]), :, :, index].set(new, mode="drop")
 
         # The barrier keeps XLA from fusing the update into what reads it and then, as both the
         # old and the new array are wanted, copying the cache at every step.
@@ -79,12 +79,12 @@ class LayerCache:
 
     def cross_key_value(self) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N Hv"]]:
         """What `init` was given."""
-        return jnp.swapaxes(self.cross_key, 1, 2), jnp.swapaxes(self.cross_value, 1, 2)
+        return jnp.transpose(self.cross_key, (0, 3, 1, 2)), jnp.swapaxes(self.cross_value, 1, 2)
 
 
 @flax.struct.dataclass
 class DecoderCache:
-    """The past of B sentences of K beams each, all beams at the same position.
+    """The past of B sentences of K beams each, all beams of a sentence at the same position.
 
     The cross-attention part is computed once per sentence and shared by its beams, which attend
     to it as K query positions of one row. So is the self-attention part: what a beam has written
@@ -100,13 +100,14 @@ class DecoderCache:
         array of its own in place and need not slice it out of another.
       cross_mask: [B, 1, 1, S], True at real source tokens.
       ancestors: int32 [B, K, T], the slot of each position of each beam.
-      index: int32 scalar, number of positions written so far, the same for every beam.
+      index: int32 [B], number of positions written so far: sentences may have begun one after the
+        other.
     """
 
     layers: tuple[LayerCache, ...]
     cross_mask: Bool[Array, "B 1 1 S"]
     ancestors: Int[Array, "B K T"]
-    index: Int[Array, ""]
+    index: Int[Array, B]
 
     @classmethod
     def init(
@@ -115,7 +116,7 @@ class DecoderCache:
         """Return a cache of layers in which nothing is written yet."""
         batch, _, beams, length, _ = layers[0].self_key.shape
         ancestors = jnp.zeros((batch, beams, length), jnp.int32)
-        return cls(layers, cross_mask, ancestors, jnp.zeros((), jnp.int32))
+        return cls(layers, cross_mask, ancestors, jnp.zeros(batch, jnp.int32))
 
     @property
     def max_length(self) -> int:
@@ -125,16 +126,16 @@ class DecoderCache:
     def begin_position(self) -> DecoderCache:
         """Note that every beam writes position `index` into its own slot."""
         batch, beams, _ = self.ancestors.shape
-        own = jnp.arange(beams, dtype=jnp.int32)[None, :, None]
-        own = jnp.broadcast_to(own, (batch, beams, 1))
-        ancestors = jax.lax.dynamic_update_slice_in_dim(self.ancestors, own, self.index, axis=2)
+        own = jnp.broadcast_to(jnp.arange(beams, dtype=jnp.int32), (batch, beams))
+        ancestors = self.ancestors.at[jnp.arange(batch), :, self.index].set(own, mode="drop")
         return dataclasses.replace(self, ancestors=ancestors)
 
     def past(self) -> Bool[Array, "B 1 K KT"]:
         """Mask of the slots' positions that make up each beam's past, `index` included."""
         batch, beams, length = self.ancestors.shape
         slots = jnp.arange(beams, dtype=jnp.int32)[None, None, :, None]
-        written = jnp.arange(length, dtype=jnp.int32)[None, None, None, :] <= self.index
+        positions = jnp.arange(length, dtype=jnp.int32)[None, None, None]
+        written = positions <= self.index[:, None, None, None]
         mask = (self.ancestors[:, :, None] == slots) & written
         return mask.reshape(batch, 1, beams, beams * length)
 
@@ -143,22 +144,33 @@ class DecoderCache:
         ancestors = jnp.take_along_axis(self.ancestors, beams[:, :, None], axis=1)
         return dataclasses.replace(self, ancestors=ancestors)
 
-    def take(self, rows: Int[Array, Kept], max_length: int) -> DecoderCache:
-        """Keep some sentences, and make room for `max_length` positions, no fewer than now."""
-        room = max_length - self.max_length
+    def put(self, row: Int[Array, ""], begun: DecoderCache, place: Int[Array, ""]) -> DecoderCache:
+        """Let sentence `row` be sentence `place` of `begun`, of which nothing is written yet.
 
-        def pad(array, axis):
-            return jnp.pad(array, [(0, room if i == axis else 0) for i in range(array.ndim)])
+        What the sentence before it has written stays: no mask shows it until it is written anew.
+        """
 
-        def keep(layer):
-            layer = jax.tree.map(lambda array: array[rows], layer)
+        def put_layer(layer, new):
             return dataclasses.replace(
-                layer, self_key=pad(layer.self_key, 3), self_value=pad(layer.self_value, 3)
+                layer,
+                cross_key=put_row(layer.cross_key, row, new.cross_key, place),
+                cross_value=put_row(layer.cross_value, row, new.cross_value, place),
             )
 
-        return DecoderCache(
-            layers=tuple(map(keep, self.layers)),
-            cross_mask=self.cross_mask[rows],
-            ancestors=pad(self.ancestors[rows], 2),
-            index=self.index,
+        return dataclasses.replace(
+            self,
+            layers=tuple(map(put_layer, self.layers, begun.layers)),
+            cross_mask=put_row(self.cross_mask, row, begun.cross_mask, place),
+            index=put_row(self.index, row, begun.index, place),
         )
+
+
+def put_row(
+    array: Shaped[Array, "B ..."],
+    row: Int[Array, ""],
+    source: Shaped[Array, "C ..."],
+    place: Int[Array, ""],
+) -> Shaped[Array, "B ..."]:
+    """Return `array` with source[place] as array[row]; in a compiled loop, without a copy."""
+    part = jax.lax.dynamic_index_in_dim(source, place)
+    return jax.lax.dynamic_update_slice_in_dim(array, part, row, axis=0)

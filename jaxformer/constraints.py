@@ -7,19 +7,19 @@ from jaxtyping import Array, Float, Int
 
 def delay_eos(
     logits: Float[Array, "B K V"],
-    step: Int[Array, ""],
+    steps: Int[Array, "B"],
     min_lengths: Int[Array, "B"],
     eos_id: int,
 ) -> Float[Array, "B K V"]:
-    """No end before `min_lengths` tokens, eos among them; `step` tokens are there already."""
-    early = (step + 1 < min_lengths)[:, None]
+    """No end before `min_lengths` tokens, eos among them; `steps` tokens are there already."""
+    early = (steps + 1 < min_lengths)[:, None]
     return logits.at[:, :, eos_id].set(jnp.where(early, -jnp.inf, logits[:, :, eos_id]))
 
 
 def forbid_repeated_ngrams(
     logits: Float[Array, "B K V"],
     sequences: Int[Array, "B K T"],
-    step: Int[Array, ""],
+    steps: Int[Array, "B"],
     size: int,
 ) -> Float[Array, "B K V"]:
     """No `size` tokens in a row that the hypothesis has had before (Paulus et al. 2017, §2.5).
@@ -28,16 +28,18 @@ def forbid_repeated_ngrams(
 
     Args:
       logits: of the next token.
-      sequences: the hypotheses; their first `step` tokens are there.
-      step: number of tokens so far.
+      sequences: the hypotheses.
+      steps: how many tokens of them are there, of each sentence.
       size: tokens of an n-gram, from 1; static.
     """
     length = sequences.shape[2]
     if length < size:
         return logits
-    last = jax.lax.dynamic_slice_in_dim(sequences, jnp.maximum(step - size + 1, 0), size - 1, 2)
+    ends = jnp.maximum(steps, size - 1)[:, None] + jnp.arange(1 - size, 0, dtype=jnp.int32)
+    last = jnp.take_along_axis(sequences, ends[:, None], axis=2)
     starts = length - size + 1  # n-grams that fit
-    repeats = jnp.broadcast_to(jnp.arange(starts) + size <= step, (*sequences.shape[:2], starts))
+    written = jnp.arange(starts) + size <= steps[:, None, None]
+    repeats = jnp.broadcast_to(written, (*sequences.shape[:2], starts))
     for offset in range(size - 1):
         repeats &= sequences[:, :, offset : offset + starts] == last[:, :, offset, None]
     # The tokens that followed; an index past the vocabulary is dropped.
@@ -49,14 +51,14 @@ def forbid_repeated_ngrams(
 def force_prefix(
     logits: Float[Array, "B K V"],
     free_logits: Float[Array, "B K V"],
-    step: Int[Array, ""],
+    steps: Int[Array, "B"],
     prefix: Int[Array, "B P"],
     pad_id: int,
 ) -> Float[Array, "B K V"]:
-    """Token `step` of the sentence's prefix alone, or `free_logits` if it has none there."""
-    index = jnp.minimum(step, prefix.shape[1] - 1)
-    forced = jax.lax.dynamic_index_in_dim(prefix, index, axis=1)  # [B, 1]
-    free = (forced == pad_id) | (step >= prefix.shape[1])
+    """The next token of each sentence's prefix alone, or `free_logits` if it has none left."""
+    index = jnp.minimum(steps, prefix.shape[1] - 1)[:, None]
+    forced = jnp.take_along_axis(prefix, index, axis=1)  # [B, 1]
+    free = (forced == pad_id) | (steps[:, None] >= prefix.shape[1])
     tokens = jnp.arange(logits.shape[-1], dtype=prefix.dtype)[None]
     forced_logits = jnp.where((tokens == forced)[:, None], logits, -jnp.inf)
     return jnp.where(free[:, :, None], free_logits, forced_logits)

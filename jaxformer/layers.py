@@ -76,7 +76,7 @@ class PositionalEncoding(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"] | None = None
+        self, x: Float[Array, "B T D"], positions: Int[Array, "#B #T"] | None = None
     ) -> Float[Array, "B T D"]:
         """Add the encoding of `positions`, by default 0 … T-1."""
         d_model = x.shape[-1]

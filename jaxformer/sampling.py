@@ -65,7 +65,6 @@ class Sampling:
         zeros = jnp.zeros(shape, jnp.float32)
         done = sentences.max_lengths <= 0
         return Search(
-            step=jnp.int32(0),
             done=done,
             steps=jnp.zeros(shape[0], jnp.int32),
             tokens=jnp.full(shape, self.bos_id, jnp.int32),
@@ -80,7 +79,7 @@ class Sampling:
     def advance(self, step_fn: StepFn, search: Search) -> Search:
         """One token more for every sample that has no eos yet."""
         (sequences, log_probs, _, lengths), ended = search.hypotheses
-        step = search.step
+        steps = search.steps + 1
         logits, state = next_logits(step_fn, search, self.num_samples)
         normalizer = log_normalizer(logits)
         logits = apply_constraints(self, logits, search, sequences)
@@ -89,15 +88,15 @@ class Sampling:
         gains = (chosen - normalizer)[:, :, 0]
         log_probs = jnp.where(ended, log_probs, log_probs + gains)
         positions = jnp.arange(sequences.shape[2], dtype=jnp.int32)
-        here = (positions == step) & ~ended[:, :, None]
+        here = (positions == search.steps[:, None, None]) & ~ended[:, :, None]
         sequences = jnp.where(here, tokens[:, :, None], sequences)
-        lengths = jnp.where(ended, lengths, step + 1)
-        at_limit = step + 1 >= search.sentences.max_lengths
+        lengths = jnp.where(ended, lengths, steps[:, None])
+        at_limit = steps >= search.sentences.max_lengths
         ended = ended | (tokens == self.eos_id) | at_limit[:, None]
         drawn = BeamResult(sequences, log_probs, log_probs, lengths)
         done = jnp.all(ended, axis=1)
-        steps = search.steps + ~search.done
-        return Search(step + 1, done, steps, tokens, (drawn, ended), search.sentences, state)
+        steps = jnp.where(search.done, search.steps, steps)
+        return Search(done, steps, tokens, (drawn, ended), search.sentences, state)
 
     def result(self, search: Search) -> BeamResult:
         """The samples; their log_probs are the model's own, at temperature 1, as are the scores."""
@@ -117,7 +116,7 @@ class Sampling:
             logits = jnp.where(better < self.top_p, logits, -jnp.inf)
         if search.sentences.keys is None:
             raise ValueError("sentences have no keys: give one for each to draw from it")
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(search.sentences.keys, search.step)
+        keys = jax.vmap(jax.random.fold_in)(search.sentences.keys, search.steps)
         choice = jax.vmap(jax.random.categorical)(keys, logits)
         return jnp.take_along_axis(ids, choice[:, :, None], axis=-1)[:, :, 0]
 

@@ -36,11 +36,10 @@ class Sentences(NamedTuple):
 
 
 class Search(NamedTuple):
-    """Where a search stands after `step` tokens. All but `step` and `state` is [B, …]."""
+    """Where a search stands, of each sentence on its own. All but `state` is [B, …]."""
 
-    step: Int[Array, ""]
     done: Bool[Array, "B"]
-    steps: Int[Array, "B"]  # those taken until it was done
+    steps: Int[Array, "B"]  # tokens so far, or until it was done
     tokens: Int[Array, "B K"]  # the last ones
     hypotheses: Any  # what the method keeps of them
     sentences: Sentences
@@ -79,15 +78,20 @@ def run(
     search: Search,
     *,
     until: int | Int[Array, ""] = 0,
-    max_step: int | None = None,
+    room: int | None = None,
 ) -> Search:
-    """Advance until at most `until` sentences are under way, or `max_step` tokens are there."""
+    """Advance until at most `until` sentences are under way; one of `room` tokens is cut off."""
 
     def goes_on(search: Search) -> Bool[Array, ""]:
-        waiting = jnp.sum(~search.done, dtype=jnp.int32) > until
-        return waiting if max_step is None else waiting & (search.step < max_step)
+        return jnp.sum(~search.done, dtype=jnp.int32) > until
 
-    return jax.lax.while_loop(goes_on, lambda search: method.advance(step_fn, search), search)
+    def advance(search: Search) -> Search:
+        search = method.advance(step_fn, search)
+        if room is None:
+            return search
+        return search._replace(done=search.done | (search.steps >= room))
+
+    return jax.lax.while_loop(goes_on, advance, search)
 
 
 def next_logits(step_fn: StepFn, search: Search, num_hypotheses: int) -> tuple[Array, State]:
@@ -104,11 +108,11 @@ def apply_constraints(method: Method, logits: Array, search: Search, sequences: 
     _, min_lengths, prefix, _ = search.sentences
     constrained = logits
     if min_lengths is not None:
-        constrained = delay_eos(constrained, search.step, min_lengths, method.eos_id)
+        constrained = delay_eos(constrained, search.steps, min_lengths, method.eos_id)
     if size := method.no_repeat_ngram_size:
-        constrained = forbid_repeated_ngrams(constrained, sequences, search.step, size)
+        constrained = forbid_repeated_ngrams(constrained, sequences, search.steps, size)
     if prefix is not None:
-        constrained = force_prefix(logits, constrained, search.step, prefix, method.pad_id)
+        constrained = force_prefix(logits, constrained, search.steps, prefix, method.pad_id)
     return constrained
 
 

@@ -127,11 +127,11 @@ class DecoderLayer(nn.Module):
         self,
         x: Float[Array, "B K D"],
         cache: LayerCache,
-        index: Int[Array, ""],
+        index: Int[Array, "B"],
         self_mask: Bool[Array, "B 1 K KT"],
         cross_mask: Bool[Array, "B 1 1 S"],
     ) -> tuple[Float[Array, "B K D"], LayerCache]:
-        """Position `index` of K beams a sentence; returns its output and the cache, written.
+        """Position `index` of each sentence, K beams; returns its output and the cache, written.
 
         To both attentions the beams are K query positions of one row: they share the sentence,
         and among all that the beams have written the mask shows each its own past.
@@ -253,7 +253,7 @@ class Decoder(nn.Module):
     def decode_step(
         self, x: Float[Array, "B K D"], cache: DecoderCache
     ) -> tuple[Float[Array, "B K D"], DecoderCache]:
-        """Decode the position `cache.index` of every beam.
+        """Decode position `cache.index` of each sentence, of all its beams.
 
         Sows, if asked, "cross_attention": the weights [B, N, K, S] of each layer.
         """
@@ -502,10 +502,9 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Array, "B K V"], DecoderCache]:
         """One step of auto-regressive decoding: the last token of each beam in, next logits out.
 
-        The first call takes bos. Equal to the full forward pass at position `cache.index`.
+        The first call takes bos. Equal to the full forward pass at each sentence's position
+        `cache.index`.
         """
-        x = self.target_positions(
-            self.embedding(tokens), jnp.broadcast_to(cache.index, (1, tokens.shape[1]))
-        )
+        x = self.target_positions(self.embedding(tokens), cache.index[:, None])
         x, cache = self.decoder.decode_step(x, cache)
         return self.logits(x), cache

@@ -12,7 +12,8 @@ import numpy as np
 from jaxformer.batching import batches, pad
 from jaxformer.config import BOS_ID, EOS_ID, Precision, TransformerConfig
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig, Generator, fewest_positions
+from jaxformer.generation import GenerationConfig, fewest_positions
+from jaxformer.generator import Generator
 from jaxformer.linear import quantize
 from jaxformer.results import Alignment, Explanation, Hypothesis, Score
 from jaxformer.run import load_params, load_tokenizers, read_model_config
@@ -145,7 +146,7 @@ class Translator:
         lines: Iterable[str],
         *,
         prefixes: Iterable[str] | None = None,
-        batch_tokens: int = 4096,
+        batch_tokens: int | None = None,
         few_shapes: bool = False,
         seed: int = 0,
         warn: Callable[[str], None] = _print_warning,
@@ -157,10 +158,10 @@ class Translator:
           lines: one sentence each.
           prefixes: what the translation of each line begins with, as many as lines; the first
             piece after it may go on with its last word.
-          batch_tokens: source positions of a batch, over all devices. A single CPU device works
-            on two batches at once.
-          few_shapes: compile one program for each of a few batch shapes, where otherwise there
-            are a dozen: for a thousand lines or so, sooner done unless the programs are cached.
+          batch_tokens: source positions at once, over all devices; by default as
+            `Generator.sentences`.
+          few_shapes: compile a program for all lines that are not much shorter than the longest,
+            where otherwise there is one or two for each doubling of the length.
           seed: of the noise, if `sampling`; a line's follows from this and its number alone.
           warn: called with a message that names the line if a line is longer than
             `config.max_length` pieces and so translated in parts.
@@ -415,7 +416,7 @@ class Translator:
         self,
         generator: Generator,
         parts: list[_Part],
-        batch_tokens: int,
+        batch_tokens: int | None,
         few_shapes: bool,
         seed: int,
     ) -> list[list[Hypothesis]]:

@@ -5,32 +5,44 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxformer.batching import SMALLEST, batches, bucket, pad
+from jaxformer.batching import SMALLEST, batches, bucket, groups, num_rows, pad
 from jaxformer.config import PAD_ID
+
+LENGTHS = st.lists(st.integers(1, 100), max_size=300)
+LIMITS = st.sampled_from([None, 100, 120])
+
+
+@given(LENGTHS, st.booleans(), LIMITS)
+def test_every_sentence_is_in_one_group_the_longest_first(lengths, few_shapes, limit):
+    seen = []
+    for chosen, length in groups(lengths, few_shapes=few_shapes, limit=limit):
+        assert limit is None or length <= limit
+        assert max(lengths[index] for index in chosen) <= length
+        seen += chosen
+    assert sorted(seen) == list(range(len(lengths)))
+    assert [lengths[index] for index in seen] == sorted(lengths, reverse=True)
+
+
+@given(LENGTHS, st.integers(1, 5000), LIMITS)
+def test_every_sentence_is_in_one_batch(lengths, batch_tokens, limit):
+    seen = []
+    for chosen, rows, length in batches(lengths, batch_tokens, limit=limit):
+        assert 0 < len(chosen) <= rows
+        assert max(lengths[index] for index in chosen) <= length
+        seen += chosen
+    assert sorted(seen) == list(range(len(lengths)))
 
 
 @given(
-    st.lists(st.integers(1, 100), max_size=300),
-    st.integers(1, 5000),
-    st.sampled_from([1, 2, 3, 8]),
-    st.booleans(),
-    st.sampled_from([None, 100, 120]),
+    st.integers(1, 300), st.integers(1, 5000), st.integers(1, 100), st.sampled_from([1, 2, 3, 8])
 )
-def test_every_sentence_is_in_one_batch(lengths, batch_tokens, devices, few_shapes, limit):
-    seen = []
-    for chosen, rows, length in batches(
-        lengths, batch_tokens, devices=devices, few_shapes=few_shapes, limit=limit
-    ):
-        assert limit is None or length <= limit
-        assert 0 < len(chosen) <= rows
-        assert rows % devices == 0
-        per_device = rows // devices
-        assert per_device < SMALLEST or per_device % SMALLEST == 0
-        assert max(lengths[index] for index in chosen) <= length
-        # One row a device is the least there is.
-        assert rows * length <= max(batch_tokens, devices * length)
-        seen += chosen
-    assert sorted(seen) == list(range(len(lengths)))
+def test_rows_are_what_tokens_allow(waiting, batch_tokens, length, devices):
+    rows = num_rows(waiting, batch_tokens, length, devices)
+    assert rows % devices == 0
+    per_device = rows // devices
+    assert per_device < SMALLEST or per_device % SMALLEST == 0
+    # One row a device is the least there is.
+    assert rows * length <= max(batch_tokens, devices * length)
 
 
 def test_shapes_are_few():
@@ -43,14 +55,14 @@ def test_shapes_are_few():
     assert {rows for rows, _ in shapes} <= {1, 16, 32, 64, 128, 256}
 
 
-@given(st.lists(st.integers(1, 2000), min_size=1, max_size=300), st.integers(1, 5000))
-def test_few_shapes_are_one_for_each_fourfold_length(lengths, batch_tokens):
-    shapes = {(rows, length) for _, rows, length in batches(lengths, batch_tokens, few_shapes=True)}
+@given(st.lists(st.integers(1, 2000), min_size=1, max_size=300))
+def test_few_shapes_are_one_for_each_fourfold_length(lengths):
+    found = [length for _, length in groups(lengths, few_shapes=True)]
     longest = -(-max(lengths) // 16) * 16
-    assert {length for _, length in shapes} <= {longest} | {
+    assert set(found) <= {longest} | {
         longest >> shift for shift in (2, 4, 6) if longest >> shift >= 32
     }
-    assert len({length for _, length in shapes}) == len(shapes)
+    assert len(set(found)) == len(found)
 
 
 def test_like_lengths_are_together():

@@ -28,7 +28,6 @@ ROOT = Path(__file__).parent.parent
 
 DEFAULTS = dataclasses.asdict(GenerationConfig()) | {
     "prefixes": None,
-    "batch_tokens": 4096,
     "seed": 0,
 }
 
@@ -209,7 +208,7 @@ def test_programs_are_kept_for_the_next_process(tmp_path):
             capture_output=True,
         )
         # Not those that compile too quickly to be worth it.
-        files.append({path.name for path in (tmp_path / "jaxformer").glob("*stage*-cache")})
+        files.append({path.name for path in (tmp_path / "jaxformer").glob("*_search*-cache")})
     assert files[0] and files[1] == files[0]
 
 

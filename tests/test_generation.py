@@ -1,25 +1,21 @@
-"""The search over a Transformer: against the uncached model, in stages, alone and in company."""
+"""The search over a Transformer: against the uncached model, alone and in company."""
 
 import functools
-import threading
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxformer.generation as module
 from jaxformer.beam import power_length_penalty
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
 from jaxformer.decoding import beam_search, sample
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig, Generator, generate, prepare
+from jaxformer.generation import GenerationConfig, generate, prepare
 from jaxformer.scoring import attention_alignment, token_log_probs
 from jaxformer.transformer import Transformer
 from random_run import CONFIG as RANDOM
 from random_run import random_params
-from train.benchmark.compiles import count_compiles
 
 # Compiles faster, and says more than what it has just said.
 CONFIG = RANDOM.replace(embeddings="separate")
@@ -128,75 +124,6 @@ def test_it_is_beam_search_over_the_whole_model(members):
 def test_an_ensemble_of_one_model_twice_is_that_model():
     twice = search(configs=(CONFIG, CONFIG), params=(params_of(), params_of()))
     assert_same(twice, search())
-
-
-@pytest.mark.parametrize(
-    ("beam_size", "num_devices"), [(K, 2), pytest.param(1, 1, marks=pytest.mark.slow)]
-)
-def test_stages_and_devices_do_not_show(monkeypatch, beam_size, num_devices):
-    """When a quarter of the rows is left the others go, and the caches grow."""
-    monkeypatch.setattr(module, "SMALLEST", 2)
-    options = GenerationConfig(
-        beam_size=beam_size, max_length_ratio=2.0, max_length_extra=1, min_length_ratio=1.6
-    )
-    short = jnp.pad(sources(batch=13, length=3), ((0, 0), (0, S - 3)))
-    source = jnp.concatenate([sources(batch=3).at[:, -1].set(EOS_ID), short])
-    shapes = []
-    next_stage = module._next_stage
-
-    def spy(configs, params, options, room, sharding, search, rows, until):
-        shapes.append((len(rows), room))
-        return next_stage(configs, params, options, room, sharding, search, rows, until)
-
-    monkeypatch.setattr(module, "_next_stage", spy)
-    generator = Generator((CONFIG,), (params_of(),), options, jax.devices()[:num_devices])
-    found = generator(np.asarray(source))
-    assert_same(found, search(options, source))
-    rows, rooms = zip(*shapes, strict=True)
-    assert min(rows) == 4
-    assert set(rooms) == {S * 3 // 2, 2 * S + 1}
-
-
-def test_a_second_batch_compiles_nothing():
-    generator = Generator((CONFIG,), (params_of(),), OPTIONS, jax.devices()[:1])
-    generator(np.asarray(SOURCE))
-    with count_compiles() as compiled:
-        generator(np.asarray(SOURCE)[::-1])
-        Generator((CONFIG,), (params_of(),), OPTIONS, jax.devices()[:1])(np.asarray(SOURCE))
-    assert compiled == []
-
-
-def test_two_batches_at_once_are_those_of_one_after_the_other(monkeypatch):
-    generator = Generator((CONFIG,), (params_of(),), OPTIONS, jax.devices()[:1])
-    sentences = [row[row != 0].tolist() for row in map(np.asarray, SOURCE)] * 3
-    threads = set()
-    search_batch = Generator.__call__
-
-    def spy(*args, **kwargs):
-        threads.add(threading.get_ident())
-        time.sleep(0.01)  # the other thread's turn
-        return search_batch(*args, **kwargs)
-
-    monkeypatch.setattr(Generator, "__call__", spy)
-    at_once = generator.sentences(sentences, batch_tokens=32)
-    assert len(threads) == 2
-    monkeypatch.setattr(generator, "_overlap", False)
-    for ours, alone in zip(at_once, generator.sentences(sentences, batch_tokens=32), strict=True):
-        assert_bit_equal(ours, alone)
-
-
-def test_few_shapes_compile_two_programs_and_find_the_same():
-    """Sentences of 5 to 40 tokens, two batches at once, the rest of each as a quarter of it."""
-    draw = np.random.default_rng(3)
-    lengths = draw.integers(5, 41, 150)
-    sentences = [[*draw.integers(4, CONFIG.vocab_size, n).tolist(), EOS_ID] for n in lengths]
-    generator = Generator((CONFIG,), (params_of(),), OPTIONS, jax.devices()[:1])
-    with count_compiles() as compiled:
-        found = generator.sentences(sentences, batch_tokens=64 * 48, few_shapes=True)
-    assert len(compiled) == 2
-    for ours, one in zip(found, generator.sentences(sentences), strict=True):
-        short = min(ours.sequences.shape[1], one.sequences.shape[1])  # the rest is padding
-        assert_same(*(each._replace(sequences=each.sequences[:, :short]) for each in (ours, one)))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -357,30 +284,6 @@ def test_learned_positions_end_a_translation():
     config = CONFIG.replace(positions="learned", max_length=9)
     result = search(configs=(config,), params=(params_of(config),))
     assert result.sequences.shape[-1] == 9
-
-
-@pytest.mark.parametrize("few_shapes", [False, True])
-def test_padding_stays_within_learned_positions(few_shapes):
-    config = CONFIG.replace(positions="learned", max_length=9)
-    options = GenerationConfig(beam_size=2)
-    generator = Generator((config,), (params_of(config),), options, jax.devices()[:1])
-    source = [5, 6, 7, 8, 5, 6, 7, 8, EOS_ID]
-    (found,) = generator.sentences([source], few_shapes=few_shapes)
-    assert found.sequences.shape == (2, 9)
-    alone = generate((config,), (params_of(config),), np.array([source]), options)
-    np.testing.assert_array_equal(found.sequences, alone.sequences[0])
-
-
-def test_work_for_sentences_that_are_done_is_counted():
-    options = GenerationConfig(beam_size=2, max_length_ratio=1.0, max_length_extra=0)
-    generator = Generator((CONFIG,), (params_of(CONFIG),), options, jax.devices()[:1])
-    source_ids = np.full((4, 8), PAD_ID, np.int32)
-    for row, length in enumerate((8, 4, 2, 0)):  # at most so many steps; the last row is empty
-        source_ids[row, :length] = [*range(5, 5 + length - 1), EOS_ID][:length]
-    generator(source_ids)
-    steps = generator.computed_steps // 4
-    assert generator.computed_steps == 4 * steps and 0 < steps <= 8
-    assert steps <= generator.needed_steps <= min(8, steps) + 4 + 2
 
 
 @pytest.mark.parametrize(

@@ -517,7 +517,7 @@ def test_cached_decoding_is_the_full_forward_pass(config):
         beams,
     )
     logits = np.moveaxis(logits, 0, 2)
-    assert index == T
+    np.testing.assert_array_equal(index, [T, T])
 
     def full(tokens):
         source_ids = np.repeat(SOURCE[sentences], K, axis=0)
@@ -715,7 +715,7 @@ def test_nothing_is_tiled_by_beam():
     encoded = jax.ShapeDtypeStruct((*ids.shape, MODERN.d_model), jnp.float32)
     heads, width = MODERN.num_heads, MODERN.query_key_dim
     for self_key, cross_key in jax.eval_shape(arrays, shapes_of(MODERN), encoded):
-        assert cross_key.shape == (len(ids), heads, ids.shape[1], width)
+        assert cross_key.shape == (len(ids), heads, width, ids.shape[1])
         assert self_key.shape == (len(ids), heads, K, T, width)
 
 

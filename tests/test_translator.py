@@ -11,7 +11,8 @@ import pytest
 
 import jaxformer.translator as module
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig, Generator
+from jaxformer.generation import GenerationConfig
+from jaxformer.generator import Generator
 from jaxformer.tokenizer import VocabularyTokenizer
 from jaxformer.translator import Translator
 from random_run import CONFIG, write_random_run

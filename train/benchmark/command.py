@@ -84,7 +84,12 @@ def _add_decode(kinds: Any) -> None:
     decode.add_argument("--length", type=int, default=25, help="tokens, with a preset")
     decode.add_argument("--beam-size", type=int, default=4, help="1 is greedy search")
     decode.add_argument("--length-penalty", type=float, default=1.0, help="alpha of length^alpha")
-    decode.add_argument("--batch-tokens", type=int, default=4096, help="source positions at once")
+    decode.add_argument(
+        "--batch-tokens",
+        type=int,
+        metavar="N",
+        help="source positions at once; by default 512 on CPU, 4096 elsewhere",
+    )
     decode.add_argument("--dtypes", nargs="+", default=["float32"], help="float32, bfloat16, int8")
     decode.add_argument("--one-by-one", action="store_true", help="each sentence alone")
     decode.add_argument("--peer", choices=("ctranslate2", "transformers"), help="the other engine")

@@ -57,7 +57,7 @@ class DecodeBenchmark:
       length: tokens of random sentences and of their translations.
       beam_size, length_penalty: as for `Translator.generate`; the penalty is length^alpha, and a
         sentence ends with its K-th finished hypothesis, for both engines.
-      batch_tokens: source positions we translate at once.
+      batch_tokens: source positions we translate at once; by default as `Generator.sentences`.
       dtypes: ours.
       one_by_one: translate each sentence alone, and report milliseconds a sentence.
       peer: "ctranslate2", "transformers" or None.
@@ -75,7 +75,7 @@ class DecodeBenchmark:
     length: int = 25
     beam_size: int = 4
     length_penalty: float = 1.0
-    batch_tokens: int = 4096
+    batch_tokens: int | None = None
     dtypes: tuple[Precision, ...] = ("float32",)
     one_by_one: bool = False
     peer: str | None = None

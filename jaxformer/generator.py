@@ -1,0 +1,325 @@
+"""`generate` for any number of sentences, without the work for those that are done."""
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from jaxformer.batching import bucket, groups, num_rows, pad
+from jaxformer.cache import put_row
+from jaxformer.config import TransformerConfig
+from jaxformer.generation import (
+    GenerationConfig,
+    begin,
+    fewest_positions,
+    longest,
+    method_of,
+    prepare,
+    step_fn_of,
+)
+from jaxformer.search import BeamResult, Search
+
+#: Sentences that a program has room for, for each of its rows. While the last of them end, rows are
+#: idle: half of them for the length of a sentence, 1/32 of the work.
+_SENTENCES_PER_ROW = 16
+
+#: Sentences that are encoded together.
+_ENCODED = 8
+
+# What is known of sentences: source_ids, prefix and keys, as `generate` takes them.
+_Sources = tuple[Array, Array | None, Array | None]
+
+
+class _Shape(NamedTuple):
+    """What a program is compiled for."""
+
+    rows: int  # R, of a device
+    length: int  # S
+    room: int  # for so many tokens of a translation
+
+
+class Generator:
+    """`generate` for any number of sentences, on all devices.
+
+    A program has a few rows and many sentences. As soon as a sentence is done, the next that waits
+    begins in its row, at its own first token, so that hardly a row is idle. Caches have room for
+    translations of the usual length; the few sentences that need more begin once more where there
+    is room.
+
+    Args:
+      configs, params: as for `generate`.
+      options: see `GenerationConfig`.
+      devices: where to translate, by default all of this process, each its share.
+
+    Attributes:
+      computed_steps: rows times steps so far ...
+      needed_steps: ... and those of them that were of sentences not yet done, and of use.
+    """
+
+    def __init__(
+        self,
+        configs: tuple[TransformerConfig, ...],
+        params: tuple[Any, ...],
+        options: GenerationConfig,
+        devices: list[jax.Device] | None = None,
+    ) -> None:
+        self._devices = jax.local_devices() if devices is None else devices
+        self._mesh = Mesh(np.array(self._devices), ("data",))
+        self.configs = configs
+        self.options = options
+        self.computed_steps = self.needed_steps = 0
+        self._counting = threading.Lock()
+        self._on_cpu = self._devices[0].platform == "cpu"
+        # One program leaves cores idle: its operations come one after the other, and many are too
+        # small to be shared. Two at once on two cores: 1.2 times the sentences a second.
+        self._at_once = 2 if self._on_cpu and len(self._devices) == 1 else 1
+        self._params = prepare(
+            configs, jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
+        )
+
+    def sentences(
+        self,
+        sources: Sequence[Sequence[int]],
+        *,
+        batch_tokens: int | None = None,
+        prefixes: Sequence[Sequence[int]] | None = None,
+        keys: Array | None = None,
+        few_shapes: bool = False,
+    ) -> list[BeamResult]:
+        """Search for any number of sentences of any length, the longest first.
+
+        Args:
+          sources: ids of each sentence, with eos.
+          batch_tokens: source positions at once, over all devices. By default 512 for each CPU,
+            where more rows cost as much more time, and 4096 for each other device.
+          prefixes: first target tokens of each sentence.
+          keys: [number of sentences] keys of the noise.
+          few_shapes: as for `groups`, and caches have room for the longest translation: fewer
+            programs to compile.
+
+        Returns:
+          For each sentence numpy arrays [K, T], or [K]. T depends on its length.
+        """
+        results: list[Any] = [None] * len(sources)
+        if batch_tokens is None:
+            batch_tokens = len(self._devices) * (512 if self._on_cpu else 4096)
+        prefix_length = bucket(max(map(len, prefixes or [[]]), default=0))
+        if keys is not None and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+            keys = jax.random.key_data(keys)
+        noise = None if keys is None else np.asarray(keys)
+
+        def search(shape: _Shape, chosen: Sequence[int]) -> list[int]:
+            """Those that need more room are returned."""
+            order = _deal(chosen, len(self._devices), _SENTENCES_PER_ROW * shape.rows)
+
+            def in_order(ids: Sequence[Sequence[int]], length: int) -> np.ndarray:
+                return pad([ids[i] if i >= 0 else () for i in order], len(order), length)
+
+            given = (
+                in_order(sources, shape.length),
+                None if prefixes is None else in_order(prefixes, prefix_length),
+                None if noise is None else noise[np.maximum(order, 0)],
+            )
+            counts = np.sum(order.reshape(len(self._devices), -1) >= 0, axis=1, dtype=np.int32)
+            found, steps, turns = jax.device_get(
+                _search(self.configs, self.options, shape, self._mesh, self._params, given, counts)
+            )
+            too_long, needed = [], 0
+            for place in np.flatnonzero(order >= 0):
+                index = int(order[place])
+                if steps[place] >= shape.room < self._longest(len(sources[index])):
+                    too_long.append(index)
+                else:
+                    results[index] = jax.tree.map(lambda leaf, place=place: leaf[place], found)
+                    needed += int(steps[place])
+            with self._counting:
+                self.computed_steps += shape.rows * int(turns.sum())
+                self.needed_steps += needed
+            return too_long
+
+        threads = ThreadPoolExecutor(self._at_once)
+
+        def start(chosen: list[int], length: int, room: int) -> list[tuple[int, Future]]:
+            devices = len(self._devices)
+            shape = _Shape(
+                num_rows(len(chosen), batch_tokens, length, devices) // devices, length, room
+            )
+            parts = -(-len(chosen) // (devices * shape.rows * _SENTENCES_PER_ROW))
+            if len(chosen) > 2 * self._at_once * shape.rows:
+                parts = -(-parts // self._at_once) * self._at_once  # as much for each thread
+            return [(length, threads.submit(search, shape, chosen[i::parts])) for i in range(parts)]
+
+        try:
+            begun, again = [], []
+            lengths, limit = list(map(len, sources)), fewest_positions(self.configs)
+            for chosen, length in groups(lengths, few_shapes=few_shapes, limit=limit):
+                most = self._longest(length)
+                begun += start(chosen, length, most if few_shapes else min(most, length * 3 // 2))
+            for length, same in groupby(begun, key=lambda part: part[0]):
+                if too_long := [index for _, part in same for index in part.result()]:
+                    again += start(too_long, length, self._longest(length))
+            for _, part in again:
+                part.result()
+        finally:
+            threads.shutdown(cancel_futures=True)  # after an error or Ctrl-C nothing more begins
+        return results
+
+    def _longest(self, source_length: int) -> int:
+        return longest(self.configs, self.options, source_length)
+
+
+def _deal(chosen: Sequence[int], devices: int, per_device: int) -> np.ndarray:
+    """Deal sentences out to devices like cards, so that each has its share of the long ones.
+
+    Three on two devices that have room for three each: [0, 2, -1, 1, -1, -1].
+    """
+    dealt = np.full((per_device, devices), -1)
+    dealt.flat[: len(chosen)] = chosen
+    return dealt.T.ravel()
+
+
+class _Turn(NamedTuple):
+    """Where the search of P sentences in R rows stands."""
+
+    search: Search  # of the R rows
+    owners: Int[Array, "R"]  # the sentence in each row; P, one past the last, is none
+    next: Int[Array, ""]  # the first sentence that has not begun
+    encoded: Search  # it and some that follow
+    results: Any  # hypotheses and steps of P sentences, and of none
+    turns: Int[Array, ""]  # steps so far
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _search(
+    configs: tuple[TransformerConfig, ...],
+    options: GenerationConfig,
+    shape: _Shape,
+    mesh: Mesh,
+    params: tuple[Any, ...],
+    sources: _Sources,
+    counts: Int[Array, "D"],
+) -> tuple[BeamResult, Int[Array, "DP"], Int[Array, "D"]]:
+    """Search for P sentences on each of D devices, of which the first `counts` are real.
+
+    Returns their results and steps, and the steps that each device has taken.
+    """
+    data = PartitionSpec("data")
+    search = jax.shard_map(
+        partial(_search_on_device, configs, options, shape),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), data, data),
+        out_specs=data,
+        check_vma=False,
+    )
+    return search(params, sources, counts)
+
+
+def _search_on_device(
+    configs: tuple[TransformerConfig, ...],
+    options: GenerationConfig,
+    shape: _Shape,
+    params: tuple[Any, ...],
+    sources: _Sources,
+    count: Int[Array, "1"],
+) -> tuple[BeamResult, Int[Array, "P"], Int[Array, "1"]]:
+    rows, _, room = shape
+    method, step_fn = method_of(options), step_fn_of(configs, params, options)
+    (count,), num_sentences, block = count, len(sources[0]), min(_ENCODED, rows)
+
+    def encode(first: Any, number: int, past_room: int) -> Search:
+        def part(leaf):
+            return jax.lax.dynamic_slice_in_dim(leaf, first, number)
+
+        given = jax.tree.map(part, sources)
+        return begin(configs, params, options, room, *given, past_room=past_room)
+
+    def free(turn: _Turn) -> Array:
+        """Rows whose sentence is done and not yet put away, or that one waits for."""
+        return turn.search.done & ((turn.owners < num_sentences) | (turn.next < count))
+
+    def change(turn: _Turn) -> _Turn:
+        """Put the sentence of the first free row away, and let the next one begin there."""
+        row = jnp.argmax(free(turn)).astype(jnp.int32)
+        found = turn.search.hypotheses, turn.search.steps
+        owner = turn.owners[row]
+        results = jax.tree.map(
+            lambda whole, part: put_row(whole, owner, part, row), turn.results, found
+        )
+        waiting = turn.next < count
+        place = turn.next % block
+        encoded = jax.lax.cond(
+            waiting & (place == 0),
+            lambda turn: encode(turn.next, block, 0),
+            lambda turn: turn.encoded,
+            turn,
+        )
+        search = _put(turn.search, row, encoded, place)
+        search = search._replace(done=search.done.at[row].set(search.done[row] | ~waiting))
+        owners = turn.owners.at[row].set(jnp.where(waiting, turn.next, num_sentences))
+        return _Turn(search, owners, turn.next + waiting, encoded, results, turn.turns)
+
+    def advance(turn: _Turn) -> _Turn:
+        turn = jax.lax.while_loop(lambda turn: jnp.any(free(turn)), change, turn)
+        search = method.advance(step_fn, turn.search)
+        search = search._replace(done=search.done | (search.steps >= room))
+        return turn._replace(search=search, turns=turn.turns + 1)
+
+    def goes_on(turn: _Turn) -> Array:
+        return jnp.any(~turn.search.done) | (turn.next < count)
+
+    def nothing(number: int, past_room: int) -> Search:
+        """A search of no sentences: zeros."""
+        structure = None
+
+        def leaves() -> list[Array]:
+            nonlocal structure
+            found, structure = jax.tree.flatten(encode(0, number, past_room))
+            return found
+
+        like = jax.eval_shape(leaves)
+        zeros = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in like]
+        return jax.tree.unflatten(structure, zeros)
+
+    search = nothing(rows, room)._replace(done=jnp.ones(rows, bool))
+    turn = _Turn(
+        search=search,
+        owners=jnp.full(rows, num_sentences, jnp.int32),
+        next=jnp.int32(0),
+        encoded=nothing(block, 0),
+        results=jax.tree.map(
+            lambda leaf: jnp.zeros((num_sentences + 1, *leaf.shape[1:]), leaf.dtype),
+            (search.hypotheses, search.steps),
+        ),
+        turns=jnp.int32(0),
+    )
+    turn = jax.lax.while_loop(goes_on, advance, turn)
+    hypotheses, steps = jax.tree.map(
+        lambda whole, last: whole.at[turn.owners].set(last)[:num_sentences],
+        turn.results,
+        (turn.search.hypotheses, turn.search.steps),
+    )
+    return method.result(search._replace(hypotheses=hypotheses)), steps, turn.turns[None]
+
+
+def _put(search: Search, row: Array, begun: Search, place: Array) -> Search:
+    """Let sentence `row` be sentence `place` of a search that has just begun."""
+
+    def without_caches(search: Search) -> Search:
+        return search._replace(state=search.state._replace(caches=()))
+
+    pairs = zip(search.state.caches, begun.state.caches, strict=True)
+    caches = tuple(cache.put(row, new, place) for cache, new in pairs)
+    search = jax.tree.map(
+        lambda old, new: put_row(old, row, new, place),
+        without_caches(search),
+        without_caches(begun),
+    )
+    return search._replace(state=search.state._replace(caches=caches))

@@ -1,0 +1,192 @@
+"""Many sentences in few rows: refilled, moved on, given more room, and none of it shows."""
+
+import functools
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxformer.generator as module
+from jaxformer.config import EOS_ID
+from jaxformer.generation import GenerationConfig, generate
+from jaxformer.generator import Generator
+from random_run import CONFIG as RANDOM
+from random_run import random_params
+from train.benchmark.compiles import count_compiles
+
+# Compiles faster, and says more than what it has just said.
+CONFIG = RANDOM.replace(embeddings="separate")
+OPTIONS = GenerationConfig(beam_size=3, max_length_extra=4)
+
+
+@functools.cache
+def params_of(config=CONFIG):
+    params = random_params(config)
+    params["output_embedding"]["embedding"][EOS_ID] /= 2  # no more likely than others
+    return jax.tree.map(jnp.asarray, params)
+
+
+def make_generator(options=OPTIONS, config=CONFIG, num_devices=1):
+    return Generator((config,), (params_of(config),), options, jax.devices()[:num_devices])
+
+
+def random_sources(lengths, seed=0):
+    draw = np.random.default_rng(seed)
+    return [[*draw.integers(4, CONFIG.vocab_size, n - 1).tolist(), EOS_ID] for n in lengths]
+
+
+SOURCES = random_sources(np.random.default_rng(1).integers(2, 17, 70))
+
+
+def assert_same(found, expected, rtol=1e-4):
+    length = min(found.sequences.shape[-1], expected.sequences.shape[-1])
+    assert not found.sequences[..., length:].any() and not expected.sequences[..., length:].any()
+    np.testing.assert_array_equal(found.sequences[..., :length], expected.sequences[..., :length])
+    np.testing.assert_array_equal(found.lengths, expected.lengths)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=rtol)
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, rtol=rtol)
+
+
+def assert_bit_equal(left, right):
+    for a, b in zip(left, right, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@functools.cache
+def results_of_one_batch(options, with_prefix=False):
+    source_ids = np.zeros((len(SOURCES), 16), np.int32)
+    for row, source in enumerate(SOURCES):
+        source_ids[row, : len(source)] = source
+    keys = jax.random.split(jax.random.key(5), len(SOURCES)) if options.sampling else None
+    prefix = None
+    if with_prefix:
+        prefix = np.array([[9, 11][: row % 3] + [0] * (2 - row % 3) for row in range(len(SOURCES))])
+    return generate((CONFIG,), (params_of(),), source_ids, options, prefix=prefix, keys=keys)
+
+
+LONG = {"max_length_ratio": 2.0, "max_length_extra": 1, "min_length_ratio": 1.6}
+
+
+@pytest.fixture
+def shapes(monkeypatch):
+    """Rows a device, length and room of every search, with twice as many sentences as rows."""
+    shapes, search = [], module._search
+
+    def spy(*args):
+        shapes.append(tuple(args[2]))
+        return search(*args)
+
+    monkeypatch.setattr(module, "_search", spy)
+    monkeypatch.setattr(module, "_SENTENCES_PER_ROW", 2)
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("options", "num_devices", "with_prefix"),
+    [
+        (GenerationConfig(beam_size=3, **LONG), 1, False),
+        (GenerationConfig(beam_size=3, coverage_penalty=0.4, **LONG), 2, True),
+        (GenerationConfig(beam_size=2, sampling=True, no_repeat_ngram_size=2, **LONG), 1, True),
+        pytest.param(GenerationConfig(beam_size=1, **LONG), 8, False, marks=pytest.mark.slow),
+    ],
+)
+def test_every_sentence_is_as_in_one_large_batch(shapes, options, num_devices, with_prefix):
+    """Whether it begins beside others that are under way, or once more with more room."""
+    generator = make_generator(options, num_devices=num_devices)
+    keys = jax.random.split(jax.random.key(5), len(SOURCES)) if options.sampling else None
+    prefixes = [[9, 11][: row % 3] for row in range(len(SOURCES))] if with_prefix else None
+    tokens = 16 * 16 * (1 if num_devices == 1 else num_devices // 2)
+    found = generator.sentences(SOURCES, batch_tokens=tokens, keys=keys, prefixes=prefixes)
+    expected = results_of_one_batch(options, with_prefix)
+    for row, one in enumerate(found):
+        assert_same(one, jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), expected))
+    rows = tokens // 16 // num_devices
+    assert {shape[2] for shape in shapes} == {24, 33}, "none needed more room"
+    assert shapes.count((rows, 16, 24)) >= 70 / (2 * rows * num_devices)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_neither_order_nor_company_changes_a_bit(seed):
+    """A sentence that begins beside others at their tenth token is one that begins with them."""
+    order = np.random.default_rng(seed).permutation(len(SOURCES))
+    generator = make_generator()
+    found = generator.sentences(SOURCES, batch_tokens=256)
+    moved = generator.sentences([SOURCES[index] for index in order], batch_tokens=256)
+    for place, index in enumerate(order):
+        assert_bit_equal(moved[place], found[index])
+    some = [index for index in order if index % 3][:40]
+    for index, one in zip(
+        some, generator.sentences([SOURCES[i] for i in some], batch_tokens=256), strict=True
+    ):
+        assert_bit_equal(one, found[index])
+
+
+def test_two_searches_at_once_are_one(monkeypatch):
+    generator = make_generator()
+    threads = set()
+    search = module._search
+
+    def spy(*args):
+        threads.add(threading.get_ident())
+        time.sleep(0.1)  # the other thread's turn
+        return search(*args)
+
+    monkeypatch.setattr(module, "_search", spy)
+    at_once = generator.sentences(SOURCES, batch_tokens=256)
+    assert len(threads) == 2
+    monkeypatch.setattr(generator, "_at_once", 1)
+    for ours, alone in zip(at_once, generator.sentences(SOURCES, batch_tokens=256), strict=True):
+        assert_bit_equal(ours, alone)
+
+
+def test_a_second_time_compiles_nothing():
+    make_generator().sentences(SOURCES, batch_tokens=256)
+    with count_compiles() as compiled:
+        make_generator().sentences(SOURCES[::-1], batch_tokens=256)
+    assert compiled == []
+
+
+def test_few_shapes_compile_one_program_and_find_the_same():
+    sources = random_sources(np.random.default_rng(3).integers(5, 41, 150))
+    generator = make_generator()
+    with count_compiles() as compiled:
+        found = generator.sentences(sources, batch_tokens=64 * 48, few_shapes=True)
+    assert len(compiled) == 1
+    for ours, one in zip(found, generator.sentences(sources), strict=True):
+        assert_same(ours, one)
+
+
+def test_rows_do_not_wait_for_the_longest_sentence():
+    """Of 200 sentences in 32 rows, a tenth of them long."""
+    lengths = np.where(np.arange(200) % 10, 4, 16)
+    options = GenerationConfig(
+        beam_size=1, max_length_ratio=1.0, max_length_extra=0, min_length_ratio=1.0
+    )
+    generator = make_generator(options)
+    generator.sentences(random_sources(lengths), batch_tokens=512)
+    assert generator.needed_steps == lengths.sum()
+    assert generator.needed_steps / generator.computed_steps > 0.7
+
+
+def test_steps_that_are_not_needed_are_counted():
+    options = GenerationConfig(beam_size=2, max_length_ratio=1.0, max_length_extra=0)
+    generator = make_generator(options)
+    generator.sentences(random_sources([8, 4, 2]))
+    steps = generator.computed_steps // 16
+    assert generator.computed_steps == 16 * steps and 0 < steps <= 8
+    assert steps <= generator.needed_steps <= min(8, steps) + 4 + 2
+
+
+@pytest.mark.parametrize("few_shapes", [False, True])
+def test_padding_stays_within_learned_positions(few_shapes):
+    config = CONFIG.replace(positions="learned", max_length=9)
+    options = GenerationConfig(beam_size=2)
+    generator = make_generator(options, config)
+    source = [5, 6, 7, 8, 5, 6, 7, 8, EOS_ID]
+    (found,) = generator.sentences([source], few_shapes=few_shapes)
+    assert found.sequences.shape == (2, 9)
+    alone = generate((config,), (params_of(config),), np.array([source]), options)
+    np.testing.assert_array_equal(found.sequences, alone.sequences[0])

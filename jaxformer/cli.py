@@ -184,12 +184,11 @@ def _translate(options: argparse.Namespace) -> None:
         progress = Progress(sys.stderr, quiet=options.quiet)
         at_once = _batch_tokens(options)
         found = translator.generate(
-            lines, prefixes=prefixes, seed=options.seed, **at_once, **search
+            lines, prefixes=prefixes, n_best=n_best or 1, seed=options.seed, **at_once, **search
         )
         number = 0
-        while window := list(islice(found, _WINDOW)):
-            hypotheses = [line[: n_best or 1] for line in window]
-            source_lines = list(islice(source, len(window)))
+        while hypotheses := list(islice(found, _WINDOW)):
+            source_lines = list(islice(source, len(hypotheses)))
             links: Iterator[str] = repeat("")
             if options.alignment:
                 aligned = translator.align_hypotheses(source_lines, hypotheses, **at_once)

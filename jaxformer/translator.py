@@ -138,7 +138,7 @@ class Translator:
 
         Yields one translation for each line, in order; see `generate` for the options.
         """
-        for hypotheses in self.generate(lines, **options):
+        for hypotheses in self.generate(lines, n_best=1, **options):
             yield hypotheses[0].text
 
     def generate(
@@ -146,6 +146,7 @@ class Translator:
         lines: Iterable[str],
         *,
         prefixes: Iterable[str] | None = None,
+        n_best: int | None = None,
         batch_tokens: int | None = None,
         few_shapes: bool = False,
         seed: int = 0,
@@ -158,6 +159,7 @@ class Translator:
           lines: one sentence each.
           prefixes: what the translation of each line begins with, as many as lines; the first
             piece after it may go on with its last word.
+          n_best: hypotheses a line, at most; by default all `beam_size`.
           batch_tokens: source positions at once, over all devices; by default as
             `Generator.sentences`.
           few_shapes: compile a program for all lines that are not much shorter than the longest,
@@ -169,8 +171,8 @@ class Translator:
             them.
 
         Yields:
-          `beam_size` hypotheses for each line, best first, fewer if no more exist; in order. An
-          empty line has one, empty.
+          `n_best` hypotheses for each line, best first, fewer if no more exist; in order. An empty
+          line has one, empty.
         """
         generator = self._generator(GenerationConfig(**options))
         pairs = _with_prefixes(lines, prefixes)
@@ -179,8 +181,8 @@ class Translator:
             parts = self._parts(window, first_line, warn)
             found: list[list[list[Hypothesis]]] = [[] for _ in window]
             results = self._search(generator, parts, batch_tokens, few_shapes, seed)
-            for part, hypotheses in zip(parts, results, strict=True):
-                found[part.line].append(hypotheses)
+            for part, result in zip(parts, results, strict=True):
+                found[part.line].append(self._hypotheses(result, n_best))
             yield from map(_join, found)
             first_line += len(window)
 
@@ -419,25 +421,25 @@ class Translator:
         batch_tokens: int | None,
         few_shapes: bool,
         seed: int,
-    ) -> list[list[Hypothesis]]:
-        """The hypotheses of each part."""
+    ) -> list[BeamResult]:
+        """What is found for each part."""
         sources = [[*part.ids, EOS_ID] for part in parts]
         prefixes = [part.prefix for part in parts]
         keys = None
         if generator.options.sampling and parts:
             keys = _sentence_keys(seed, np.array([part.key for part in parts], np.int32))
-        results = generator.sentences(
+        return generator.sentences(
             sources,
             batch_tokens=batch_tokens,
             few_shapes=few_shapes,
             prefixes=prefixes if any(prefixes) else None,
             keys=keys,
         )
-        return [self._hypotheses(result) for result in results]
 
-    def _hypotheses(self, result: BeamResult) -> list[Hypothesis]:
+    def _hypotheses(self, result: BeamResult, n_best: int | None = None) -> list[Hypothesis]:
         hypotheses = []
-        for ids, score, log_prob, length in zip(*result, strict=True):
+        best = (leaf[:n_best] for leaf in result)
+        for ids, score, log_prob, length in zip(*best, strict=True):
             if np.isfinite(log_prob):
                 tokens = [int(token) for token in ids[:length] if token != EOS_ID]
                 text = self.target_tokenizer.decode(tokens)

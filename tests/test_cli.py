@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 
 DEFAULTS = dataclasses.asdict(GenerationConfig()) | {
     "prefixes": None,
+    "n_best": 1,
     "seed": 0,
 }
 
@@ -46,7 +47,7 @@ class Uppercase:
             yield [
                 Hypothesis(best, -1.0, -2.0, best.split(), [7] * len(best.split()), True),
                 Hypothesis(best.lower(), -1.5, -3.0, best.split(), [], True),
-            ][: options["beam_size"]]
+            ][: options["n_best"]]
 
     def align_hypotheses(self, lines, hypotheses, **_):
         def alignment(text):

@@ -229,8 +229,10 @@ def test_options_reach_the_search(translator, monkeypatch):
 
 
 def test_n_best(translator):
-    for hypotheses in translator.generate(SENTENCES[:3], beam_size=3, batch_tokens=128):
-        assert len(hypotheses) == 3
+    options = {"beam_size": 3, "batch_tokens": 128}
+    best = translator.generate(SENTENCES[:3], n_best=2, **options)
+    for hypotheses in translator.generate(SENTENCES[:3], **options):
+        assert len(hypotheses) == 3 and next(best) == hypotheses[:2]
         scores = [hypothesis.score for hypothesis in hypotheses]
         assert scores == sorted(scores, reverse=True)
         assert len({tuple(hypothesis.tokens) for hypothesis in hypotheses}) == 3

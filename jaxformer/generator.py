@@ -162,7 +162,9 @@ class Generator:
             lengths, limit = list(map(len, sources)), fewest_positions(self.configs)
             for chosen, length in groups(lengths, few_shapes=few_shapes, limit=limit):
                 most = self._longest(length)
-                begun += start(chosen, length, most if few_shapes else min(most, length * 3 // 2))
+                begun += start(
+                    chosen, length, most if few_shapes else min(most, self._usual(length))
+                )
             for length, same in groupby(begun, key=lambda part: part[0]):
                 if too_long := [index for _, part in same for index in part.result()]:
                     again += start(too_long, length, self._longest(length))
@@ -174,6 +176,15 @@ class Generator:
 
     def _longest(self, source_length: int) -> int:
         return longest(self.configs, self.options, source_length)
+
+    def _usual(self, source_length: int) -> int:
+        """Steps that few sentences need more of."""
+        options = self.options
+        searched = options.beam_size > 1 and not options.sampling
+        if searched and options.length_penalty_form == "power" and not options.early_stopping:
+            # What is divided by its length can be overtaken for long after it has ended.
+            return source_length * 2
+        return source_length * 3 // 2
 
 
 def _deal(chosen: Sequence[int], devices: int, per_device: int) -> np.ndarray:

@@ -108,6 +108,17 @@ def test_every_sentence_is_as_in_one_large_batch(shapes, options, num_devices, w
     assert shapes.count((rows, 16, 24)) >= 70 / (2 * rows * num_devices)
 
 
+@pytest.mark.parametrize(
+    ("changes", "room"),
+    [({}, 24), ({"length_penalty_form": "power"}, 32), ({"sampling": True}, 24)],
+)
+def test_searches_that_last_longer_have_more_room(shapes, changes, room):
+    options = GenerationConfig(beam_size=2, max_length_ratio=2.0, **changes)
+    keys = jax.random.split(jax.random.key(5), 2) if options.sampling else None
+    make_generator(options).sentences(SOURCES[:2], keys=keys)
+    assert shapes[0] == (16, 16, room)
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_neither_order_nor_company_changes_a_bit(seed):
     """A sentence that begins beside others at their tenth token is one that begins with them."""

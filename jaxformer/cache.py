@@ -7,7 +7,7 @@ import dataclasses
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 
 @flax.struct.dataclass
@@ -144,33 +144,29 @@ class DecoderCache:
         ancestors = jnp.take_along_axis(self.ancestors, beams[:, :, None], axis=1)
         return dataclasses.replace(self, ancestors=ancestors)
 
-    def put(self, row: Int[Array, ""], begun: DecoderCache, place: Int[Array, ""]) -> DecoderCache:
-        """Let sentence `row` be sentence `place` of `begun`, of which nothing is written yet.
+    def put(self, rows: Int[Array, C], begun: DecoderCache) -> DecoderCache:
+        """Let sentences of which nothing is written yet take the place of others.
 
-        What the sentence before it has written stays: no mask shows it until it is written anew.
+        What these have written stays: no mask shows it until it is written anew.
+
+        Args:
+          rows: where each of the C sentences goes; past the end, it is left out.
+          begun: their cache, with room for any number of positions, or none.
         """
 
-        def put_layer(layer, new):
+        def put(old, new):
+            return old.at[rows].set(new, mode="drop")
+
+        def put_layer(old, new):
             return dataclasses.replace(
-                layer,
-                cross_key=put_row(layer.cross_key, row, new.cross_key, place),
-                cross_value=put_row(layer.cross_value, row, new.cross_value, place),
+                old,
+                cross_key=put(old.cross_key, new.cross_key),
+                cross_value=put(old.cross_value, new.cross_value),
             )
 
         return dataclasses.replace(
             self,
             layers=tuple(map(put_layer, self.layers, begun.layers)),
-            cross_mask=put_row(self.cross_mask, row, begun.cross_mask, place),
-            index=put_row(self.index, row, begun.index, place),
+            cross_mask=put(self.cross_mask, begun.cross_mask),
+            index=put(self.index, begun.index),
         )
-
-
-def put_row(
-    array: Shaped[Array, "B ..."],
-    row: Int[Array, ""],
-    source: Shaped[Array, "C ..."],
-    place: Int[Array, ""],
-) -> Shaped[Array, "B ..."]:
-    """Return `array` with source[place] as array[row]; in a compiled loop, without a copy."""
-    part = jax.lax.dynamic_index_in_dim(source, place)
-    return jax.lax.dynamic_update_slice_in_dim(array, part, row, axis=0)

@@ -14,7 +14,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from jaxformer.batching import bucket, groups, num_rows, pad
-from jaxformer.cache import put_row
 from jaxformer.config import TransformerConfig
 from jaxformer.generation import (
     GenerationConfig,
@@ -31,7 +30,7 @@ from jaxformer.search import BeamResult, Search
 #: idle: half of them for the length of a sentence, 1/32 of the work.
 _SENTENCES_PER_ROW = 16
 
-#: Sentences that are encoded together.
+#: Sentences that a CPU encodes together; other devices encode as many as there are rows.
 _ENCODED = 8
 
 # What is known of sentences: source_ids, prefix and keys, as `generate` takes them.
@@ -44,6 +43,7 @@ class _Shape(NamedTuple):
     rows: int  # R, of a device
     length: int  # S
     room: int  # for so many tokens of a translation
+    encoded: int  # sentences together, a divisor of their number
 
 
 class Generator:
@@ -149,11 +149,11 @@ class Generator:
 
         def start(chosen: list[int], length: int, room: int) -> list[tuple[int, Future]]:
             devices = len(self._devices)
-            shape = _Shape(
-                num_rows(len(chosen), batch_tokens, length, devices) // devices, length, room
-            )
-            parts = -(-len(chosen) // (devices * shape.rows * _SENTENCES_PER_ROW))
-            if len(chosen) > 2 * self._at_once * shape.rows:
+            rows = num_rows(len(chosen), batch_tokens, length, devices) // devices
+            encoded = min(rows, _ENCODED) if self._on_cpu else rows
+            shape = _Shape(rows, length, room, encoded)
+            parts = -(-len(chosen) // (devices * rows * _SENTENCES_PER_ROW))
+            if len(chosen) > 2 * self._at_once * rows:
                 parts = -(-parts // self._at_once) * self._at_once  # as much for each thread
             return [(length, threads.submit(search, shape, chosen[i::parts])) for i in range(parts)]
 
@@ -201,10 +201,10 @@ class _Turn(NamedTuple):
     """Where the search of P sentences in R rows stands."""
 
     search: Search  # of the R rows
-    owners: Int[Array, "R"]  # the sentence in each row; P, one past the last, is none
+    owners: Int[Array, "R"]  # the sentence in each row; P is none
     next: Int[Array, ""]  # the first sentence that has not begun
     encoded: Search  # it and some that follow
-    results: Any  # hypotheses and steps of P sentences, and of none
+    results: Any  # hypotheses and steps of the P sentences
     turns: Int[Array, ""]  # steps so far
 
 
@@ -241,9 +241,9 @@ def _search_on_device(
     sources: _Sources,
     count: Int[Array, "1"],
 ) -> tuple[BeamResult, Int[Array, "P"], Int[Array, "1"]]:
-    rows, _, room = shape
+    rows, room = shape.rows, shape.room
     method, step_fn = method_of(options), step_fn_of(configs, params, options)
-    (count,), num_sentences, block = count, len(sources[0]), min(_ENCODED, rows)
+    (count,), num_sentences, block = count, len(sources[0]), shape.encoded
 
     def encode(first: Any, number: int, past_room: int) -> Search:
         def part(leaf):
@@ -252,33 +252,42 @@ def _search_on_device(
         given = jax.tree.map(part, sources)
         return begin(configs, params, options, room, *given, past_room=past_room)
 
-    def free(turn: _Turn) -> Array:
-        """Rows whose sentence is done and not yet put away, or that one waits for."""
-        return turn.search.done & ((turn.owners < num_sentences) | (turn.next < count))
+    def put_away(turn: _Turn) -> Any:
+        done = turn.search.hypotheses, turn.search.steps
+        places = jnp.where(turn.search.done, turn.owners, num_sentences)
+        return jax.tree.map(
+            lambda whole, row: whole.at[places].set(row, mode="drop"), turn.results, done
+        )
+
+    def changes(turn: _Turn) -> Array:
+        """Whether a sentence is done and not yet put away, or one could begin."""
+        done, waiting = turn.search.done, turn.next < count
+        return jnp.any(done & ((turn.owners < num_sentences) | waiting))
 
     def change(turn: _Turn) -> _Turn:
-        """Put the sentence of the first free row away, and let the next one begin there."""
-        row = jnp.argmax(free(turn)).astype(jnp.int32)
-        found = turn.search.hypotheses, turn.search.steps
-        owner = turn.owners[row]
-        results = jax.tree.map(
-            lambda whole, part: put_row(whole, owner, part, row), turn.results, found
-        )
-        waiting = turn.next < count
-        place = turn.next % block
+        """Put away what is done, and let those begin that are encoded, as many as find a row."""
+        done, first = turn.search.done, turn.next % block
         encoded = jax.lax.cond(
-            waiting & (place == 0),
+            (turn.next < count) & (first == 0),
             lambda turn: encode(turn.next, block, 0),
             lambda turn: turn.encoded,
             turn,
         )
-        search = _put(turn.search, row, encoded, place)
-        search = search._replace(done=search.done.at[row].set(search.done[row] | ~waiting))
-        owners = turn.owners.at[row].set(jnp.where(waiting, turn.next, num_sentences))
-        return _Turn(search, owners, turn.next + waiting, encoded, results, turn.turns)
+        nth = jnp.arange(block, dtype=jnp.int32) - first  # 0 is `next`; those before it have begun
+        begin_now = (nth >= 0) & (nth < jnp.sum(done)) & (turn.next + nth < count)
+        places = jnp.where(begin_now, jnp.argsort(~done)[nth], rows)
+        owners = jnp.where(done, num_sentences, turn.owners)
+        return _Turn(
+            search=_put(turn.search, places, encoded),
+            owners=owners.at[places].set(turn.next + nth, mode="drop"),
+            next=turn.next + jnp.sum(begin_now, dtype=jnp.int32),
+            encoded=encoded,
+            results=put_away(turn),
+            turns=turn.turns,
+        )
 
     def advance(turn: _Turn) -> _Turn:
-        turn = jax.lax.while_loop(lambda turn: jnp.any(free(turn)), change, turn)
+        turn = jax.lax.while_loop(changes, change, turn)
         search = method.advance(step_fn, turn.search)
         search = search._replace(done=search.done | (search.steps >= room))
         return turn._replace(search=search, turns=turn.turns + 1)
@@ -306,30 +315,26 @@ def _search_on_device(
         next=jnp.int32(0),
         encoded=nothing(block, 0),
         results=jax.tree.map(
-            lambda leaf: jnp.zeros((num_sentences + 1, *leaf.shape[1:]), leaf.dtype),
+            lambda leaf: jnp.zeros((num_sentences, *leaf.shape[1:]), leaf.dtype),
             (search.hypotheses, search.steps),
         ),
         turns=jnp.int32(0),
     )
     turn = jax.lax.while_loop(goes_on, advance, turn)
-    hypotheses, steps = jax.tree.map(
-        lambda whole, last: whole.at[turn.owners].set(last)[:num_sentences],
-        turn.results,
-        (turn.search.hypotheses, turn.search.steps),
-    )
+    hypotheses, steps = put_away(turn)
     return method.result(search._replace(hypotheses=hypotheses)), steps, turn.turns[None]
 
 
-def _put(search: Search, row: Array, begun: Search, place: Array) -> Search:
-    """Let sentence `row` be sentence `place` of a search that has just begun."""
+def _put(search: Search, rows: Int[Array, "C"], begun: Search) -> Search:
+    """Let the sentences of a search that has just begun take the places of others."""
 
     def without_caches(search: Search) -> Search:
         return search._replace(state=search.state._replace(caches=()))
 
     pairs = zip(search.state.caches, begun.state.caches, strict=True)
-    caches = tuple(cache.put(row, new, place) for cache, new in pairs)
+    caches = tuple(cache.put(rows, new) for cache, new in pairs)
     search = jax.tree.map(
-        lambda old, new: put_row(old, row, new, place),
+        lambda old, new: old.at[rows].set(new, mode="drop"),
         without_caches(search),
         without_caches(begun),
     )

@@ -76,22 +76,13 @@ def run(
     method: Method,
     step_fn: StepFn,
     search: Search,
-    *,
-    until: int | Int[Array, ""] = 0,
-    room: int | None = None,
 ) -> Search:
-    """Advance until at most `until` sentences are under way; one of `room` tokens is cut off."""
-
-    def goes_on(search: Search) -> Bool[Array, ""]:
-        return jnp.sum(~search.done, dtype=jnp.int32) > until
-
-    def advance(search: Search) -> Search:
-        search = method.advance(step_fn, search)
-        if room is None:
-            return search
-        return search._replace(done=search.done | (search.steps >= room))
-
-    return jax.lax.while_loop(goes_on, advance, search)
+    """Advance until every sentence is done."""
+    return jax.lax.while_loop(
+        lambda search: jnp.any(~search.done),
+        lambda search: method.advance(step_fn, search),
+        search,
+    )
 
 
 def next_logits(step_fn: StepFn, search: Search, num_hypotheses: int) -> tuple[Array, State]:

@@ -76,7 +76,7 @@ def shapes(monkeypatch):
     shapes, search = [], module._search
 
     def spy(*args):
-        shapes.append(tuple(args[2]))
+        shapes.append(tuple(args[2])[:3])
         return search(*args)
 
     monkeypatch.setattr(module, "_search", spy)
@@ -151,6 +151,14 @@ def test_two_searches_at_once_are_one(monkeypatch):
     monkeypatch.setattr(generator, "_at_once", 1)
     for ours, alone in zip(at_once, generator.sentences(SOURCES, batch_tokens=256), strict=True):
         assert_bit_equal(ours, alone)
+
+
+def test_other_devices_encode_as_many_as_there_are_rows():
+    generator = make_generator()
+    expected = generator.sentences(SOURCES, batch_tokens=256)
+    generator._on_cpu = False
+    for one, other in zip(generator.sentences(SOURCES, batch_tokens=256), expected, strict=True):
+        assert_same(one, other)
 
 
 def test_a_second_time_compiles_nothing():

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice, repeat, tee, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, get_args
 
 from jaxformer.compilation import keep_compiled_programs
 from jaxformer.config import Precision
@@ -44,6 +44,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
+
+
+def command() -> NoReturn:
+    """Be the `jaxformer` command: `main`, and an end at once after Ctrl-C.
+
+    A search that is under way goes on in its thread, and Python would wait for it.
+    """
+    status = main()
+    if status == 128 + signal.SIGINT:
+        os._exit(status)  # whole lines are out: `write_line` flushes each
+    sys.exit(status)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -171,7 +171,8 @@ class Generator:
             for _, part in again:
                 part.result()
         finally:
-            threads.shutdown(cancel_futures=True)  # after an error or Ctrl-C nothing more begins
+            # After an error or Ctrl-C nothing more begins, and nobody waits for what has begun.
+            threads.shutdown(wait=False, cancel_futures=True)
         return results
 
     def _longest(self, source_length: int) -> int:

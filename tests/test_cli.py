@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+import jaxformer.cli as module
 from jaxformer.cli import main
 from jaxformer.generation import GenerationConfig
 from jaxformer.terminal import Progress
@@ -296,6 +297,18 @@ def test_interrupting_is_no_error_of_the_program(translator, run_with, monkeypat
     status, _, error = run_with(b"one\n")
     assert status == 130
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(("status", "waits"), [(0, True), (1, True), (130, False)])
+def test_ctrl_c_waits_for_no_search(monkeypatch, status, waits):
+    def exit_now(status):
+        raise InterruptedError(status)
+
+    monkeypatch.setattr(module, "main", lambda: status)
+    monkeypatch.setattr(os, "_exit", exit_now)
+    with pytest.raises(SystemExit if waits else InterruptedError) as ended:
+        module.command()
+    assert ended.value.args == (status,)
 
 
 def test_ctrl_c_leaves_whole_lines(translator, monkeypatch, capfd):

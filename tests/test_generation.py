@@ -14,21 +14,12 @@ from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, generate, prepare
 from jaxformer.scoring import attention_alignment, token_log_probs
 from jaxformer.transformer import Transformer
-from random_run import CONFIG as RANDOM
-from random_run import random_params
+from random_run import SEPARATE as CONFIG
+from random_run import params_of, random_params
 
-# Compiles faster, and says more than what it has just said.
-CONFIG = RANDOM.replace(embeddings="separate")
 B, S, K = 5, 7, 3
 OPTIONS = GenerationConfig(beam_size=K, max_length_extra=4)
 T = S + 4
-
-
-@functools.cache
-def params_of(config=CONFIG):
-    params = random_params(config)
-    params["output_embedding"]["embedding"][EOS_ID] /= 2  # no more likely than others
-    return jax.tree.map(jnp.asarray, params)
 
 
 def sources(batch=B, length=S, seed=0):

@@ -173,7 +173,7 @@ def _add_model(command: argparse.ArgumentParser, batch_tokens: str) -> None:
 
 def _translate(options: argparse.Namespace) -> None:
     """Checks all that can be checked before the model is loaded."""
-    _batch_tokens(options)
+    at_once = _batch_tokens(options)
     names = [field.name for field in dataclasses.fields(GenerationConfig)]
     search = {name: getattr(options, name) for name in names}
     try:
@@ -193,7 +193,6 @@ def _translate(options: argparse.Namespace) -> None:
         translator = _load(options)
         source, lines = tee(_lines(sys.stdin.buffer, "standard input"))
         progress = Progress(sys.stderr, quiet=options.quiet)
-        at_once = _batch_tokens(options)
         found = translator.generate(
             lines, prefixes=prefixes, n_best=n_best or 1, seed=options.seed, **at_once, **search
         )
@@ -221,7 +220,7 @@ def _links(alignment: "Alignment | None") -> str:
 
 
 def _score(options: argparse.Namespace) -> None:
-    _batch_tokens(options)
+    at_once = _batch_tokens(options)
     counts = []
     for name in (options.source, options.target):
         if Path(name).is_file():  # a pipe can be read but once
@@ -244,9 +243,7 @@ def _score(options: argparse.Namespace) -> None:
                     f"{ended} ends before the other file: give as many lines, each the "
                     "translation of the other's"
                 )
-            scores = translator.score(
-                sources, targets, first_line=number + 1, **_batch_tokens(options)
-            )
+            scores = translator.score(sources, targets, first_line=number + 1, **at_once)
             number += len(window)
             for score in scores:
                 each = zip(score.tokens, score.token_log_probs, strict=True)

@@ -15,13 +15,13 @@ class LayerCache:
     """Keys and values of one decoder layer, heads first, as attention multiplies them.
 
     Attributes:
-      self_key, self_value: [B, N, K, T, H], a slot of T positions for each beam.
+      self_key, self_value: [B, N, P, H], P slots, each for what a beam wrote at some position.
       cross_key, cross_value: projections of the encoder output, the keys with the positions last,
         or a CPU would transpose them at every step.
     """
 
-    self_key: Float[Array, "B N K T H"]
-    self_value: Float[Array, "B N K T Hv"]
+    self_key: Float[Array, "B N P H"]
+    self_value: Float[Array, "B N P Hv"]
     cross_key: Float[Array, "B N H S"]
     cross_value: Float[Array, "B N S Hv"]
 
@@ -31,14 +31,13 @@ class LayerCache:
         cross_key: Float[Array, "B S N H"],
         cross_value: Float[Array, "B S N Hv"],
         *,
-        beam_size: int,
-        max_length: int,
+        num_slots: int,
     ) -> LayerCache:
         """Return a cache with nothing written but the projections of the encoder output."""
 
         def empty(cross):
             batch, _, heads, width = cross.shape
-            return jnp.zeros((batch, heads, beam_size, max_length, width), cross.dtype)
+            return jnp.zeros((batch, heads, num_slots, width), cross.dtype)
 
         return cls(
             self_key=empty(cross_key),
@@ -48,16 +47,15 @@ class LayerCache:
         )
 
     def write(
-        self, key: Float[Array, "B K N H"], value: Float[Array, "B K N Hv"], index: Int[Array, B]
+        self,
+        key: Float[Array, "B K N H"],
+        value: Float[Array, "B K N Hv"],
+        slots: Int[Array, "B K"],
     ) -> LayerCache:
-        """Write the keys and values of each sentence's position `index`, each beam's into its slot.
-
-        Past the end nothing is written: callers size the cache by the longest sequence they decode.
-        """
+        """Write the keys and values of each beam into its slot; nothing where there is no such."""
 
         def update(past, new):
-            new = jnp.swapaxes(new, 1, 2)
-            return past.at[jnp.arange(index.shape[0]), :, :, index].set(new, mode="drop")
+            return past.at[jnp.arange(slots.shape[0])[:, None], :, slots].set(new, mode="drop")
 
         # The barrier keeps XLA from fusing the update into what reads it and then, as both the
         # old and the new array are wanted, copying the cache at every step.
@@ -66,16 +64,9 @@ class LayerCache:
         )
         return dataclasses.replace(self, self_key=self_key, self_value=self_value)
 
-    def self_key_value(
-        self,
-    ) -> tuple[Float[Array, "B KT N H"], Float[Array, "B KT N Hv"]]:
-        """All slots of a sentence in one row of K · T positions."""
-
-        def one_row(past):
-            batch, heads, _, _, width = past.shape
-            return jnp.swapaxes(past.reshape(batch, heads, -1, width), 1, 2)
-
-        return one_row(self.self_key), one_row(self.self_value)
+    def self_key_value(self) -> tuple[Float[Array, "B P N H"], Float[Array, "B P N Hv"]]:
+        """All slots, whosever they are."""
+        return jnp.swapaxes(self.self_key, 1, 2), jnp.swapaxes(self.self_value, 1, 2)
 
     def cross_key_value(self) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N Hv"]]:
         """What `init` was given."""
@@ -88,70 +79,74 @@ class DecoderCache:
 
     The cross-attention part is computed once per sentence and shared by its beams, which attend
     to it as K query positions of one row. So is the self-attention part: what a beam has written
-    stays in its slot. Reordering moves only the table that says in which slot each position of a
-    beam's past was written, and the attention mask is made from that table:
+    stays in its slot as long as some beam goes on from it, and then the slot is free again.
+    Reordering moves only the table that says which slots make up the past of each beam, and this
+    is the attention mask:
 
-        two steps are written: beam 0 is "a b", beam 1 is "c d"   ancestors [[0 0], [1 1]]
-        both go on from beam 1                                    ancestors [[1 1], [1 1]]
-        e and f are written: beam 0 is "c d e", beam 1 "c d f"    ancestors [[1 1 0], [1 1 1]]
+        two steps are written: beam 0 is "a b", beam 1 is "c d"     slots a c b d    1010  0101
+        both go on from beam 1                                                       0101  0101
+        e and f are written: beam 0 is "c d e", beam 1 is "c d f"   slots e c f d    1101  0111
+
+    K beams of T positions never need more than K · T slots. Most of what they have written is soon
+    the past of none or of all of them, so that T and a few more are nearly always enough.
 
     Attributes:
       layers: one LayerCache a layer, rather than arrays [L, …], for a compiled loop writes an
         array of its own in place and need not slice it out of another.
       cross_mask: [B, 1, 1, S], True at real source tokens.
-      ancestors: int32 [B, K, T], the slot of each position of each beam.
+      past: [B, K, P], True at the slots of each beam's past.
       index: int32 [B], number of positions written so far: sentences may have begun one after the
         other.
     """
 
     layers: tuple[LayerCache, ...]
     cross_mask: Bool[Array, "B 1 1 S"]
-    ancestors: Int[Array, "B K T"]
+    past: Bool[Array, "B K P"]
     index: Int[Array, B]
 
     @classmethod
     def init(
-        cls, layers: tuple[LayerCache, ...], cross_mask: Bool[Array, "B 1 1 S"]
+        cls, layers: tuple[LayerCache, ...], cross_mask: Bool[Array, "B 1 1 S"], *, beam_size: int
     ) -> DecoderCache:
         """Return a cache of layers in which nothing is written yet."""
-        batch, _, beams, length, _ = layers[0].self_key.shape
-        ancestors = jnp.zeros((batch, beams, length), jnp.int32)
-        return cls(layers, cross_mask, ancestors, jnp.zeros(batch, jnp.int32))
+        batch, _, num_slots, _ = layers[0].self_key.shape
+        past = jnp.zeros((batch, beam_size, num_slots), bool)
+        return cls(layers, cross_mask, past, jnp.zeros(batch, jnp.int32))
 
     @property
-    def max_length(self) -> int:
-        """T, the positions that there is room for."""
-        return self.ancestors.shape[2]
+    def is_full(self) -> Bool[Array, B]:
+        """Whether another position of all beams finds no slots."""
+        _, beam_size, num_slots = self.past.shape
+        return jnp.sum(jnp.any(self.past, axis=1), axis=1) > num_slots - beam_size
 
-    def begin_position(self) -> DecoderCache:
-        """Note that every beam writes position `index` into its own slot."""
-        batch, beams, _ = self.ancestors.shape
-        own = jnp.broadcast_to(jnp.arange(beams, dtype=jnp.int32), (batch, beams))
-        ancestors = self.ancestors.at[jnp.arange(batch), :, self.index].set(own, mode="drop")
-        return dataclasses.replace(self, ancestors=ancestors)
+    def begin_position(self) -> tuple[DecoderCache, Int[Array, "B K"]]:
+        """Give each beam a free slot for position `index`, the lower beam the lower.
 
-    def past(self) -> Bool[Array, "B 1 K KT"]:
-        """Mask of the slots' positions that make up each beam's past, `index` included."""
-        batch, beams, length = self.ancestors.shape
-        slots = jnp.arange(beams, dtype=jnp.int32)[None, None, :, None]
-        positions = jnp.arange(length, dtype=jnp.int32)[None, None, None]
-        written = positions <= self.index[:, None, None, None]
-        mask = (self.ancestors[:, :, None] == slots) & written
-        return mask.reshape(batch, 1, beams, beams * length)
+        Returns:
+          The cache with those slots in the beams' past, and the slots; P for a beam that finds
+          none.
+        """
+        _, beam_size, num_slots = self.past.shape
+        free = ~jnp.any(self.past, axis=1)
+        nth = jnp.cumsum(free, axis=1) - 1  # of the free ones
+        beams = jnp.arange(beam_size)[None, :, None]
+        own = (nth[:, None] == beams) & free[:, None]
+        slots = jnp.where(jnp.any(own, axis=2), jnp.argmax(own, axis=2), num_slots)
+        return dataclasses.replace(self, past=self.past | own), slots
 
     def reorder(self, beams: Int[Array, "B K"]) -> DecoderCache:
         """Let beam k of sentence b go on from what was beam beams[b, k]."""
-        ancestors = jnp.take_along_axis(self.ancestors, beams[:, :, None], axis=1)
-        return dataclasses.replace(self, ancestors=ancestors)
+        past = jnp.take_along_axis(self.past, beams[:, :, None], axis=1)
+        return dataclasses.replace(self, past=past)
 
     def put(self, rows: Int[Array, C], begun: DecoderCache) -> DecoderCache:
         """Let sentences of which nothing is written yet take the place of others.
 
-        What these have written stays: no mask shows it until it is written anew.
+        What these have written stays, but all slots are free.
 
         Args:
           rows: where each of the C sentences goes; past the end, it is left out.
-          begun: their cache, with room for any number of positions, or none.
+          begun: their cache, with any number of slots, or none.
         """
 
         def put(old, new):
@@ -168,5 +163,6 @@ class DecoderCache:
             self,
             layers=tuple(map(put_layer, self.layers, begun.layers)),
             cross_mask=put(self.cross_mask, begun.cross_mask),
+            past=put(self.past, False),
             index=put(self.index, begun.index),
         )

@@ -245,21 +245,19 @@ def begin(
     prefix: Int[Array, "B P"] | None,
     keys: Array | None,
     *,
-    past_room: int | None = None,
+    num_slots: int | None = None,
 ) -> Search:
     """A search with the sentences encoded and no token yet, and with room for so many.
 
-    Caches have room for `past_room`, if that is given: none where the sentences are not to go on
-    here, but in the rows of another search.
+    Caches have `num_slots`, if that is given: none where the sentences are not to go on here, but
+    in the rows of another search.
     """
-    past_room = room if past_room is None else past_room
+    sizes = {"beam_size": options.beam_size, "max_length": room, "num_slots": num_slots}
     caches = []
     for config, variables in zip(configs, params, strict=True):
         model = Transformer(config).bind({"params": variables})
         encoded = model.encode(source_ids)
-        caches.append(
-            model.init_cache(encoded, source_ids, beam_size=options.beam_size, max_length=past_room)
-        )
+        caches.append(model.init_cache(encoded, source_ids, **sizes))
     lengths = jnp.sum(source_ids != PAD_ID, axis=1, dtype=jnp.int32)
 
     def limit(ratio: float, extra: int) -> Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from jaxformer.batching import bucket, groups, num_rows, pad
 from jaxformer.config import TransformerConfig
@@ -33,6 +33,10 @@ _SENTENCES_PER_ROW = 16
 #: Sentences that a CPU encodes together; other devices encode as many as there are rows.
 _ENCODED = 8
 
+#: Slots of the cache for each beam, besides one for each token. Beams soon go on from one past: of
+#: 1000 sentences a few need more.
+_SLOTS_PER_BEAM = 8
+
 # What is known of sentences: source_ids, prefix and keys, as `generate` takes them.
 _Sources = tuple[Array, Array | None, Array | None]
 
@@ -43,6 +47,7 @@ class _Shape(NamedTuple):
     rows: int  # R, of a device
     length: int  # S
     room: int  # for so many tokens of a translation
+    slots: int  # of a row, for what its beams have written
     encoded: int  # sentences together, a divisor of their number
 
 
@@ -51,8 +56,8 @@ class Generator:
 
     A program has a few rows and many sentences. As soon as a sentence is done, the next that waits
     begins in its row, at its own first token, so that hardly a row is idle. Caches have room for
-    translations of the usual length; the few sentences that need more begin once more where there
-    is room.
+    translations of the usual length, whose beams soon go on from one past; the few sentences that
+    need more begin once more where there is room for all that can be.
 
     Args:
       configs, params: as for `generate`.
@@ -102,8 +107,8 @@ class Generator:
             where more rows cost as much more time, and 4096 for each other device.
           prefixes: first target tokens of each sentence.
           keys: [number of sentences] keys of the noise.
-          few_shapes: as for `groups`, and caches have room for the longest translation: fewer
-            programs to compile.
+          few_shapes: as for `groups`, and caches have room for all that can be: fewer programs to
+            compile.
 
         Returns:
           For each sentence numpy arrays [K, T], or [K]. T depends on its length.
@@ -129,29 +134,29 @@ class Generator:
                 None if noise is None else noise[np.maximum(order, 0)],
             )
             counts = np.sum(order.reshape(len(self._devices), -1) >= 0, axis=1, dtype=np.int32)
-            found, steps, turns = jax.device_get(
+            (found, steps, cut), turns = jax.device_get(
                 _search(self.configs, self.options, shape, self._mesh, self._params, given, counts)
             )
-            too_long, needed = [], 0
+            more, needed = [], 0
             for place in np.flatnonzero(order >= 0):
                 index = int(order[place])
-                if steps[place] >= shape.room < self._longest(len(sources[index])):
-                    too_long.append(index)
+                if cut[place]:
+                    more.append(index)
                 else:
                     results[index] = jax.tree.map(lambda leaf, place=place: leaf[place], found)
                     needed += int(steps[place])
             with self._counting:
                 self.computed_steps += shape.rows * int(turns.sum())
                 self.needed_steps += needed
-            return too_long
+            return more
 
         threads = ThreadPoolExecutor(self._at_once)
 
-        def start(chosen: list[int], length: int, room: int) -> list[tuple[int, Future]]:
+        def start(chosen: list[int], length: int, *room: int) -> list[tuple[int, Future]]:
             devices = len(self._devices)
             rows = num_rows(len(chosen), batch_tokens, length, devices) // devices
             encoded = min(rows, _ENCODED) if self._on_cpu else rows
-            shape = _Shape(rows, length, room, encoded)
+            shape = _Shape(rows, length, *room, encoded)
             parts = -(-len(chosen) // (devices * rows * _SENTENCES_PER_ROW))
             if len(chosen) > 2 * self._at_once * rows:
                 parts = -(-parts // self._at_once) * self._at_once  # as much for each thread
@@ -161,13 +166,11 @@ class Generator:
             begun, again = [], []
             lengths, limit = list(map(len, sources)), fewest_positions(self.configs)
             for chosen, length in groups(lengths, few_shapes=few_shapes, limit=limit):
-                most = self._longest(length)
-                begun += start(
-                    chosen, length, most if few_shapes else min(most, self._usual(length))
-                )
+                room = self._all_room(length) if few_shapes else self._usual_room(length)
+                begun += start(chosen, length, *room)
             for length, same in groupby(begun, key=lambda part: part[0]):
-                if too_long := [index for _, part in same for index in part.result()]:
-                    again += start(too_long, length, self._longest(length))
+                if more := [index for _, part in same for index in part.result()]:
+                    again += start(more, length, *self._all_room(length))
             for _, part in again:
                 part.result()
         finally:
@@ -175,17 +178,22 @@ class Generator:
             threads.shutdown(wait=False, cancel_futures=True)
         return results
 
-    def _longest(self, source_length: int) -> int:
-        return longest(self.configs, self.options, source_length)
+    def _all_room(self, source_length: int) -> tuple[int, int]:
+        """Steps and slots that no sentence needs more of."""
+        room = longest(self.configs, self.options, source_length)
+        return room, self.options.beam_size * room
 
-    def _usual(self, source_length: int) -> int:
-        """Steps that few sentences need more of."""
+    def _usual_room(self, source_length: int) -> tuple[int, int]:
+        """Steps and slots that few sentences need more of."""
         options = self.options
+        (room, _), usual = self._all_room(source_length), source_length * 3 // 2
         searched = options.beam_size > 1 and not options.sampling
         if searched and options.length_penalty_form == "power" and not options.early_stopping:
             # What is divided by its length can be overtaken for long after it has ended.
-            return source_length * 2
-        return source_length * 3 // 2
+            usual = source_length * 2
+        room = min(room, usual)
+        slots = options.beam_size * room  # samples share no past
+        return room, min(slots, room + _SLOTS_PER_BEAM * options.beam_size) if searched else slots
 
 
 def _deal(chosen: Sequence[int], devices: int, per_device: int) -> np.ndarray:
@@ -205,7 +213,8 @@ class _Turn(NamedTuple):
     owners: Int[Array, "R"]  # the sentence in each row; P is none
     next: Int[Array, ""]  # the first sentence that has not begun
     encoded: Search  # it and some that follow
-    results: Any  # hypotheses and steps of the P sentences
+    cut: Bool[Array, "R"]  # whether a sentence that is done would need more room
+    results: Any  # hypotheses, steps and `cut` of the P sentences
     turns: Int[Array, ""]  # steps so far
 
 
@@ -218,10 +227,10 @@ def _search(
     params: tuple[Any, ...],
     sources: _Sources,
     counts: Int[Array, "D"],
-) -> tuple[BeamResult, Int[Array, "DP"], Int[Array, "D"]]:
+) -> tuple[tuple[BeamResult, Int[Array, "DP"], Bool[Array, "DP"]], Int[Array, "D"]]:
     """Search for P sentences on each of D devices, of which the first `counts` are real.
 
-    Returns their results and steps, and the steps that each device has taken.
+    Returns their results, steps and whether they need more room, and the steps of each device.
     """
     data = PartitionSpec("data")
     search = jax.shard_map(
@@ -241,20 +250,20 @@ def _search_on_device(
     params: tuple[Any, ...],
     sources: _Sources,
     count: Int[Array, "1"],
-) -> tuple[BeamResult, Int[Array, "P"], Int[Array, "1"]]:
+) -> tuple[tuple[BeamResult, Int[Array, "P"], Bool[Array, "P"]], Int[Array, "1"]]:
     rows, room = shape.rows, shape.room
     method, step_fn = method_of(options), step_fn_of(configs, params, options)
     (count,), num_sentences, block = count, len(sources[0]), shape.encoded
 
-    def encode(first: Any, number: int, past_room: int) -> Search:
+    def encode(first: Any, number: int, num_slots: int) -> Search:
         def part(leaf):
             return jax.lax.dynamic_slice_in_dim(leaf, first, number)
 
         given = jax.tree.map(part, sources)
-        return begin(configs, params, options, room, *given, past_room=past_room)
+        return begin(configs, params, options, room, *given, num_slots=num_slots)
 
     def put_away(turn: _Turn) -> Any:
-        done = turn.search.hypotheses, turn.search.steps
+        done = turn.search.hypotheses, turn.search.steps, turn.cut
         places = jnp.where(turn.search.done, turn.owners, num_sentences)
         return jax.tree.map(
             lambda whole, row: whole.at[places].set(row, mode="drop"), turn.results, done
@@ -283,6 +292,7 @@ def _search_on_device(
             owners=owners.at[places].set(turn.next + nth, mode="drop"),
             next=turn.next + jnp.sum(begin_now, dtype=jnp.int32),
             encoded=encoded,
+            cut=turn.cut,
             results=put_away(turn),
             turns=turn.turns,
         )
@@ -290,40 +300,44 @@ def _search_on_device(
     def advance(turn: _Turn) -> _Turn:
         turn = jax.lax.while_loop(changes, change, turn)
         search = method.advance(step_fn, turn.search)
-        search = search._replace(done=search.done | (search.steps >= room))
-        return turn._replace(search=search, turns=turn.turns + 1)
+        full = (search.steps >= room) | search.state.caches[0].is_full
+        cut = full & ~search.done
+        search = search._replace(done=search.done | cut)
+        return turn._replace(search=search, cut=cut, turns=turn.turns + 1)
 
     def goes_on(turn: _Turn) -> Array:
         return jnp.any(~turn.search.done) | (turn.next < count)
 
-    def nothing(number: int, past_room: int) -> Search:
+    def nothing(number: int, num_slots: int) -> Search:
         """A search of no sentences: zeros."""
         structure = None
 
         def leaves() -> list[Array]:
             nonlocal structure
-            found, structure = jax.tree.flatten(encode(0, number, past_room))
+            found, structure = jax.tree.flatten(encode(0, number, num_slots))
             return found
 
         like = jax.eval_shape(leaves)
         zeros = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in like]
         return jax.tree.unflatten(structure, zeros)
 
-    search = nothing(rows, room)._replace(done=jnp.ones(rows, bool))
+    search = nothing(rows, shape.slots)._replace(done=jnp.ones(rows, bool))
+    none = jnp.zeros(rows, bool)
     turn = _Turn(
         search=search,
         owners=jnp.full(rows, num_sentences, jnp.int32),
         next=jnp.int32(0),
         encoded=nothing(block, 0),
+        cut=none,
         results=jax.tree.map(
             lambda leaf: jnp.zeros((num_sentences, *leaf.shape[1:]), leaf.dtype),
-            (search.hypotheses, search.steps),
+            (search.hypotheses, search.steps, none),
         ),
         turns=jnp.int32(0),
     )
     turn = jax.lax.while_loop(goes_on, advance, turn)
-    hypotheses, steps = put_away(turn)
-    return method.result(search._replace(hypotheses=hypotheses)), steps, turn.turns[None]
+    hypotheses, *rest = put_away(turn)
+    return (method.result(search._replace(hypotheses=hypotheses)), *rest), turn.turns[None]
 
 
 def _put(search: Search, rows: Int[Array, "C"], begun: Search) -> Search:

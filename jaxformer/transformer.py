@@ -127,17 +127,17 @@ class DecoderLayer(nn.Module):
         self,
         x: Float[Array, "B K D"],
         cache: LayerCache,
-        index: Int[Array, "B"],
-        self_mask: Bool[Array, "B 1 K KT"],
+        slots: Int[Array, "B K"],
+        self_mask: Bool[Array, "B 1 K P"],
         cross_mask: Bool[Array, "B 1 1 S"],
     ) -> tuple[Float[Array, "B K D"], LayerCache]:
-        """Position `index` of each sentence, K beams; returns its output and the cache, written.
+        """One position of each sentence, K beams; returns its output and the cache, written.
 
         To both attentions the beams are K query positions of one row: they share the sentence,
         and among all that the beams have written the mask shows each its own past.
         """
         y = self.self_attention_residual.enter(x)
-        cache = cache.write(*self.self_attention.project_key_value(y), index)
+        cache = cache.write(*self.self_attention.project_key_value(y), slots)
         y = self.self_attention.attend(y, *cache.self_key_value(), self_mask)
         x = self.self_attention_residual.leave(x, y)
         x = self._cross_attend_and_feed(x, *cache.cross_key_value(), cross_mask, deterministic=True)
@@ -237,18 +237,18 @@ class Decoder(nn.Module):
         cross_mask: Bool[Array, "B 1 1 S"],
         *,
         beam_size: int,
-        max_length: int,
+        num_slots: int,
     ) -> DecoderCache:
         """Project the encoder output to every layer's cross-attention keys and values, once."""
 
         def layer_cache(layer: DecoderLayer) -> LayerCache:
             key, value = layer.cross_attention.project_key_value(encoded)
-            return LayerCache.init(key, value, beam_size=beam_size, max_length=max_length)
+            return LayerCache.init(key, value, num_slots=num_slots)
 
         layers: Any = tuple(
             layer.apply(params, method=layer_cache) for layer, params in self._each_layer()
         )
-        return DecoderCache.init(tuple(layers), cross_mask)
+        return DecoderCache.init(layers, cross_mask, beam_size=beam_size)
 
     def decode_step(
         self, x: Float[Array, "B K D"], cache: DecoderCache
@@ -257,14 +257,14 @@ class Decoder(nn.Module):
 
         Sows, if asked, "cross_attention": the weights [B, N, K, S] of each layer.
         """
-        cache = cache.begin_position()
-        self_mask, layers = cache.past(), []
+        cache, slots = cache.begin_position()
+        self_mask, layers = cache.past[:, None], []
         for (layer, params), past in zip(self._each_layer(), cache.layers, strict=True):
             (x, past), sown = layer.apply(
                 params,
                 x,
                 past,
-                cache.index,
+                slots,
                 self_mask,
                 cache.cross_mask,
                 method="decode_step",
@@ -488,13 +488,22 @@ class Transformer(nn.Module):
         *,
         beam_size: int,
         max_length: int,
+        num_slots: int | None = None,
     ) -> DecoderCache:
         """Cache for decoding `max_length` positions of `beam_size` beams a sentence.
 
-        Take no more steps than that: one more would overwrite the last position without a word.
+        Take no more steps than that: what one more writes is lost without a word.
+
+        Args:
+          encoded, source_ids: what `encode` returned and was given.
+          beam_size, max_length: K and T.
+          num_slots: P, if not all K · T are to have room. Look at `DecoderCache.is_full` before
+            each step then.
         """
+        if num_slots is None:
+            num_slots = beam_size * max_length
         return self.decoder.init_cache(
-            encoded, padding_mask(source_ids), beam_size=beam_size, max_length=max_length
+            encoded, padding_mask(source_ids), beam_size=beam_size, num_slots=num_slots
         )
 
     def decode_step(

@@ -62,11 +62,11 @@ LONG = {"max_length_ratio": 2.0, "max_length_extra": 1, "min_length_ratio": 1.6}
 
 @pytest.fixture
 def shapes(monkeypatch):
-    """Rows a device, length and room of every search, with twice as many sentences as rows."""
+    """Rows a device, length, room and slots of searches, with two sentences for each row."""
     shapes, search = [], module._search
 
     def spy(*args):
-        shapes.append(tuple(args[2])[:3])
+        shapes.append(tuple(args[2])[:4])
         return search(*args)
 
     monkeypatch.setattr(module, "_search", spy)
@@ -95,15 +95,30 @@ def test_every_sentence_is_as_in_one_large_batch(shapes, options, num_devices, w
         assert_same(one, jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), expected))
     rows = tokens // 16 // num_devices
     assert {shape[2] for shape in shapes} == {24, 33}, "none needed more room"
-    assert shapes.count((rows, 16, 24)) >= 70 / (2 * rows * num_devices)
+    assert sum(shape[:3] == (rows, 16, 24) for shape in shapes) >= 70 / (2 * rows * num_devices)
 
 
 @pytest.mark.parametrize(
-    ("changes", "room"),
-    [({}, 24), ({"length_penalty_form": "power"}, 32), ({"sampling": True}, 24)],
+    ("changes", "room", "slots"),
+    [
+        ({}, 24, 24 + 16),
+        ({"length_penalty_form": "power"}, 32, 32 + 16),
+        ({"sampling": True}, 24, 2 * 24),
+        ({"max_length_extra": 0, "max_length_ratio": 0.5}, 8, 2 * 8),
+    ],
 )
-def test_searches_that_last_longer_have_more_room(changes, room):
-    assert make_generator(GenerationConfig(beam_size=2, **changes))._usual(16) == room
+def test_searches_that_last_longer_have_more_room(changes, room, slots):
+    generator = make_generator(GenerationConfig(beam_size=2, **changes))
+    assert generator._usual_room(16) == (room, slots)
+
+
+def test_beams_that_share_too_little_of_their_past_begin_once_more(shapes, monkeypatch):
+    monkeypatch.setattr(module, "_SLOTS_PER_BEAM", 2)
+    found = make_generator().sentences(SOURCES, batch_tokens=256)
+    expected = results_of_one_batch(OPTIONS)
+    for row, one in enumerate(found):
+        assert_same(one, jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), expected))
+    assert {shape[2:] for shape in shapes} == {(20, 26), (20, 60)}, "all had enough slots"
 
 
 @pytest.mark.parametrize("seed", range(2))

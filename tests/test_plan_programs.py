@@ -284,7 +284,7 @@ def test_flops_of_a_token_are_those_that_xla_counts():
     step = jax.jit(lambda params, tokens: model.apply(params, tokens, cache, method="decode_step"))
     tokens = jnp.ones((sentences, beams), jnp.int32)
     counted = step.lower(params, tokens).compile().cost_analysis()["flops"]
-    flops = decode_step_flops(config, sentences, beams, source, room)
+    flops = decode_step_flops(config, sentences, beams, source, beams * room)
     assert flops == pytest.approx(counted, rel=0.05)
     assert flops < counted
 

@@ -716,7 +716,7 @@ def test_nothing_is_tiled_by_beam():
     heads, width = MODERN.num_heads, MODERN.query_key_dim
     for self_key, cross_key in jax.eval_shape(arrays, shapes_of(MODERN), encoded):
         assert cross_key.shape == (len(ids), heads, width, ids.shape[1])
-        assert self_key.shape == (len(ids), heads, K, T, width)
+        assert self_key.shape == (len(ids), heads, K * T, width)
 
 
 def test_tabulate():

@@ -41,18 +41,18 @@ def train_flops(config: TransformerConfig, batch: int, source: int, target: int)
 
 
 def decode_step_flops(
-    config: TransformerConfig, sentences: int, beams: int, source: int, room: int
+    config: TransformerConfig, sentences: int, beams: int, source: int, slots: int
 ) -> int:
     """Of one token of every beam, with logits, as `jaxformer.cache` keeps the past.
 
     Args:
       sentences, beams, source: B, K and S; keys and values of the source are there already.
-      room: T, positions of a beam's slot; each beam is compared with the slots of all.
+      slots: P, of a sentence; each of its beams is compared with all of them.
     """
     query_and_output, feed_forward = _weights(config)
     tokens = sentences * beams
     layer = tokens * (3 * query_and_output + feed_forward)
-    layer += _scores(config, tokens, beams * room) + _scores(config, tokens, source)
+    layer += _scores(config, tokens, slots) + _scores(config, tokens, source)
     return 2 * (config.decoder_layers * layer + tokens * config.d_model * config.vocab_size)
 
 

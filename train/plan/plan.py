@@ -193,7 +193,7 @@ def _decode_record(config: TrainConfig, machine: Machine) -> dict[str, Any]:
         "source_length": SOURCE_LENGTH,
         "max_length": room,
         "step_flops": decode_step_flops(
-            config.model, SENTENCES, options.beam_size, SOURCE_LENGTH, room
+            config.model, SENTENCES, options.beam_size, SOURCE_LENGTH, options.beam_size * room
         ),
         "memory_available": machine.memory,
     }

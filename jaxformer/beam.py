@@ -122,8 +122,20 @@ class BeamSearch:
 
     def advance(self, step_fn: StepFn, search: Search) -> Search:
         """One token more for every live beam."""
-        old_live, old_finished = search.hypotheses
-        logits, state = next_logits(step_fn, search, self.beam_size)
+        return self._advance(step_fn, search, self.beam_size)
+
+    def first(self, step_fn: StepFn, search: Search) -> Search:
+        """`advance` right after `start`, with a state of one beam: of equal ones, one is enough.
+
+        `reorder` makes K beams of its state. There must be 2K tokens to choose from.
+        """
+        return self._advance(step_fn, search, 1)
+
+    def _advance(self, step_fn: StepFn, search: Search, num_live: int) -> Search:
+        all_live, old_finished = search.hypotheses
+        old_live = jax.tree.map(lambda leaf: leaf[:, :num_live], all_live)
+        tokens = search.tokens[:, :num_live]
+        logits, state = next_logits(step_fn, search._replace(tokens=tokens))
         normalizer = log_normalizer(logits)
         logits = apply_constraints(self, logits, search, old_live.sequences)
         # A second candidate would outlive an eos of the first and could still win by its length.
@@ -157,7 +169,7 @@ class BeamSearch:
         def unless_done(old: Array, new: Array) -> Array:
             return jnp.where(jnp.expand_dims(search.done, range(1, old.ndim)), old, new)
 
-        frozen = search.tokens, old_live, old_finished
+        frozen = search.tokens, all_live, old_finished
         tokens, live, finished = jax.tree.map(unless_done, frozen, (tokens, live, finished))
         limits = search.sentences.max_lengths
         if self.early_stopping:

@@ -140,21 +140,26 @@ class DecoderCache:
         return dataclasses.replace(self, past=past)
 
     def put(self, rows: Int[Array, C], begun: DecoderCache) -> DecoderCache:
-        """Let sentences of which nothing is written yet take the place of others.
+        """Let sentences that have just begun take the place of others.
 
-        What these have written stays, but all slots are free.
+        What these have written stays, but their slots are free.
 
         Args:
           rows: where each of the C sentences goes; past the end, it is left out.
-          begun: their cache, with any number of slots, or none.
+          begun: their cache, with no more slots than are needed so far.
         """
+        num_slots = begun.past.shape[2]
 
         def put(old, new):
             return old.at[rows].set(new, mode="drop")
 
+        def put_slots(old, new):
+            return old.at[rows, :, :num_slots].set(new, mode="drop")
+
         def put_layer(old, new):
-            return dataclasses.replace(
-                old,
+            return LayerCache(
+                self_key=put_slots(old.self_key, new.self_key),
+                self_value=put_slots(old.self_value, new.self_value),
                 cross_key=put(old.cross_key, new.cross_key),
                 cross_value=put(old.cross_value, new.cross_value),
             )
@@ -163,6 +168,6 @@ class DecoderCache:
             self,
             layers=tuple(map(put_layer, self.layers, begun.layers)),
             cross_mask=put(self.cross_mask, begun.cross_mask),
-            past=put(self.past, False),
+            past=put_slots(put(self.past, False), begun.past),
             index=put(self.index, begun.index),
         )

@@ -245,19 +245,27 @@ def begin(
     prefix: Int[Array, "B P"] | None,
     keys: Array | None,
     *,
+    num_beams: int | None = None,
     num_slots: int | None = None,
 ) -> Search:
     """A search with the sentences encoded and no token yet, and with room for so many.
 
-    Caches have `num_slots`, if that is given: none where the sentences are not to go on here, but
-    in the rows of another search.
+    Its state has K beams and caches of K · room slots, or as many as are given.
     """
-    sizes = {"beam_size": options.beam_size, "max_length": room, "num_slots": num_slots}
+    num_beams = num_beams or options.beam_size
     caches = []
     for config, variables in zip(configs, params, strict=True):
         model = Transformer(config).bind({"params": variables})
         encoded = model.encode(source_ids)
-        caches.append(model.init_cache(encoded, source_ids, **sizes))
+        caches.append(
+            model.init_cache(
+                encoded,
+                source_ids,
+                beam_size=num_beams,
+                max_length=room,
+                num_slots=num_slots,
+            )
+        )
     lengths = jnp.sum(source_ids != PAD_ID, axis=1, dtype=jnp.int32)
 
     def limit(ratio: float, extra: int) -> Array:
@@ -272,6 +280,30 @@ def begin(
         prefix=prefix,
         keys=keys,
     )
-    shape = source_ids.shape[0], options.beam_size, source_ids.shape[1]
+    shape = source_ids.shape[0], num_beams, source_ids.shape[1]
     coverage = jnp.zeros(shape) if options.coverage_penalty and not options.sampling else None
     return method_of(options).start(sentences, room, State(tuple(caches), coverage))
+
+
+def begin_elsewhere(
+    configs: tuple[TransformerConfig, ...],
+    params: tuple[Any, ...],
+    options: GenerationConfig,
+    *given: Any,
+) -> Search:
+    """`begin` for sentences that go on in the rows of another search, which has the slots.
+
+    Beam search has taken its first step: while all beams are equal it takes one of them, and the
+    K-th part of the time.
+    """
+    method = method_of(options)
+    if isinstance(method, BeamSearch) and first_step_is_taken(configs, options):
+        search = begin(configs, params, options, *given, num_beams=1, num_slots=1)
+        return method.first(step_fn_of(configs, params, options), search)
+    return begin(configs, params, options, *given, num_slots=0)
+
+
+def first_step_is_taken(configs: Sequence[TransformerConfig], options: GenerationConfig) -> bool:
+    """Whether `begin_elsewhere` takes it."""
+    beams = 1 if options.sampling else options.beam_size
+    return 1 < beams <= configs[0].vocab_size // 2

@@ -1,7 +1,7 @@
 """`generate` for any number of sentences, without the work for those that are done."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
@@ -18,7 +18,9 @@ from jaxformer.config import TransformerConfig
 from jaxformer.generation import (
     GenerationConfig,
     begin,
+    begin_elsewhere,
     fewest_positions,
+    first_step_is_taken,
     longest,
     method_of,
     prepare,
@@ -57,7 +59,8 @@ class Generator:
     A program has a few rows and many sentences. As soon as a sentence is done, the next that waits
     begins in its row, at its own first token, so that hardly a row is idle. Caches have room for
     translations of the usual length, whose beams soon go on from one past; the few sentences that
-    need more begin once more where there is room for all that can be.
+    need more begin once more where there is room for all that can be. Where they are not few, as
+    with a model that has learned little, later calls give all room at once.
 
     Args:
       configs, params: as for `generate`.
@@ -81,6 +84,7 @@ class Generator:
         self.configs = configs
         self.options = options
         self.computed_steps = self.needed_steps = 0
+        self._in_usual_room = self._begun_again = 0  # sentences
         self._counting = threading.Lock()
         self._on_cpu = self._devices[0].platform == "cpu"
         # One program leaves cores idle: its operations come one after the other, and many are too
@@ -120,6 +124,7 @@ class Generator:
         if keys is not None and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
             keys = jax.random.key_data(keys)
         noise = None if keys is None else np.asarray(keys)
+        taken = int(first_step_is_taken(self.configs, self.options))  # before they have a row
 
         def search(shape: _Shape, chosen: Sequence[int]) -> list[int]:
             """Those that need more room are returned."""
@@ -144,7 +149,7 @@ class Generator:
                     more.append(index)
                 else:
                     results[index] = jax.tree.map(lambda leaf, place=place: leaf[place], found)
-                    needed += int(steps[place])
+                    needed += int(steps[place]) - taken
             with self._counting:
                 self.computed_steps += shape.rows * int(turns.sum())
                 self.needed_steps += needed
@@ -152,11 +157,12 @@ class Generator:
 
         threads = ThreadPoolExecutor(self._at_once)
 
-        def start(chosen: list[int], length: int, *room: int) -> list[tuple[int, Future]]:
+        def start(chosen: list[int], length: int, all_room: bool) -> list[tuple[int, Future]]:
             devices = len(self._devices)
             rows = num_rows(len(chosen), batch_tokens, length, devices) // devices
             encoded = min(rows, _ENCODED) if self._on_cpu else rows
-            shape = _Shape(rows, length, *room, encoded)
+            room, slots = self._all_room(length) if all_room else self._usual_room(length)
+            shape = _Shape(rows, length, room, slots, encoded)
             parts = -(-len(chosen) // (devices * rows * _SENTENCES_PER_ROW))
             if len(chosen) > 2 * self._at_once * rows:
                 parts = -(-parts // self._at_once) * self._at_once  # as much for each thread
@@ -165,12 +171,15 @@ class Generator:
         try:
             begun, again = [], []
             lengths, limit = list(map(len, sources)), fewest_positions(self.configs)
+            all_room = few_shapes or self._begun_again > max(16, self._in_usual_room // 4)
+            if not all_room:
+                self._in_usual_room += len(sources)
             for chosen, length in groups(lengths, few_shapes=few_shapes, limit=limit):
-                room = self._all_room(length) if few_shapes else self._usual_room(length)
-                begun += start(chosen, length, *room)
+                begun += start(chosen, length, all_room)
             for length, same in groupby(begun, key=lambda part: part[0]):
                 if more := [index for _, part in same for index in part.result()]:
-                    again += start(more, length, *self._all_room(length))
+                    self._begun_again += len(more)
+                    again += start(more, length, all_room=True)
             for _, part in again:
                 part.result()
         finally:
@@ -255,12 +264,15 @@ def _search_on_device(
     method, step_fn = method_of(options), step_fn_of(configs, params, options)
     (count,), num_sentences, block = count, len(sources[0]), shape.encoded
 
-    def encode(first: Any, number: int, num_slots: int) -> Search:
+    def encode(first: Any) -> Search:
         def part(leaf):
-            return jax.lax.dynamic_slice_in_dim(leaf, first, number)
+            return jax.lax.dynamic_slice_in_dim(leaf, first, block)
 
-        given = jax.tree.map(part, sources)
-        return begin(configs, params, options, room, *given, num_slots=num_slots)
+        return begin_elsewhere(configs, params, options, room, *jax.tree.map(part, sources))
+
+    def begin_rows() -> Search:
+        some = jax.tree.map(lambda leaf: leaf[:rows], sources)
+        return begin(configs, params, options, room, *some, num_slots=shape.slots)
 
     def put_away(turn: _Turn) -> Any:
         done = turn.search.hypotheses, turn.search.steps, turn.cut
@@ -279,7 +291,7 @@ def _search_on_device(
         done, first = turn.search.done, turn.next % block
         encoded = jax.lax.cond(
             (turn.next < count) & (first == 0),
-            lambda turn: encode(turn.next, block, 0),
+            lambda turn: encode(turn.next),
             lambda turn: turn.encoded,
             turn,
         )
@@ -292,7 +304,7 @@ def _search_on_device(
             owners=owners.at[places].set(turn.next + nth, mode="drop"),
             next=turn.next + jnp.sum(begin_now, dtype=jnp.int32),
             encoded=encoded,
-            cut=turn.cut,
+            cut=turn.cut.at[places].set(False, mode="drop"),
             results=put_away(turn),
             turns=turn.turns,
         )
@@ -308,26 +320,26 @@ def _search_on_device(
     def goes_on(turn: _Turn) -> Array:
         return jnp.any(~turn.search.done) | (turn.next < count)
 
-    def nothing(number: int, num_slots: int) -> Search:
-        """A search of no sentences: zeros."""
+    def zeros_like(begun: Callable[[], Search]) -> Search:
+        """A search of no sentences."""
         structure = None
 
         def leaves() -> list[Array]:
             nonlocal structure
-            found, structure = jax.tree.flatten(encode(0, number, num_slots))
+            found, structure = jax.tree.flatten(begun())
             return found
 
         like = jax.eval_shape(leaves)
         zeros = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in like]
         return jax.tree.unflatten(structure, zeros)
 
-    search = nothing(rows, shape.slots)._replace(done=jnp.ones(rows, bool))
+    search = zeros_like(begin_rows)._replace(done=jnp.ones(rows, bool))
     none = jnp.zeros(rows, bool)
     turn = _Turn(
         search=search,
         owners=jnp.full(rows, num_sentences, jnp.int32),
         next=jnp.int32(0),
-        encoded=nothing(block, 0),
+        encoded=zeros_like(lambda: encode(0)),
         cut=none,
         results=jax.tree.map(
             lambda leaf: jnp.zeros((num_sentences, *leaf.shape[1:]), leaf.dtype),

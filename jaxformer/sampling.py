@@ -80,7 +80,7 @@ class Sampling:
         """One token more for every sample that has no eos yet."""
         (sequences, log_probs, _, lengths), ended = search.hypotheses
         steps = search.steps + 1
-        logits, state = next_logits(step_fn, search, self.num_samples)
+        logits, state = next_logits(step_fn, search)
         normalizer = log_normalizer(logits)
         logits = apply_constraints(self, logits, search, sequences)
         tokens = jnp.where(ended, search.tokens, self._draw(logits, search))

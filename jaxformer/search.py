@@ -85,10 +85,10 @@ def run(
     )
 
 
-def next_logits(step_fn: StepFn, search: Search, num_hypotheses: int) -> tuple[Array, State]:
+def next_logits(step_fn: StepFn, search: Search) -> tuple[Array, State]:
     """Logits [B, K, V] of the next tokens, float32, and the new state."""
     logits, state = step_fn(search.tokens, search.state)
-    shape = (search.done.shape[0], num_hypotheses)
+    shape = search.tokens.shape
     fits = logits.ndim == 3 and logits.shape[:2] == shape
     require(fits, "the shape of the logits", logits.shape, f"make step_fn return {[*shape, 'V']}")
     return logits.astype(jnp.float32), state
@@ -162,8 +162,7 @@ def in_chunks(values: Float[Array, "B K V"]) -> Float[Array, "B K C c"]:
 
 def log_normalizer(logits: Float[Array, "B K V"]) -> Float[Array, "B K 1"]:
     """Log-sum-exp over the last axis, kept; 0 where all are -inf, whose log-probs stay -inf."""
-    # `best_extensions` wants the maxima of the chunks too: the logits are read once less.
-    largest = jnp.max(jnp.max(in_chunks(logits), axis=-1), axis=-1, keepdims=True)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
     largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
     total = jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True)) + largest
     return jnp.where(jnp.isfinite(total), total, 0.0)

@@ -121,6 +121,17 @@ def test_beams_that_share_too_little_of_their_past_begin_once_more(shapes, monke
     assert {shape[2:] for shape in shapes} == {(20, 26), (20, 60)}, "all had enough slots"
 
 
+def test_where_many_begin_once_more_all_room_is_given_at_once(shapes, monkeypatch):
+    monkeypatch.setattr(module, "_SLOTS_PER_BEAM", 1)
+    generator = make_generator()
+    first = generator.sentences(SOURCES, batch_tokens=256)
+    assert {shape[3] for shape in shapes} == {23, 60}
+    shapes.clear()
+    for ours, one in zip(generator.sentences(SOURCES, batch_tokens=256), first, strict=True):
+        assert_same(ours, one)
+    assert {shape[3] for shape in shapes} == {60}
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_neither_order_nor_company_changes_a_bit(seed):
     """A sentence that begins beside others at their tenth token is one that begins with them."""
@@ -135,6 +146,14 @@ def test_neither_order_nor_company_changes_a_bit(seed):
         some, generator.sentences([SOURCES[i] for i in some], batch_tokens=256), strict=True
     ):
         assert_bit_equal(one, found[index])
+
+
+def test_beams_too_many_for_the_first_step_alone():
+    """There are fewer than two tokens for each, as `BeamSearch.first` needs."""
+    options = GenerationConfig(beam_size=CONFIG.vocab_size // 2 + 1, max_length_extra=2)
+    expected = generate((CONFIG,), (params_of(),), np.array([[5, 6, EOS_ID]]), options)
+    (found,) = make_generator(options).sentences([[5, 6, EOS_ID]])
+    assert_same(found, jax.tree.map(lambda leaf: np.asarray(leaf[0]), expected))
 
 
 def test_two_searches_at_once_are_one(monkeypatch):

@@ -90,9 +90,17 @@ def test_a_full_cache_loses_what_is_new_and_keeps_what_is_old():
     np.testing.assert_array_equal(second.past, first.past)
 
 
-def test_a_sentence_that_takes_a_row_finds_all_slots_free():
-    cache = step(empty(K * T), np.ones((B, K), np.float32))
-    begun = jax.tree.map(lambda leaf: leaf[:1], empty(0))
-    cache = cache.put(jnp.array([1]), begun)
+def test_a_sentence_that_takes_a_row_has_what_it_has_written_and_no_other_slot():
+    cache = step(empty(K * T), jnp.ones((B, K), jnp.float32))
+    begun = step(empty(K), jnp.arange(5, 5 + B * K, dtype=jnp.float32).reshape(B, K))
+    cache = cache.put(jnp.array([1, B]), begun)  # the second is left out
+    assert cache.index.tolist() == [1, 1]
+    assert cache.past.sum(axis=(1, 2)).tolist() == [K, K]
+    assert pasts(cache) == [[{1.0}] * K, [{5.0}, {6.0}, {7.0}]]
+
+
+def test_a_sentence_of_which_nothing_is_written_takes_a_row():
+    cache = step(empty(K * T), jnp.ones((B, K), jnp.float32))
+    cache = cache.put(jnp.array([1]), jax.tree.map(lambda leaf: leaf[:1], empty(0)))
     assert cache.index.tolist() == [1, 0]
     assert cache.past.any(axis=(1, 2)).tolist() == [True, False]

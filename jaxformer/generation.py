@@ -14,6 +14,7 @@ from jaxformer.beam import BeamSearch, gnmt_length_penalty, power_length_penalty
 from jaxformer.cache import DecoderCache
 from jaxformer.config import PAD_ID, TransformerConfig
 from jaxformer.errors import UserError
+from jaxformer.linear import transpose_kernels
 from jaxformer.sampling import Sampling
 from jaxformer.scoring import speakable
 from jaxformer.search import BeamResult, Method, Search, Sentences, StepFn, run, take
@@ -136,11 +137,14 @@ def generate(
     return method_of(options).result(search)
 
 
-@partial(jax.jit, static_argnums=0)
-def prepare(configs: tuple[TransformerConfig, ...], params: tuple[Any, ...]) -> tuple[Any, ...]:
+@partial(jax.jit, static_argnums=(0, 2))
+def prepare(
+    configs: tuple[TransformerConfig, ...], params: tuple[Any, ...], for_cpu: bool = False
+) -> tuple[Any, ...]:
     """Parameters as decoding wants them.
 
-    Layers apart, matrices in the dtype of the computation, the softmax layer's transposed besides.
+    Layers apart, matrices in the dtype of the computation, the softmax layer's transposed besides;
+    `for_cpu` those of the decoder too, if it computes in float32.
     """
 
     def cast(path: tuple, leaf: Array, dtype: str) -> Array:
@@ -153,6 +157,11 @@ def prepare(configs: tuple[TransformerConfig, ...], params: tuple[Any, ...]) -> 
         name = "output_embedding" if config.embeddings == "separate" else "embedding"
         if not config.quantized:
             member[name] = {**member[name], "transposed": member[name]["embedding"].T}
+            if for_cpu and config.dtype == "float32":
+                member["decoder"] = {
+                    **member["decoder"],
+                    "layers": tuple(map(transpose_kernels, member["decoder"]["layers"])),
+                }
         return member
 
     return tuple(prepared(*both) for both in zip(configs, params, strict=True))

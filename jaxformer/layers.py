@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxformer.config import Activation, Norm, Positions
 from jaxformer.dropout import Dropout
 from jaxformer.errors import UserError
-from jaxformer.linear import Linear, int8_product
+from jaxformer.linear import Linear, int8_product, kernel_first, kernel_first_is_faster
 from jaxformer.positions import segment_positions, sinusoid
 from jaxformer.sharding import constrain
 
@@ -24,7 +24,7 @@ class Embedding(nn.Module):
 
     With `quantized` the table is int8 and has a scale [V], as `quantize` makes them. Beside a table
     of floats there may be a copy, "transposed" [D, V]: on CPU the logits of a few tokens take a
-    third of the time with it, so `generate` makes one.
+    third of the time with it, and those of more what `kernel_first` takes.
     """
 
     vocab_size: int
@@ -58,6 +58,10 @@ class Embedding(nn.Module):
             return int8_product(hidden, self.embedding.T, self.scale)
         equation, table = "...D,VD->...V", self.embedding
         if self.has_variable("params", "transposed"):
+            rows = hidden.reshape(-1, self.d_model)
+            if kernel_first_is_faster(rows):
+                logits = kernel_first(rows, table.astype(self.dtype))
+                return logits.reshape(*hidden.shape[:-1], self.vocab_size)
             equation, table = "...D,DV->...V", self.get_variable("params", "transposed")
         table = table.astype(self.dtype)
         return jnp.einsum(equation, hidden, table, preferred_element_type=jnp.float32)

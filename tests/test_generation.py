@@ -45,6 +45,20 @@ def test_the_softmax_layer_is_transposed_before_the_search():
     found = prepared["output_embedding"]
     np.testing.assert_array_equal(found["transposed"], found["embedding"].T)
     assert "transposed" not in prepared["embedding"]
+    assert "transposed" not in prepared["decoder"]["layers"][0]["feed_forward"]["hidden"]
+
+
+def test_for_a_cpu_so_is_the_decoder():
+    (prepared,) = prepare((CONFIG,), (params_of(),), for_cpu=True)
+    for layer in prepared["decoder"]["layers"]:
+        hidden = layer["feed_forward"]["hidden"]
+        np.testing.assert_array_equal(hidden["transposed"], hidden["kernel"].T)
+        output = layer["self_attention"]["output"]
+        whole = output["kernel"].reshape(-1, CONFIG.d_model)
+        np.testing.assert_array_equal(output["transposed"], whole.T)
+    half = CONFIG.replace(dtype="bfloat16")
+    (prepared,) = prepare((half,), (params_of(),), for_cpu=True)
+    assert "transposed" not in prepared["decoder"]["layers"][0]["feed_forward"]["hidden"]
 
 
 def uncached(source, members):

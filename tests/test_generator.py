@@ -224,3 +224,14 @@ def test_padding_stays_within_learned_positions(few_shapes):
     assert found.sequences.shape == (2, 9)
     alone = generate((config,), (params_of(config),), np.array([source]), options)
     np.testing.assert_array_equal(found.sequences, alone.sequences[0])
+
+
+def test_kernels_that_come_first_find_the_same():
+    """As wide a model as has them come first, and as few rows: 16 of 2 beams."""
+    config = CONFIG.replace(d_model=256, num_heads=2, decoder_layers=1)
+    options = GenerationConfig(beam_size=2, max_length_extra=4)
+    sources = random_sources([15] * 16)
+    found = make_generator(options, config).sentences(sources, batch_tokens=256)
+    expected = generate((config,), (params_of(config),), np.array(sources), options)
+    for row, result in enumerate(found):
+        assert_same(result, jax.tree.map(lambda leaf, row=row: leaf[row], expected))

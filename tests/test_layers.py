@@ -218,6 +218,14 @@ def test_logits_by_a_transposed_copy_of_the_table():
     np.testing.assert_allclose(logits, hidden @ table.T, rtol=1e-5, atol=1e-6)
 
 
+def test_logits_of_more_tokens_than_that():
+    table = np.random.default_rng(0).normal(size=(7, 256)).astype(np.float32)
+    hidden = jax.random.normal(jax.random.key(1), (8, 4, 256))
+    params = {"embedding": jnp.asarray(table), "transposed": jnp.full(table.T.shape, jnp.nan)}
+    logits = Embedding(7, 256).apply({"params": params}, hidden, method="logits")
+    np.testing.assert_allclose(logits, hidden @ table.T, rtol=1e-4, atol=1e-4)
+
+
 def test_an_id_past_the_vocabulary_is_no_number():
     module = Embedding(V, D)
     ids = jnp.array([[V - 1, V, 0, 10 * V]])

@@ -10,7 +10,15 @@ import pytest
 
 from jaxformer.config import TransformerConfig
 from jaxformer.errors import UserError
-from jaxformer.linear import Linear, affine, int8_product, quantize, quantize_matrix
+from jaxformer.linear import (
+    Linear,
+    affine,
+    int8_product,
+    kernel_first,
+    quantize,
+    quantize_matrix,
+    transpose_kernels,
+)
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from random_run import CONFIG, random_params
@@ -88,6 +96,41 @@ def test_bfloat16_has_gradients_of_gradients():
     expected = 8 * x @ product @ product
     found = jax.grad(squared_gradient)(x)
     np.testing.assert_allclose(found, expected, atol=0.05 * float(jnp.max(jnp.abs(expected))))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "features", "input_axes"),
+    [
+        ("query", (8, 4, 256), (4, 6), 1),
+        ("output", (8, 4, 4, 64), (8,), 2),
+        ("hidden", (8, 3, 256), (5,), 1),  # 24 rows do not fill a tile of 32
+        ("hidden", (16, 4, 256), (5,), 1),  # 64 rows are not few beside 256 inputs
+        ("hidden", (256,), (5,), 1),
+    ],
+)
+def test_a_transposed_copy_of_the_kernel_comes_first_for_few_rows(
+    name, shape, features, input_axes
+):
+    layer = Linear(features, input_axes=input_axes)
+    x = jax.random.normal(jax.random.key(0), shape)
+    params = layer.init(jax.random.key(1), x)["params"]
+    params["bias"] = jax.random.normal(jax.random.key(2), features)
+    expected = layer.apply({"params": params}, x)
+    both = transpose_kernels({name: params})[name]
+    assert both["transposed"].shape == (np.prod(features), 256)
+    comes_first = shape[:-input_axes] == (8, 4)
+    unused = "kernel" if comes_first else "transposed"
+    both[unused] = jnp.full_like(both[unused], jnp.nan)
+    found = layer.apply({"params": both}, x)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kernel_still_comes_first_when_it_is_compiled():
+    """The guard of its speed: XLA turns a transposed product around, unless it is kept from it."""
+    x, transposed = jnp.ones((32, 256)), jnp.ones((48, 256))
+    program = jax.jit(lambda x, w: kernel_first(x, w) + 1).lower(x, transposed).compile().as_text()
+    assert "f32[48,32]{1,0} dot(" in program and "f32[32,48]{1,0} dot(" not in program
 
 
 def test_whole_numbers_multiply_exactly():

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxformer.config import PAD_ID
 
-#: Rows a device below which smaller batches are no faster, but for a single one.
+#: Rows a device for all that are fewer, so that shapes are few; but 4 and 1 have their own.
 SMALLEST = 16
 
 
@@ -52,12 +52,13 @@ def groups(
 def num_rows(waiting: int, batch_tokens: int, length: int, devices: int = 1) -> int:
     """Rows for sentences of a length: as many as wait or as `batch_tokens` allow.
 
-    They are 1 or `SMALLEST` times a power of two for each device, fewer if these are too many.
+    They are 1, 4 or `SMALLEST` times a power of two for each device, fewer if these are too many.
     """
     full = batch_tokens // length // devices
     full = SMALLEST << (full // SMALLEST).bit_length() - 1 if full >= SMALLEST else max(1, full)
     waiting = -(-waiting // devices)
-    return devices * (1 if waiting == 1 else min(full, bucket(waiting)))
+    needed = next((rows for rows in (1, 4) if waiting <= rows), bucket(waiting))
+    return devices * min(full, needed)
 
 
 def batches(

@@ -98,7 +98,7 @@ def _add_translate(commands: Any) -> None:
     )
     _add_model(
         translate,
-        "source positions at once, over all devices; by default 512 a CPU, 4096 any other device",
+        "source positions at once, over all devices; by default 4096 a device, fewer on a CPU",
     )
     types = {"beam_size": int, "top_k": int, "top_p": float}
     search = translate.add_argument_group("search")

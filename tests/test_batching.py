@@ -52,7 +52,7 @@ def test_shapes_are_few():
         lengths = draw.integers(1, 65, size=number).tolist()
         shapes |= {(rows, length) for _, rows, length in batches(lengths, 4096)}
     assert {length for _, length in shapes} == {16, 32, 64}
-    assert {rows for rows, _ in shapes} <= {1, 16, 32, 64, 128, 256}
+    assert {rows for rows, _ in shapes} <= {1, 4, 16, 32, 64, 128, 256}
 
 
 @given(st.lists(st.integers(1, 2000), min_size=1, max_size=300))

@@ -88,7 +88,7 @@ def _add_decode(kinds: Any) -> None:
         "--batch-tokens",
         type=int,
         metavar="N",
-        help="source positions at once; by default 512 on CPU, 4096 elsewhere",
+        help="source positions at once; by default 4096, fewer on a CPU",
     )
     decode.add_argument("--dtypes", nargs="+", default=["float32"], help="float32, bfloat16, int8")
     decode.add_argument("--one-by-one", action="store_true", help="each sentence alone")

@@ -191,7 +191,7 @@ class Generator:
             return 4096
         if self.configs[0].d_model < 512:
             return 512
-        # Large matrices are read as fast as they are multiplied with what 16 sentences have.
+        # Products with large matrices want some 64 rows: what 16 sentences have of hypotheses.
         return min(16 * source_length, 4096)
 
     def _all_room(self, source_length: int) -> tuple[int, int]:

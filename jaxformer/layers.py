@@ -58,10 +58,8 @@ class Embedding(nn.Module):
             return int8_product(hidden, self.embedding.T, self.scale)
         equation, table = "...D,VD->...V", self.embedding
         if self.has_variable("params", "transposed"):
-            rows = hidden.reshape(-1, self.d_model)
-            if kernel_first_is_faster(rows):
-                logits = kernel_first(rows, table.astype(self.dtype))
-                return logits.reshape(*hidden.shape[:-1], self.vocab_size)
+            if kernel_first_is_faster(hidden):
+                return kernel_first(hidden, table.astype(self.dtype))
             equation, table = "...D,DV->...V", self.get_variable("params", "transposed")
         table = table.astype(self.dtype)
         return jnp.einsum(equation, hidden, table, preferred_element_type=jnp.float32)

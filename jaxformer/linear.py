@@ -52,11 +52,11 @@ class Linear(nn.Module):
         if self.quantized:
             return _add(int8_product(x, kernel, scale, self.input_axes).astype(self.dtype), bias)
         if self.has_variable("params", "transposed"):
-            transposed: Array = self.get_variable("params", "transposed")
-            rows = x.astype(self.dtype).reshape(-1, transposed.shape[1])
-            if kernel_first_is_faster(rows):
-                y = kernel_first(rows, transposed)
-                return _add(y.reshape(*x.shape[: x.ndim - self.input_axes], *outputs), bias)
+            leading = x.shape[: x.ndim - self.input_axes]
+            joined = x.astype(self.dtype).reshape(*leading, -1)
+            if kernel_first_is_faster(joined):
+                y = kernel_first(joined, self.get_variable("params", "transposed"))
+                return _add(y.reshape(*leading, *outputs), bias)
         function = bfloat16_affine if kernel.dtype == jnp.bfloat16 else affine
         return function(x.astype(self.dtype), kernel, bias, self.input_axes)
 
@@ -81,21 +81,25 @@ def affine(
     return _add(y.reshape(*shape, *y.shape[1:]), bias)
 
 
-def kernel_first_is_faster(x: Float[Array, "R I"]) -> bool:
+def kernel_first_is_faster(x: Float[Array, "... I"]) -> bool:
     """Whether `kernel_first` is, on a CPU: few rows in float32, which fill its tiles of 32."""
-    rows, inputs = x.shape
+    rows, inputs = prod(x.shape[:-1]), x.shape[-1]
     known = isinstance(rows, int)  # and not symbolic, as it may be in an export
     return known and x.dtype == jnp.float32 and rows % 32 == 0 and 8 * rows <= inputs
 
 
-def kernel_first(x: Float[Array, "R I"], transposed: Float[Array, "O I"]) -> Float[Array, "R O"]:
-    """Return x W as (Wᵀ xᵀ)ᵀ, the same sums in another order: x [R, in], Wᵀ [out, in].
+def kernel_first(
+    x: Float[Array, "... I"], transposed: Float[Array, "O I"]
+) -> Float[Array, "... O"]:
+    """Return x W as (Wᵀ xᵀ)ᵀ, the same sums in another order: x [..., in], Wᵀ [out, in].
 
     On a CPU XLA rearranges the second operand of a product every time it multiplies. With few rows
     W is by far the larger, and this up to a quarter faster.
     """
     # Without the barrier XLA makes it x W again.
-    return jax.lax.optimization_barrier(jnp.einsum("OI,RI->OR", transposed, x)).T
+    rows = x.reshape(-1, x.shape[-1])
+    y = jax.lax.optimization_barrier(jnp.einsum("OI,RI->OR", transposed, rows)).T
+    return y.reshape(*x.shape[:-1], -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -227,6 +227,17 @@ def test_padding_stays_within_learned_positions(few_shapes):
     np.testing.assert_array_equal(found.sequences, alone.sequences[0])
 
 
+def test_wide_models_translate_as_many_long_sentences_as_short_ones():
+    """On a CPU, where narrow ones have fewer rows the longer they are."""
+
+    def rows(d_model):
+        generator = make_generator(config=CONFIG.replace(d_model=d_model, num_heads=2))
+        return [generator._tokens_at_once(length) // length for length in (8, 32, 64)]
+
+    assert rows(256) == [64, 16, 8]
+    assert rows(512) == [16, 16, 16]
+
+
 def test_kernels_that_come_first_find_the_same():
     """As wide a model as has them come first, and as few rows: 16 of 2 beams."""
     config = CONFIG.replace(d_model=256, num_heads=2, decoder_layers=1)

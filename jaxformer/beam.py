@@ -68,17 +68,18 @@ class BeamSearch:
     others live on, so eos never narrows the beam. With `beam_size` 1 a step looks at the best one
     only, which makes it greedy search. Ties go to the lower beam, then to the lower token id.
 
-    A sentence is done at its length limit, or as soon as no live beam can enter its K finished
+    A sentence is done at its length limit, or as soon as no live beam can enter its N best finished
     ones: log-probabilities only fall, so the best score in reach of a beam is its log-probability
     now over the penalty at the sentence's limit. With `early_stopping` it is done when K hypotheses
-    have finished, and only an eos among the best K of a step finishes one, as in fairseq,
+    have finished, too, and only an eos among the best K of a step finishes one, as in fairseq,
     CTranslate2 and Hugging Face's `early_stopping=True`: fewer steps, no guarantee.
 
     Finished hypotheses rank before unfinished ones; live beams cut off at the limit, scored like
-    the rest, only fill up the K when too few finished.
+    the rest, only fill up the N when too few finished.
 
     Attributes:
       beam_size: K.
+      n_best: N, how many are returned, the same as of more, in fewer steps; None is all K.
       length_penalty: float32 lengths -> divisors, positive from length 1 on, that never fall.
       early_stopping: see above.
       no_repeat_ngram_size: n-grams of this many tokens occur once in a hypothesis; 0 is no limit.
@@ -89,6 +90,7 @@ class BeamSearch:
     """
 
     beam_size: int
+    n_best: int | None = None
     length_penalty: LengthPenalty = dataclasses.field(
         default_factory=lambda: gnmt_length_penalty(0.6)
     )
@@ -102,6 +104,8 @@ class BeamSearch:
 
     def __post_init__(self) -> None:
         require(self.beam_size >= 1, "beam_size", self.beam_size, "use 1 or more")
+        fits = self.n_best is None or 1 <= self.n_best <= self.beam_size
+        require(fits, "n_best", self.n_best, f"use 1 to {self.beam_size}, or None for all")
         require_ngram_size(self.no_repeat_ngram_size)
 
     def start(self, sentences: Sentences, max_length: int, state: State) -> Search:
@@ -172,13 +176,10 @@ class BeamSearch:
         frozen = search.tokens, all_live, old_finished
         tokens, live, finished = jax.tree.map(unless_done, frozen, (tokens, live, finished))
         limits = search.sentences.max_lengths
+        in_reach = self._normalize(live.log_probs[:, 0], limits)
+        enough = finished.scores[:, self._num_returned - 1] >= in_reach
         if self.early_stopping:
-            enough = finished.scores[:, -1] > -jnp.inf
-            # With one beam nothing is left to go on with after an eos.
-            enough |= live.log_probs[:, 0] == -jnp.inf
-        else:
-            in_reach = self._normalize(live.log_probs[:, 0], limits)
-            enough = finished.scores[:, -1] >= in_reach
+            enough |= finished.scores[:, -1] > -jnp.inf
         done = search.done | (steps >= limits) | enough
         steps = jnp.where(search.done, search.steps, steps)
         return Search(done, steps, tokens, (live, finished), search.sentences, state)
@@ -186,7 +187,7 @@ class BeamSearch:
     def result(self, search: Search) -> BeamResult:
         """The hypotheses, best first."""
         live, finished = search.hypotheses
-        slots = jnp.arange(self.beam_size, dtype=jnp.int32)[None, :]
+        slots = jnp.arange(self._num_returned, dtype=jnp.int32)[None, :]
         num_finished = jnp.sum(finished.scores > -jnp.inf, axis=1, dtype=jnp.int32)[:, None]
         order = jnp.where(slots < num_finished, slots, self.beam_size + slots - num_finished)
         ranked = _concat(finished, live)
@@ -196,6 +197,10 @@ class BeamSearch:
             sequences=jnp.where(exists[:, :, None], ranked.sequences, self.pad_id),
             lengths=jnp.where(exists, ranked.lengths, 0),
         )
+
+    @property
+    def _num_returned(self) -> int:
+        return self.n_best or self.beam_size
 
     def _normalize(self, log_probs: Array, lengths: Array) -> Array:
         return log_probs / self.length_penalty(lengths.astype(jnp.float32))

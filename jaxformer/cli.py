@@ -71,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
 
 # What `GenerationConfig` has a field for, in the words of the command line.
 _GENERATION_HELP = {
-    "beam_size": "beams; 1 is greedy search; with --sampling, translations drawn",
+    "beam_size": "beams; 1 is greedy search",
+    "n_best": "print this many translations a line, each as: number of the line, from 0 ||| text "
+    "||| score; with --sampling, draw so many",
     "length_penalty": "alpha; more favours longer sentences",
     "length_penalty_form": "gnmt is ((5 + length) / 6)^alpha, power is length^alpha",
     "coverage_penalty": "beta; more favours sentences that leave nothing of the source out",
@@ -100,7 +102,7 @@ def _add_translate(commands: Any) -> None:
         translate,
         "source positions at once, over all devices; by default 4096 a device, fewer on a CPU",
     )
-    types = {"beam_size": int, "top_k": int, "top_p": float}
+    types = {"n_best": int, "top_k": int, "top_p": float}
     search = translate.add_argument_group("search")
     for field in dataclasses.fields(GenerationConfig):
         flag, explanation = "--" + field.name.replace("_", "-"), _GENERATION_HELP[field.name]
@@ -118,12 +120,6 @@ def _add_translate(commands: Any) -> None:
         "--prefix", metavar="FILE", help="what each translation begins with, a line each"
     )
     output = translate.add_argument_group("output")
-    output.add_argument(
-        "--n-best",
-        type=int,
-        metavar="N",
-        help="print N translations a line, each as: number of the line, from 0 ||| text ||| score",
-    )
     output.add_argument(
         "--alignment",
         action="store_true",
@@ -181,11 +177,9 @@ def _translate(options: argparse.Namespace) -> None:
     except UserError as error:
         name, _, rest = str(error).partition(" ")
         raise UserError(f"--{name.replace('_', '-')} {rest}") from error
-    n_best = options.n_best
-    if n_best is not None and not 1 <= n_best <= options.beam_size:
-        raise UserError(
-            f"--n-best is {n_best}: give 1 to {options.beam_size}, as many as --beam-size"
-        )
+    numbered = options.n_best is not None
+    if not numbered:
+        search["n_best"] = 1
     with contextlib.ExitStack() as stack:
         prefixes = None
         if options.prefix is not None:
@@ -194,7 +188,7 @@ def _translate(options: argparse.Namespace) -> None:
         source, lines = tee(_lines(sys.stdin.buffer, "standard input"))
         progress = Progress(sys.stderr, quiet=options.quiet)
         found = translator.generate(
-            lines, prefixes=prefixes, n_best=n_best or 1, seed=options.seed, **at_once, **search
+            lines, prefixes=prefixes, seed=options.seed, **at_once, **search
         )
         number = 0
         while hypotheses := list(islice(found, _WINDOW)):
@@ -206,7 +200,7 @@ def _translate(options: argparse.Namespace) -> None:
             for line in hypotheses:
                 for hypothesis in line:
                     text = hypothesis.text + next(links)
-                    if n_best is not None:
+                    if numbered:
                         text = f"{number} ||| {text} ||| {hypothesis.score:.6f}"
                     write_line(text)
                 number += 1

@@ -28,8 +28,9 @@ class GenerationConfig:
     """How to search for a translation. Lengths count target tokens with eos; S source tokens with.
 
     Attributes:
-      beam_size: K, hypotheses kept at each step and returned; 1 is greedy search. With `sampling`,
-        how many are drawn.
+      beam_size: K, hypotheses kept at each step; 1 is greedy search.
+      n_best: N, hypotheses returned, by default all K. The search ends as soon as these are sure.
+        With `sampling`, how many are drawn, by default K.
       length_penalty: alpha; higher favours longer translations.
       length_penalty_form: "gnmt", ((5 + length) / 6)^alpha (§6.1), or "power", length^alpha.
       coverage_penalty: beta of Wu et al. (2016), eq. 14: how much a source token costs that the
@@ -48,6 +49,7 @@ class GenerationConfig:
     """
 
     beam_size: int = 4
+    n_best: int | None = None
     length_penalty: float = 0.6
     length_penalty_form: PenaltyForm = "gnmt"
     coverage_penalty: float = 0.0
@@ -65,6 +67,7 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         at_least = {
             "beam_size": 1,
+            "n_best": 1,
             "length_penalty": 0,
             "coverage_penalty": 0,
             "max_length_ratio": 0,
@@ -79,6 +82,10 @@ class GenerationConfig:
             value = getattr(self, name)
             if value is not None and not value >= minimum:
                 raise UserError(f"{name} is {value}: give at least {minimum}")
+        if not self.sampling and self.n_best is not None and self.n_best > self.beam_size:
+            raise UserError(
+                f"n_best is {self.n_best}: give 1 to {self.beam_size}, as many as there are beams"
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}: give more than 0, at most 1")
         if self.length_penalty_form not in get_args(PenaltyForm):
@@ -93,6 +100,11 @@ class GenerationConfig:
                     f"{field.name} is {getattr(self, field.name)}: it has no effect "
                     + ("with sampling" if self.sampling else "without sampling, set it too")
                 )
+
+    @property
+    def num_beams(self) -> int:
+        """How many hypotheses a step goes on with."""
+        return self.n_best or self.beam_size if self.sampling else self.beam_size
 
     def max_length(self, source_length: int) -> int:
         """T: the most tokens a hypothesis of a source of this many tokens can have."""
@@ -127,7 +139,7 @@ def generate(
       keys: [B] keys of the noise of each sentence, needed if `options.sampling`.
 
     Returns:
-      K = beam_size hypotheses a sentence. Neither pad nor bos is ever generated. A sentence's
+      N hypotheses a sentence. Neither pad nor bos is ever generated. A sentence's
       result does not depend, to the last bit, on the others in the batch nor on its row.
     """
     params = prepare(configs, params)
@@ -185,7 +197,7 @@ def method_of(options: GenerationConfig) -> Method:
     """The search that `options` ask for."""
     if options.sampling:
         return Sampling(
-            options.beam_size,
+            options.num_beams,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
@@ -205,6 +217,7 @@ def method_of(options: GenerationConfig) -> Method:
 
     return BeamSearch(
         options.beam_size,
+        n_best=options.n_best,
         length_penalty=form(float(options.length_penalty)),
         early_stopping=options.early_stopping,
         no_repeat_ngram_size=options.no_repeat_ngram_size,
@@ -259,9 +272,9 @@ def begin(
 ) -> Search:
     """A search with the sentences encoded and no token yet, and with room for so many.
 
-    Its state has K beams and caches of K · room slots, or as many as are given.
+    Its state has the K beams of `options` and caches of K · room slots, or as many as are given.
     """
-    num_beams = num_beams or options.beam_size
+    num_beams = num_beams or options.num_beams
     caches = []
     for config, variables in zip(configs, params, strict=True):
         model = Transformer(config).bind({"params": variables})

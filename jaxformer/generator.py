@@ -114,7 +114,7 @@ class Generator:
             compile.
 
         Returns:
-          For each sentence numpy arrays [K, T], or [K]. T depends on its length.
+          For each sentence numpy arrays [N, T], or [N]. T depends on its length.
         """
         results: list[Any] = [None] * len(sources)
         prefix_length = bucket(max(map(len, prefixes or [[]]), default=0))
@@ -197,7 +197,7 @@ class Generator:
     def _all_room(self, source_length: int) -> tuple[int, int]:
         """Steps and slots that no sentence needs more of."""
         room = longest(self.configs, self.options, source_length)
-        return room, self.options.beam_size * room
+        return room, self.options.num_beams * room
 
     def _usual_room(self, source_length: int) -> tuple[int, int]:
         """Steps and slots that few sentences need more of."""
@@ -208,7 +208,7 @@ class Generator:
             # What is divided by its length can be overtaken for long after it has ended.
             usual = source_length * 2
         room = min(room, usual)
-        slots = options.beam_size * room  # samples share no past
+        slots = options.num_beams * room  # samples share no past
         return room, min(slots, room + _SLOTS_PER_BEAM * options.beam_size) if searched else slots
 
 

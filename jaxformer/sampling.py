@@ -29,7 +29,7 @@ class Sampling:
 
     The logits are divided by the temperature, then only the `top_k` best are kept, then the
     smallest set of the best that holds `top_p` of what is left (Holtzman et al. 2020). The noise
-    of a token follows from the sentence's key and the step alone.
+    of a token follows from the sentence's key, the step and the number of the sample alone.
 
     Attributes:
       num_samples: K.
@@ -117,7 +117,8 @@ class Sampling:
         if search.sentences.keys is None:
             raise ValueError("sentences have no keys: give one for each to draw from it")
         keys = jax.vmap(jax.random.fold_in)(search.sentences.keys, search.steps)
-        choice = jax.vmap(jax.random.categorical)(keys, logits)
+        keys = jax.vmap(fold_in_rows, in_axes=(0, None))(keys, jnp.arange(self.num_samples))
+        choice = jax.vmap(jax.vmap(jax.random.categorical))(keys, logits)
         return jnp.take_along_axis(ids, choice[:, :, None], axis=-1)[:, :, 0]
 
 

@@ -14,16 +14,16 @@ StepFn = Callable[[Int[Array, "B K"], State], tuple[Float[Array, "B K V"], State
 
 
 class BeamResult(NamedTuple):
-    """K hypotheses for each of B sentences.
+    """N hypotheses for each of B sentences.
 
-    A slot for which no hypothesis exists (there are fewer than K of non-zero probability) has
+    A slot for which no hypothesis exists (there are fewer than N of non-zero probability) has
     scores and log_probs -inf, length 0 and nothing but padding.
     """
 
-    sequences: Int[Array, "B K T"]  # without bos; eos last if finished, then padding
-    scores: Float[Array, "B K"]  # log_probs / length penalty + bonus, float32
-    log_probs: Float[Array, "B K"]  # summed over the tokens with eos, natural logarithm, float32
-    lengths: Int[Array, "B K"]  # tokens, eos counted
+    sequences: Int[Array, "B N T"]  # without bos; eos last if finished, then padding
+    scores: Float[Array, "B N"]  # log_probs / length penalty + bonus, float32
+    log_probs: Float[Array, "B N"]  # summed over the tokens with eos, natural logarithm, float32
+    lengths: Int[Array, "B N"]  # tokens, eos counted
 
 
 class Sentences(NamedTuple):

@@ -146,7 +146,6 @@ class Translator:
         lines: Iterable[str],
         *,
         prefixes: Iterable[str] | None = None,
-        n_best: int | None = None,
         batch_tokens: int | None = None,
         few_shapes: bool = False,
         seed: int = 0,
@@ -159,7 +158,6 @@ class Translator:
           lines: one sentence each.
           prefixes: what the translation of each line begins with, as many as lines; the first
             piece after it may go on with its last word.
-          n_best: hypotheses a line, at most; by default all `beam_size`.
           batch_tokens: source positions at once, over all devices; by default as
             `Generator.sentences`.
           few_shapes: compile a program for all lines that are not much shorter than the longest,
@@ -167,12 +165,11 @@ class Translator:
           seed: of the noise, if `sampling`; a line's follows from this and its number alone.
           warn: called with a message that names the line if a line is longer than
             `config.max_length` pieces and so translated in parts.
-          **options: fields of `GenerationConfig`, `beam_size=4` and `length_penalty=0.6` among
-            them.
+          **options: fields of `GenerationConfig`, `beam_size=4` and `n_best=None` among them.
 
         Yields:
-          `n_best` hypotheses for each line, best first, fewer if no more exist; in order. An empty
-          line has one, empty.
+          `n_best` hypotheses for each line, by default all `beam_size`, best first, fewer if no
+          more exist; in order. An empty line has one, empty.
         """
         generator = self._generator(GenerationConfig(**options))
         pairs = _with_prefixes(lines, prefixes)
@@ -182,7 +179,7 @@ class Translator:
             found: list[list[list[Hypothesis]]] = [[] for _ in window]
             results = self._search(generator, parts, batch_tokens, few_shapes, seed)
             for part, result in zip(parts, results, strict=True):
-                found[part.line].append(self._hypotheses(result, n_best))
+                found[part.line].append(self._hypotheses(result))
             yield from map(_join, found)
             first_line += len(window)
 
@@ -436,10 +433,9 @@ class Translator:
             keys=keys,
         )
 
-    def _hypotheses(self, result: BeamResult, n_best: int | None = None) -> list[Hypothesis]:
+    def _hypotheses(self, result: BeamResult) -> list[Hypothesis]:
         hypotheses = []
-        best = (leaf[:n_best] for leaf in result)
-        for ids, score, log_prob, length in zip(*best, strict=True):
+        for ids, score, log_prob, length in zip(*result, strict=True):
             if np.isfinite(log_prob):
                 tokens = [int(token) for token in ids[:length] if token != EOS_ID]
                 text = self.target_tokenizer.decode(tokens)

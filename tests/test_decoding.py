@@ -487,6 +487,12 @@ def test_steps_rows_and_samples_draw_independently():
         assert statistic < 26.1  # the 0.1% point of chi-square with eight degrees of freedom
 
 
+def test_samples_are_the_first_of_more():
+    table = random_table(14)
+    more = draw(table, num_samples=5)
+    assert_bit_equal(draw(table), jax.tree.map(lambda leaf: leaf[:, :K], more))
+
+
 def test_samples_follow_from_key_and_row_alone():
     table, limits = random_table(12, eos_bonus=1).astype(jnp.bfloat16), [5, T, 0]
     together = draw(table, limits=limits)
@@ -517,6 +523,10 @@ def misshapen_step(tokens, state):
         (lambda: gnmt_length_penalty(-0.5), "alpha is -0.5: use 0"),
         (lambda: power_length_penalty(-1.0), "alpha is -1.0: use 0"),
         (lambda: beam(random_table(0), beam_size=0), "beam_size is 0: use 1"),
+        (
+            lambda: search_with(random_table(0), options=(("n_best", 3),)),
+            "n_best is 3: use 1 to 2, or None for all",
+        ),
         (lambda: beam(random_table(0), max_length=-1), "max_length is -1: use 0"),
         (
             lambda: beam(random_table(0), [1, 2]),
@@ -566,6 +576,41 @@ def test_early_stopping(beam_size, seed):
         expected = plain_beam(log_probs, beam_size, T, PAPER, early_stopping=True)
         assert_same_hypotheses(hypotheses(result, row), expected)
         assert float(exact.scores[row, 0]) >= float(result.scores[row, 0]) - 1e-6
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+@pytest.mark.parametrize("n_best", [1, 2])
+def test_the_best_alone_are_the_first_of_all(n_best, early_stopping):
+    for seed in range(5):
+        table = random_table(seed, eos_bonus=1.5)
+        options = (("early_stopping", early_stopping),)
+        every = search_with(table, 3, options)
+        best = search_with(table, 3, (*options, ("n_best", n_best)))
+        assert_bit_equal(best, jax.tree.map(lambda leaf: leaf[:, :n_best], every))
+
+
+def test_the_best_alone_are_sure_sooner():
+    # The end is all but certain at once; to end later costs as much as not to.
+    table = np.zeros((1, 50, V), np.float32)
+    table[:, 0, EOS_ID] = 20
+    steps = []
+
+    def step_fn(tokens, index):
+        jax.debug.callback(lambda: steps.append(1))
+        return jnp.broadcast_to(jnp.asarray(table)[:, index, None], (1, 4, V)), index + 1
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def search(n_best):
+        options = {"length_penalty": gnmt_length_penalty(0.0), "n_best": n_best}
+        return beam_search(
+            step_fn, jnp.int32(0), batch_size=1, beam_size=4, max_length=50, **options
+        )
+
+    for n_best, expected in ((1, 1), (4, 3)):
+        steps.clear()
+        jax.block_until_ready(search(n_best))
+        jax.effects_barrier()
+        assert len(steps) == expected
 
 
 def test_minimum_lengths():

@@ -1,5 +1,6 @@
 """The search over a Transformer: against the uncached model, alone and in company."""
 
+import dataclasses
 import functools
 
 import jax
@@ -250,6 +251,16 @@ def test_a_prefix_is_kept_and_counted(sampling):
     assert_bit_equal(jax.tree.map(lambda x: x[2], result), jax.tree.map(lambda x: x[2], free))
 
 
+@pytest.mark.parametrize("sampling", [False, True])
+def test_the_best_alone_are_the_first_of_all(sampling):
+    options = GenerationConfig(beam_size=3, sampling=sampling)
+    keys = jax.random.split(jax.random.key(6), B) if sampling else None
+    every = search(options, keys=keys)
+    best = search(dataclasses.replace(options, n_best=2), keys=keys)
+    np.testing.assert_array_equal(best.sequences, every.sequences[:, :2])
+    np.testing.assert_allclose(best.scores, every.scores[:, :2], rtol=1e-6)
+
+
 def test_samples_follow_their_keys():
     options = GenerationConfig(beam_size=4, sampling=True)
     keys = jax.random.split(jax.random.key(3), B)
@@ -296,6 +307,8 @@ def test_learned_positions_end_a_translation():
     [
         ({"beam_size": 0}, "beam_size is 0: give at least 1"),
         ({"length_penalty": -1.0}, "length_penalty is -1.0: give at least 0"),
+        ({"n_best": 5}, "n_best is 5: give 1 to 4, as many as there are beams"),
+        ({"n_best": 0}, "n_best is 0: give at least 1"),
         ({"top_p": 1.5}, "top_p is 1.5: give more than 0, at most 1"),
         ({"top_k": 0}, "top_k is 0: give at least 1"),
         ({"temperature": float("nan")}, "temperature is nan: give at least 0"),

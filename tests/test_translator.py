@@ -223,8 +223,8 @@ def test_options_reach_the_search(translator, monkeypatch):
     translator.translate([], beam_size=7, length_penalty=1.0, length_penalty_form="power")
     translator.translate([], beam_size=7, length_penalty=1.0, length_penalty_form="power")
     assert [options for _, _, options, _ in made] == [
-        GenerationConfig(),
-        GenerationConfig(beam_size=7, length_penalty=1.0, length_penalty_form="power"),
+        GenerationConfig(n_best=1),
+        GenerationConfig(beam_size=7, n_best=1, length_penalty=1.0, length_penalty_form="power"),
     ]
 
 

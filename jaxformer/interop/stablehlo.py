@@ -191,7 +191,7 @@ def export_programs(
 
     source_ids = jax.ShapeDtypeStruct((batch, source_length), jnp.int32)
     beams = jax.ShapeDtypeStruct((batch, search.beam_size), jnp.int32)
-    greedy = dataclasses.replace(search, beam_size=1)
+    greedy = dataclasses.replace(search, beam_size=1, n_best=1)
     programs = {
         "beam_search": lower(searching(search), source_ids=source_ids),
         "greedy_search": lower(searching(greedy), source_ids=source_ids),

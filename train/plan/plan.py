@@ -180,6 +180,7 @@ def _decode_record(config: TrainConfig, machine: Machine) -> dict[str, Any]:
     evaluate = config.evaluate
     options = GenerationConfig(
         beam_size=evaluate.beam_size,
+        n_best=1,
         length_penalty=evaluate.length_penalty,
         length_penalty_form=evaluate.length_penalty_form,
     )

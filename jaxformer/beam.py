@@ -17,6 +17,7 @@ from jaxformer.search import (
     StepFn,
     apply_constraints,
     best_of_chunks,
+    chunk_maxima,
     in_chunks,
     log_normalizer,
     next_logits,
@@ -237,7 +238,8 @@ def best_extensions(
         return take(log_probs, beams)[:, :, None] + (values - take(normalizer, beams))
 
     rows = chunks.reshape(batch_size, beam_size * num_chunks, chunk)
-    totals, chosen, place = best_of_chunks(rows, count, score)
+    maxima = chunk_maxima(chunks).reshape(batch_size, beam_size * num_chunks)
+    totals, chosen, place = best_of_chunks(rows, maxima, count, score)
     return totals, chosen // num_chunks, chosen % num_chunks * chunk + place
 
 

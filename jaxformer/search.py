@@ -116,13 +116,16 @@ def top_k(
     if num_chunks < 2 * k:
         top, index = jax.lax.top_k(values, k)
         return top, index
-    found = best_of_chunks(chunks.reshape(batch_size * beam_size, num_chunks, chunk), k)
+    rows = chunks.reshape(batch_size * beam_size, num_chunks, chunk)
+    maxima = chunk_maxima(chunks).reshape(batch_size * beam_size, num_chunks)
+    found = best_of_chunks(rows, maxima, k)
     top, chosen, place = (x.reshape(batch_size, beam_size, k) for x in found)
     return top, chosen * chunk + place
 
 
 def best_of_chunks(
     chunks: Float[Array, "R C c"],
+    maxima: Float[Array, "R C"],
     k: int,
     score: Callable[[Float[Array, "R N c"], Int[Array, "R N"]], Float[Array, "R N c"]] = (
         lambda values, _: values
@@ -134,7 +137,7 @@ def best_of_chunks(
     has k chunks before it, each with a value at least as large (and, if equal, at a lower index).
 
     Args:
-      chunks: R rows of C chunks.
+      chunks, maxima: R rows of C chunks, and the largest of each.
       k: how many, C at most.
       score: (values, chunk of each) -> what they are ranked by, never falling with the value.
 
@@ -143,8 +146,7 @@ def best_of_chunks(
     """
     num_rows, num_chunks, chunk = chunks.shape
     all_chunks = jnp.broadcast_to(jnp.arange(num_chunks), (num_rows, num_chunks))
-    maxima = score(jnp.max(chunks, axis=-1, keepdims=True), all_chunks)
-    _, best = jax.lax.top_k(maxima[:, :, 0], k)
+    _, best = jax.lax.top_k(score(maxima[:, :, None], all_chunks)[:, :, 0], k)
     best = jnp.sort(best, axis=-1)  # back in order of index, for the ties
     scores, flat = jax.lax.top_k(score(take(chunks, best), best).reshape(num_rows, -1), k)
     return scores, take(best, flat // chunk), flat % chunk
@@ -160,9 +162,15 @@ def in_chunks(values: Float[Array, "B K V"]) -> Float[Array, "B K C c"]:
     return padded.reshape(*values.shape[:2], -1, chunk)
 
 
+def chunk_maxima(chunks: Float[Array, "B K C c"]) -> Float[Array, "B K C"]:
+    """The largest of each chunk."""
+    return jnp.max(chunks, axis=-1)
+
+
 def log_normalizer(logits: Float[Array, "B K V"]) -> Float[Array, "B K 1"]:
     """Log-sum-exp over the last axis, kept; 0 where all are -inf, whose log-probs stay -inf."""
-    largest = jnp.max(logits, axis=-1, keepdims=True)
+    # The search wants the maxima of chunks, too, and XLA computes once what is written twice.
+    largest = jnp.max(chunk_maxima(in_chunks(logits)), axis=-1, keepdims=True)
     largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
     total = jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True)) + largest
     return jnp.where(jnp.isfinite(total), total, 0.0)

@@ -164,15 +164,14 @@ def in_chunks(values: Float[Array, "B K V"]) -> Float[Array, "B K C c"]:
 
 def chunk_maxima(chunks: Float[Array, "B K C c"]) -> Float[Array, "B K C"]:
     """The largest of each chunk."""
-    return jnp.max(chunks, axis=-1)
+    # XLA computes once what is written twice, here for the normaliser and for the candidates.
+    # Without the barrier it makes of what each does with them other maxima, of all logits again.
+    return jax.lax.optimization_barrier(jnp.max(chunks, axis=-1))
 
 
 def log_normalizer(logits: Float[Array, "B K V"]) -> Float[Array, "B K 1"]:
     """Log-sum-exp over the last axis, kept; 0 where all are -inf, whose log-probs stay -inf."""
-    # The search wants the maxima of chunks, too, and XLA computes once what is written twice; but
-    # without the barrier it makes the maximum of maxima one of all logits again.
-    maxima = jax.lax.optimization_barrier(chunk_maxima(in_chunks(logits)))
-    largest = jnp.max(maxima, axis=-1, keepdims=True)
+    largest = jnp.max(chunk_maxima(in_chunks(logits)), axis=-1, keepdims=True)
     largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
     total = jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True)) + largest
     return jnp.where(jnp.isfinite(total), total, 0.0)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -437,6 +438,18 @@ def test_extensions_in_chunks_are_the_best_of_all(size, count):
         assert_bit_equal(
             jax.jit(best_extensions, static_argnums=3)(beams, logits, normalizer, count), expected
         )
+
+
+def test_all_logits_are_searched_for_maxima_once():
+    def best(log_probs, logits):
+        return best_extensions(log_probs, logits, log_normalizer(logits), 4)
+
+    log_probs, logits = jnp.zeros((2, 3)), jnp.zeros((2, 3, 10000))
+    program = jax.jit(best).lower(log_probs, logits).compile().as_text()
+    maxima = re.findall(r"reduce_max\S* = f32\[(\S+)\]\S* reduce\(%([^,]+),", program)
+    assert [shape for shape, _ in maxima] == ["2,3,125", "2,3"]
+    of_chunks = re.search(rf"{maxima[1][1]}: f32\[2,3,(\d+)\]", program)
+    assert int(of_chunks[1]) <= 125
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxformer.errors import UserError
+from jaxformer.files import check_writable, write_text
 from jaxformer.heatmap import (
     alignment_lines,
     axes,
@@ -18,7 +19,7 @@ from jaxformer.heatmap import (
     shades,
     signed_shades,
 )
-from jaxformer.page import page, script_note, scrolling, section, table, write
+from jaxformer.page import page, script_note, scrolling, section, table
 from jaxformer.results import Explanation
 from jaxformer.terminal import ShowDefaults
 
@@ -53,7 +54,7 @@ def write_inspection(explanation: Explanation, folder: Path, *, pictures: bool =
       UserError: the folder cannot be written to, or matplotlib is not installed.
     """
     index = folder / "index.html"
-    write(index, inspection_page(explanation))
+    write_text(index, inspection_page(explanation))
     if pictures:
         from jaxformer.pictures import draw_explanation
 
@@ -167,6 +168,7 @@ def add_inspect(commands: Any) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     if options.beam_size < 1:
         raise UserError(f"--beam-size is {options.beam_size}: give at least 1")
+    check_writable(Path(options.output, "index.html"))
     from jaxformer.compilation import keep_compiled_programs
     from jaxformer.pictures import can_draw, say_where
     from jaxformer.translator import Translator

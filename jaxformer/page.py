@@ -4,9 +4,6 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from html import escape
-from pathlib import Path
-
-from jaxformer.errors import UserError
 
 # Text has a contrast of at least 4.5 to its background and lines one of 3, in both schemes
 # (WCAG 2 AA); the colours of lines can be told apart by readers who see red and green alike.
@@ -82,21 +79,6 @@ def page(title: str, body: Iterable[str]) -> str:
         + "\n".join(body)
         + "\n</main>\n</body>\n</html>\n"
     )
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all, in a folder that is made if need be.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
 
 
 def section(title: str, *parts: str) -> str:

@@ -12,12 +12,22 @@ from typing import Any
 import numpy as np
 
 from jaxformer.errors import UserError
+from jaxformer.files import check_writable
 from jaxformer.results import Explanation
 
 
 def can_draw() -> bool:
     """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
+
+
+def check_picture(path: str | Path) -> None:
+    """Raise `UserError` if `picture` can write no such file; change nothing."""
+    if not can_draw():
+        raise UserError('no picture without matplotlib: pip install -e ".[plot]"')
+    if Path(path).suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"cannot draw {path}: its name must end in .png, .svg or .pdf")
+    check_writable(path)
 
 
 def say_where(index: Path, *, drawn: bool) -> None:
@@ -28,7 +38,7 @@ def say_where(index: Path, *, drawn: bool) -> None:
 
 @contextlib.contextmanager
 def picture(path: Path, width: float, height: float, text: str = "") -> Iterator[Any]:
-    """Give a matplotlib figure to draw on, and write it as a PNG file at the end of the block.
+    """Give a matplotlib figure to draw on, and write it as a file at the end of the block.
 
     Args:
       path: where to.
@@ -38,11 +48,10 @@ def picture(path: Path, width: float, height: float, text: str = "") -> Iterator
     Raises:
       UserError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError('no picture without matplotlib: pip install -e ".[plot]"') from error
+    check_picture(path)
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     with rc_context({"font.family": fonts_for(text)[0], "font.size": 8}):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure

@@ -23,6 +23,7 @@ from typing import Any
 
 from jaxformer.config import TransformerConfig
 from jaxformer.errors import UserError
+from jaxformer.files import write_text
 from jaxformer.tokenizer import Tokenizer, VocabularyTokenizer
 
 CONFIG_VERSION = 1
@@ -51,16 +52,7 @@ def write_config(run: str | Path, config: Mapping[str, Any]) -> None:
     """
     path = Path(run) / CONFIG_FILE
     text = json.dumps({"version": CONFIG_VERSION, **config}, indent=2, ensure_ascii=False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed into place: a reader never meets half a file.
-        partial = path.with_suffix(".partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; choose another run directory"
-        ) from error
+    write_text(path, text + "\n", advice="choose another run directory")
 
 
 def read_config(run: str | Path) -> dict[str, Any]:

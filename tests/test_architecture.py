@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 BASE = {"config", "errors"}
 PARTS = set("attention cache dropout flash layers linear losses masks positions".split())
 MODEL = BASE | PARTS | {"sharding"}
-FILES = BASE | {"run", "tokenizer"}
+FILES = BASE | {"files", "run", "tokenizer"}
 SEARCH = {"beam", "config", "constraints", "sampling", "search"}
 WITH_MODEL = MODEL | SEARCH | {"batching", "generation", "scoring", "transformer"}
 MAY_IMPORT = {
@@ -53,11 +53,12 @@ MAY_IMPORT = {
     "generator": WITH_MODEL,
     "translator": WITH_MODEL | FILES | {"generator", "results"},
     "interop": WITH_MODEL | FILES | {"translator"},
-    "page": {"errors"},
+    "files": {"errors"},
+    "page": set(),
     "heatmap": {"page", "results"},
-    "pictures": {"errors", "results"},
+    "pictures": {"errors", "files", "results"},
     "inspection": BASE
-    | {"compilation", "heatmap", "page", "pictures", "results", "terminal", "translator"},
+    | {"compilation", "files", "heatmap", "page", "pictures", "results", "terminal", "translator"},
     "convert": {"errors", "interop"},
     "terminal": set(),
     "cli": FILES

@@ -239,6 +239,24 @@ def test_command_line(tmp_path, capsys):
     assert "invalid list of int value: '1,two'" in capsys.readouterr().err
 
 
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr("train.benchmark.steps.benchmark_steps", None)
+    monkeypatch.setattr("jaxformer.pictures.can_draw", lambda: True)
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        ([], "nothing to draw: give --batch, --length"),
+        (["--batch", "1,2"], f"cannot write {tmp_path}/file/sweep.png: {tmp_path}/file is not"),
+    ):
+        plot = ["--plot", str(tmp_path / "file" / "sweep.png")]
+        assert main(["benchmark", "train", "tiny", *arguments, *plot]) == 1
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr("jaxformer.pictures.can_draw", lambda: False)
+    assert main(["benchmark", "train", "tiny", "--batch", "1,2", *plot]) == 1
+    assert "no picture without matplotlib" in capsys.readouterr().err
+
+
 def test_configurations_and_a_corpus_from_the_command_line(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     write_corpus(tmp_path)
@@ -311,7 +329,7 @@ def test_a_sweep_is_drawn(tmp_path):
     with pytest.raises(UserError, match="nothing to draw"):
         plot(str(tmp_path / "sweep.png"), records[:1])
     with pytest.raises(UserError, match="cannot write"):
-        plot(str(tmp_path / "nowhere" / "sweep.png"), records)
+        plot(str(tmp_path / "sweep.png" / "sweep.png"), records)
 
 
 def test_yardsticks(monkeypatch):

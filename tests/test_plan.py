@@ -202,6 +202,9 @@ def test_errors_of_the_command_line(capsys, tmp_path):
     assert "did you mean wmt14_base?" in capsys.readouterr().err
     assert main(["plan", "wmt14_base", "--topology", "v3:2x2"]) == 1
     assert "no TPU 'v3'" in capsys.readouterr().err
+    plot = ["--topology", "v5e:2x2", "--plot", "cost.png"]
+    assert main(["plan", "quickstart", *plot]) == 1
+    assert "nothing to draw: give --topology several" in capsys.readouterr().err
     assert main(["plan", "quickstart", "--topologie", "v5e:2x2"]) == 1
     assert "no field --topologie" in capsys.readouterr().err
 
@@ -216,7 +219,7 @@ def test_a_picture_over_the_machines(config, no_compiles, tmp_path):
     with pytest.raises(UserError, match="give --topology several slices"):
         plot_plan(str(path), records[:1])
     with pytest.raises(UserError, match="cannot write"):
-        plot_plan(str(tmp_path / "nowhere" / "cost.png"), records)
+        plot_plan(str(path / "cost.png"), records)
 
 
 def test_slices_that_are_compiled_for(config):

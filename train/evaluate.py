@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxformer.config import Precision, TransformerConfig
 from jaxformer.errors import UserError
+from jaxformer.files import check_writable, write_text
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from train.config import EvaluateConfig, read_train_config
@@ -161,6 +162,8 @@ def evaluate_run(
     config = read_train_config(run)
     settings = dataclasses.replace(config.evaluate, **changes)
     bleu_metric(settings.bleu_tokenize)
+    if output is not None:
+        check_writable(output)
     translator = Translator.load(run, checkpoint, dtype=dtype)
     model, data = translator.config, config.data
     if files is not None:
@@ -183,9 +186,6 @@ def evaluate_run(
         )(translator.params)
     hypotheses = decoder(translator, settings, beam_size=settings.beam_size)(pairs["source"][:])
     if output is not None:
-        try:
-            Path(output).write_text("".join(f"{line}\n" for line in hypotheses), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {output}: {error.strerror}") from error
+        write_text(Path(output), "".join(f"{line}\n" for line in hypotheses))
     quality = score(hypotheses, pairs["target"][:], bleu_tokenize=settings.bleu_tokenize)
     return losses | quality.to_dict()

@@ -10,8 +10,9 @@ import jax
 
 from jaxformer.config import TransformerConfig
 from jaxformer.errors import UserError
+from jaxformer.files import write_text
 from jaxformer.heatmap import alignment_lines
-from jaxformer.page import details, page, script_note, section, table, write
+from jaxformer.page import details, page, script_note, section, table
 from jaxformer.pictures import can_draw, say_where
 from jaxformer.run import read_model_config
 from jaxformer.transformer import Transformer
@@ -66,7 +67,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
         output = Path(runs[0], "report") if len(runs) == 1 else "report"
     index = Path(output, "index.html")
     charts = _charts(histories)
-    write(index, report_page(histories, charts))
+    write_text(index, report_page(histories, charts))
     if can_draw():
         for name, chart in charts.items():
             png(chart, index.parent / f"{name}.png")

@@ -119,9 +119,16 @@ def _leave_memory_to_peers() -> None:
 def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.peer:
         _leave_memory_to_peers()
+    from jaxformer.pictures import check_picture
+    from train.benchmark.report import NOTHING_TO_DRAW, keep_records, plot, steps_table
+
+    if options.plot is not None:
+        swept = options.config, options.batch, options.length, options.vocab_size, options.devices
+        if max(len(values or ()) for values in swept) < 2:
+            raise UserError(NOTHING_TO_DRAW)
+        check_picture(options.plot)
     import jax
 
-    from train.benchmark.report import keep_records, plot, steps_table
     from train.benchmark.steps import benchmark_steps
 
     # What was compiled before would make compiling look free.

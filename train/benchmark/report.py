@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxformer.errors import UserError
+from jaxformer.pictures import picture
 
 Records = Sequence[dict[str, Any]]
+
+NOTHING_TO_DRAW = "nothing to draw: give --batch, --length, --vocab-size or --devices a list"
 
 
 def decode_table(records: Records) -> str:
@@ -179,45 +182,37 @@ def plot(path: str, records: Records) -> None:
     The other dimensions, configuration, engine and dtype tell the lines apart.
 
     Raises:
-      UserError: matplotlib is not installed, nothing varies, or the file cannot be written.
+      UserError: nothing varies, or as `picture`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError('no picture without matplotlib: pip install -e ".[plot]"') from error
     points = [record | {"devices": record["machine"]["devices"]} for record in records]
     several = len({point["config"] for point in points}) > 1
     varied = [name for name in _DIMENSIONS if len({point[name] for point in points}) > 1]
     if not varied:
-        raise UserError("nothing to draw: give --batch, --length, --vocab-size or --devices a list")
-    figure = Figure(figsize=(5 * len(varied), 7), layout="constrained")
-    axes = figure.subplots(2, len(varied), squeeze=False)
-    for column, name in enumerate(varied):
-        others = [other for other in varied if other != name]
-        lines: dict[str, list[dict[str, Any]]] = {}
-        for point in points:
-            label = " ".join(
-                [
-                    *([Path(point["config"]).stem] if several else []),
-                    point["engine"],
-                    point["dtype"],
-                    *(f"{_DIMENSIONS[other]} {point[other]}" for other in others),
-                ]
-            )
-            lines.setdefault(label, []).append(point)
-        for label, line in lines.items():
-            line = sorted(line, key=lambda point: point[name])
-            where = [point[name] for point in line]
-            speeds = [point["target_tokens_per_second"] for point in line]
-            axes[0, column].plot(where, speeds, marker="o", label=label)
-            if "mfu" in line[0]:
-                mfu = [100 * point["mfu"] for point in line]
-                axes[1, column].plot(where, mfu, marker="o", label=label)
-        for axis, title in zip(axes[:, column], ("target tokens/s", "MFU, %"), strict=True):
-            axis.set(xlabel=_DIMENSIONS[name], ylabel=title, ylim=(0, None), xticks=where)
-            axis.grid(alpha=0.3)
-        axes[0, column].legend(fontsize="small")
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path}: {error}") from error
+        raise UserError(NOTHING_TO_DRAW)
+    with picture(Path(path), 5.0 * len(varied), 7.0) as figure:
+        axes = figure.subplots(2, len(varied), squeeze=False)
+        for column, name in enumerate(varied):
+            others = [other for other in varied if other != name]
+            lines: dict[str, list[dict[str, Any]]] = {}
+            for point in points:
+                label = " ".join(
+                    [
+                        *([Path(point["config"]).stem] if several else []),
+                        point["engine"],
+                        point["dtype"],
+                        *(f"{_DIMENSIONS[other]} {point[other]}" for other in others),
+                    ]
+                )
+                lines.setdefault(label, []).append(point)
+            for label, line in lines.items():
+                line = sorted(line, key=lambda point: point[name])
+                where = [point[name] for point in line]
+                speeds = [point["target_tokens_per_second"] for point in line]
+                axes[0, column].plot(where, speeds, marker="o", label=label)
+                if "mfu" in line[0]:
+                    mfu = [100 * point["mfu"] for point in line]
+                    axes[1, column].plot(where, mfu, marker="o", label=label)
+            for axis, title in zip(axes[:, column], ("target tokens/s", "MFU, %"), strict=True):
+                axis.set(xlabel=_DIMENSIONS[name], ylabel=title, ylim=(0, None), xticks=where)
+                axis.grid(alpha=0.3)
+            axes[0, column].legend(fontsize="small")

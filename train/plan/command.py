@@ -4,6 +4,7 @@ import argparse
 import os
 from typing import Any
 
+from jaxformer.errors import UserError
 from train.arguments import config_names, list_of, load_config, override
 
 
@@ -42,6 +43,15 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
         load_config(options.config), overrides, f"python -m train plan {options.config}"
     )
 
+    from jaxformer.pictures import check_picture
+    from train.benchmark.report import keep_records
+    from train.plan.report import NOTHING_TO_DRAW, plan_tables, plot_plan
+
+    if options.plot is not None:
+        if len(options.topology) < 2:
+            raise UserError(NOTHING_TO_DRAW)
+        check_picture(options.plot)
+
     import jax
 
     # A program from the cache would be no news of how long it takes to compile.
@@ -50,10 +60,8 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
         # JAX would look for the TPU that libtpu is for.
         jax.config.update("jax_platforms", "cpu")
 
-    from train.benchmark.report import keep_records
     from train.plan.machines import present_machine, tpu_machine
     from train.plan.plan import plan
-    from train.plan.report import plan_tables, plot_plan
 
     machines = [tpu_machine(name) for name in options.topology] or [present_machine()]
     records = keep_records(options.output, plan(config, machines, options.rows_per_device))

@@ -1,13 +1,17 @@
 """A plan as tables for people, with what it assumes, and as a picture over the machines."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxformer.errors import UserError
+from jaxformer.pictures import picture
 from train.benchmark.report import aligned
 from train.plan.machines import Machine
 
 Records = Sequence[dict[str, Any]]
+
+NOTHING_TO_DRAW = "nothing to draw: give --topology several slices that the model fits"
 
 _COLORS = {"compute": "C0", "memory": "C1", "interconnect": "C2"}
 
@@ -176,47 +180,40 @@ def plot_plan(path: str, records: Records) -> None:
     """Draw step time, throughput, cost and memory over the number of chips.
 
     Raises:
-      UserError: matplotlib is not installed, there is one machine only, or the file cannot be
-        written.
+      UserError: there is one machine only, or as `picture`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError('no picture without matplotlib: pip install -e ".[plot]"') from error
     lines: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         if "chip_hours" in record:
             lines.setdefault(record["machine"].partition(":")[0], []).append(record)
     if max(map(len, lines.values()), default=0) < 2:
-        raise UserError("nothing to draw: give --topology several slices that the model fits")
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    (time, speed), (cost, memory) = figure.subplots(2, 2)
-    for marker, (chip, points) in zip("os^Dv", lines.items(), strict=False):
-        points.sort(key=lambda point: point["chips"])
-        chips = [point["chips"] for point in points]
-        for term, color in _COLORS.items():
-            values = [1000 * point["roofline_seconds"][term] for point in points]
-            time.plot(chips, values, marker=marker, color=color, label=f"{chip} {term}")
-        for axis, name, scale in (
-            (speed, "tokens_per_second", 1.0),
-            (cost, "chip_hours", 1.0),
-            (memory, "memory", 1e-9),
+        raise UserError(NOTHING_TO_DRAW)
+    with picture(Path(path), 11.0, 8.0) as figure:
+        (time, speed), (cost, memory) = figure.subplots(2, 2)
+        for marker, (chip, points) in zip("os^Dv", lines.items(), strict=False):
+            points.sort(key=lambda point: point["chips"])
+            chips = [point["chips"] for point in points]
+            for term, color in _COLORS.items():
+                values = [1000 * point["roofline_seconds"][term] for point in points]
+                time.plot(chips, values, marker=marker, color=color, label=f"{chip} {term}")
+            for axis, name, scale in (
+                (speed, "tokens_per_second", 1.0),
+                (cost, "chip_hours", 1.0),
+                (memory, "memory", 1e-9),
+            ):
+                values = [
+                    point[name]["total"] if name == "memory" else point[name] for point in points
+                ]
+                axis.plot(chips, [scale * value for value in values], marker=marker, label=chip)
+            available = points[0]["memory_available"] * 1e-9
+            memory.axhline(available, linestyle=":", color=memory.lines[-1].get_color())
+        for axis, title in (
+            (time, "ms a step, at least"),
+            (speed, "target positions/s, at most"),
+            (cost, f"chip-hours of {records[0]['steps']:,} steps, at least"),
+            (memory, "GB of a device; dotted: there are"),
         ):
-            values = [point[name]["total"] if name == "memory" else point[name] for point in points]
-            axis.plot(chips, [scale * value for value in values], marker=marker, label=chip)
-        available = points[0]["memory_available"] * 1e-9
-        memory.axhline(available, linestyle=":", color=memory.lines[-1].get_color())
-    for axis, title in (
-        (time, "ms a step, at least"),
-        (speed, "target positions/s, at most"),
-        (cost, f"chip-hours of {records[0]['steps']:,} steps, at least"),
-        (memory, "GB of a device; dotted: there are"),
-    ):
-        axis.set(xlabel="chips", ylabel=title, xscale="log", yscale="log")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
-    figure.suptitle("compiled, not measured")
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path}: {error}") from error
+            axis.set(xlabel="chips", ylabel=title, xscale="log", yscale="log")
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize="small")
+        figure.suptitle("compiled, not measured")

@@ -24,7 +24,7 @@ CONFIG = SPLITTABLE.replace(vocab_size=4096, label_smoothing=0.1)
 MODEL = Transformer(CONFIG)
 SCHEDULE = warmup_inverse_sqrt(warmup_steps=2, peak=0.8)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.7), optax.sgd(SCHEDULE, momentum=0.9))
-MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
+MESHES = [(8, 1, 1), pytest.param(2, 4, 1, marks=pytest.mark.slow), (2, 2, 2)]
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
 

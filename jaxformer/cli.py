@@ -3,7 +3,6 @@
 import argparse
 import codecs
 import contextlib
-import dataclasses
 import os
 import signal
 import sys
@@ -12,11 +11,11 @@ from itertools import chain, islice, repeat, tee, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, get_args
 
+from jaxformer.arguments import add_search, search_of
 from jaxformer.compilation import keep_compiled_programs
 from jaxformer.config import Precision
 from jaxformer.convert import add_convert
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig, PenaltyForm
 from jaxformer.inspection import add_inspect
 from jaxformer.terminal import Progress, ShowDefaults, write_line
 
@@ -69,27 +68,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# What `GenerationConfig` has a field for, in the words of the command line.
-_GENERATION_HELP = {
-    "beam_size": "beams; 1 is greedy search",
-    "n_best": "print this many translations a line, each as: number of the line, from 0 ||| text "
-    "||| score; with --sampling, draw so many",
-    "length_penalty": "alpha; more favours longer sentences",
-    "length_penalty_form": "gnmt is ((5 + length) / 6)^alpha, power is length^alpha",
-    "coverage_penalty": "beta; more favours sentences that leave nothing of the source out",
-    "early_stopping": "stop at as many finished hypotheses as beams: faster, nearly as good",
-    "max_length_ratio": "at most this times the source's length ...",
-    "max_length_extra": "... plus this, in pieces",
-    "min_length_ratio": "at least this times the source's length ...",
-    "min_length_extra": "... plus this, in pieces",
-    "no_repeat_ngram_size": "say no n pieces in a row twice; 0 is no limit",
-    "sampling": "draw translations at random instead of searching for the best",
-    "temperature": "of sampling: below 1 safer, above 1 wilder",
-    "top_k": "of sampling: draw from the k best pieces only",
-    "top_p": "of sampling: draw from the best pieces of this probability together",
-}
-
-
 def _add_translate(commands: Any) -> None:
     translate = commands.add_parser(
         "translate",
@@ -102,24 +80,21 @@ def _add_translate(commands: Any) -> None:
         translate,
         "source positions at once, over all devices; by default 4096 a device, fewer on a CPU",
     )
-    types = {"n_best": int, "top_k": int, "top_p": float}
     search = translate.add_argument_group("search")
-    for field in dataclasses.fields(GenerationConfig):
-        flag, explanation = "--" + field.name.replace("_", "-"), _GENERATION_HELP[field.name]
-        if field.default is False:
-            search.add_argument(flag, action="store_true", help=explanation)
-        elif field.name == "length_penalty_form":
-            search.add_argument(
-                flag, choices=get_args(PenaltyForm), default=field.default, help=explanation
-            )
-        else:
-            kind = types.get(field.name, type(field.default))
-            search.add_argument(flag, type=kind, default=field.default, help=explanation)
+    add_search(search, sampling=True)
     search.add_argument("--seed", type=int, default=0, help="of sampling")
     search.add_argument(
         "--prefix", metavar="FILE", help="what each translation begins with, a line each"
     )
     output = translate.add_argument_group("output")
+    output.add_argument(
+        "--n-best",
+        type=int,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="print N translations a line, each as: number of the line, from 0 ||| text ||| score; "
+        "with --sampling, draw so many",
+    )
     output.add_argument(
         "--alignment",
         action="store_true",
@@ -170,16 +145,9 @@ def _add_model(command: argparse.ArgumentParser, batch_tokens: str) -> None:
 def _translate(options: argparse.Namespace) -> None:
     """Checks all that can be checked before the model is loaded."""
     at_once = _batch_tokens(options)
-    names = [field.name for field in dataclasses.fields(GenerationConfig)]
-    search = {name: getattr(options, name) for name in names}
-    try:
-        GenerationConfig(**search)
-    except UserError as error:
-        name, _, rest = str(error).partition(" ")
-        raise UserError(f"--{name.replace('_', '-')} {rest}") from error
-    numbered = options.n_best is not None
-    if not numbered:
-        search["n_best"] = 1
+    search = search_of(options)
+    numbered = "n_best" in search
+    search.setdefault("n_best", 1)
     with contextlib.ExitStack() as stack:
         prefixes = None
         if options.prefix is not None:

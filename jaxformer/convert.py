@@ -4,14 +4,15 @@ import argparse
 import sys
 from typing import Any
 
+from jaxformer.arguments import add_search, search_of
 from jaxformer.errors import UserError
 
-# What --to can name, each with the options that it takes.
+# What --to can name, each with the options that it takes beside those of the search.
 _CONVERT_OPTIONS = {
     "jaxformer": (),
     "marian": ("checkpoint",),
     "ctranslate2": ("checkpoint", "quantization"),
-    "stablehlo": ("checkpoint", "batch_size", "source_length", "beam_size", "length_penalty"),
+    "stablehlo": ("checkpoint", "batch_size", "source_length"),
 }
 
 _CONVERT_DESCRIPTION = """\
@@ -62,13 +63,19 @@ def add_convert(commands: Any) -> None:
         help="of the weights: int8, int8_float16, float16, bfloat16, ... (default: float32)",
     )
     stablehlo = convert.add_argument_group("with --to stablehlo")
-    for flag, kind, explanation in (
-        ("--batch-size", int, "sentences at once (default: open)"),
-        ("--source-length", int, "source pieces, eos and padding included (default: 128)"),
-        ("--beam-size", int, "beams (default: 4)"),
-        ("--length-penalty", float, "alpha; more favours longer sentences (default: 0.6)"),
+    for flag, explanation in (
+        ("--batch-size", "sentences at once (default: open)"),
+        ("--source-length", "source pieces, eos and padding included (default: 128)"),
     ):
-        stablehlo.add_argument(flag, type=kind, metavar="N", help=explanation)
+        stablehlo.add_argument(flag, type=int, metavar="N", help=explanation)
+    add_search(stablehlo)
+    stablehlo.add_argument(
+        "--n-best",
+        type=int,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="translations returned of each sentence (default: as many as there are beams)",
+    )
     convert.set_defaults(command=_convert)
 
 
@@ -77,8 +84,10 @@ def _convert(options: argparse.Namespace) -> None:
     source, destination = options.source, options.destination
     names = {name for names in _CONVERT_OPTIONS.values() for name in names}
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    for name in sorted(given.keys() - _CONVERT_OPTIONS[options.to]):
-        takers = [to for to, names in _CONVERT_OPTIONS.items() if name in names]
+    search = search_of(options)
+    allowed = {*_CONVERT_OPTIONS[options.to], *(search if options.to == "stablehlo" else ())}
+    for name in sorted((given | search).keys() - allowed):
+        takers = [to for to, names in _CONVERT_OPTIONS.items() if name in names] or ["stablehlo"]
         raise UserError(
             f"--{name.replace('_', '-')} means nothing to --to {options.to}: leave it out, "
             f"or use --to {' or '.join(takers)}"
@@ -102,6 +111,6 @@ def _convert(options: argparse.Namespace) -> None:
         case "stablehlo":
             from jaxformer.interop.stablehlo import to_stablehlo
 
-            to_stablehlo(source, destination, **given)
+            to_stablehlo(source, destination, **given, **search)
             use = "jax.export.deserialize(…), as help(jaxformer.interop.stablehlo) shows"
     print(f"wrote {destination}: use it with {use}", file=sys.stderr)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxformer.errors import UserError
+from jaxformer.arguments import add_search, search_of
 from jaxformer.files import check_writable, write_text
 from jaxformer.heatmap import (
     alignment_lines,
@@ -155,19 +155,18 @@ def add_inspect(commands: Any) -> None:
     inspect.add_argument("run", metavar="RUN", help="directory that training wrote")
     inspect.add_argument("sentence", metavar="SENTENCE", help="what to translate")
     inspect.add_argument("--checkpoint", help="average, best, last or a step")
-    inspect.add_argument("--beam-size", type=int, default=4, help="translations to compare")
     inspect.add_argument(
         "--words", action="store_true", help="join the pieces of a word: smaller maps"
     )
     inspect.add_argument(
         "--output", metavar="DIR", default="inspection", help="folder for index.html and PNGs"
     )
+    add_search(inspect.add_argument_group("search"))
     inspect.set_defaults(command=_inspect)
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    if options.beam_size < 1:
-        raise UserError(f"--beam-size is {options.beam_size}: give at least 1")
+    search = search_of(options)
     check_writable(Path(options.output, "index.html"))
     from jaxformer.compilation import keep_compiled_programs
     from jaxformer.pictures import can_draw, say_where
@@ -175,7 +174,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
     keep_compiled_programs()
     translator = Translator.load(options.run, options.checkpoint)
-    explanation = translator.explain(options.sentence, beam_size=options.beam_size)
+    explanation = translator.explain(options.sentence, **search)
     print(explanation.hypotheses[0].text)
     drawing = can_draw()
     index = write_inspection(

@@ -54,15 +54,17 @@ MAY_IMPORT = {
     "translator": WITH_MODEL | FILES | {"generator", "results"},
     "interop": WITH_MODEL | FILES | {"translator"},
     "files": {"errors"},
+    "arguments": {"errors", "generation"},
     "page": set(),
     "heatmap": {"page", "results"},
     "pictures": {"errors", "files", "results"},
     "inspection": BASE
-    | {"compilation", "files", "heatmap", "page", "pictures", "results", "terminal", "translator"},
-    "convert": {"errors", "interop"},
+    | {"arguments", "compilation", "files", "heatmap", "page", "pictures", "results", "terminal"}
+    | {"translator"},
+    "convert": {"arguments", "errors", "interop"},
     "terminal": set(),
     "cli": FILES
-    | {"compilation", "convert", "generation", "inspection", "results", "terminal", "translator"},
+    | {"arguments", "compilation", "convert", "inspection", "results", "terminal", "translator"},
 }
 MAY_IMPORT["__init__"] = set(MAY_IMPORT) - {"cli", "convert", "inspection"}
 

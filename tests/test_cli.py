@@ -1,6 +1,5 @@
 """`jaxformer translate`, a filter like any other, and `jaxformer score`."""
 
-import dataclasses
 import io
 import os
 import re
@@ -17,7 +16,6 @@ import pytest
 
 import jaxformer.cli as module
 from jaxformer.cli import main
-from jaxformer.generation import GenerationConfig
 from jaxformer.terminal import Progress
 from jaxformer.translator import Alignment, Hypothesis, Score, Translator
 from random_run import CONFIG as RANDOM
@@ -27,11 +25,7 @@ from small_run import trained_run
 ROOT = Path(__file__).parent.parent
 
 
-DEFAULTS = dataclasses.asdict(GenerationConfig()) | {
-    "prefixes": None,
-    "n_best": 1,
-    "seed": 0,
-}
+DEFAULTS = {"prefixes": None, "n_best": 1, "seed": 0}
 
 
 class Uppercase:

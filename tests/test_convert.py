@@ -41,9 +41,17 @@ def calls(monkeypatch):
         ),
         ("--to stablehlo", "to_stablehlo", {}, "jax.export.deserialize"),
         (
-            "--to stablehlo --batch-size 2 --source-length 9 --beam-size 5 --length-penalty 1",
+            "--to stablehlo --batch-size 2 --source-length 9 --beam-size 5 --n-best 1 "
+            "--length-penalty 1 --early-stopping",
             "to_stablehlo",
-            {"batch_size": 2, "source_length": 9, "beam_size": 5, "length_penalty": 1.0},
+            {
+                "batch_size": 2,
+                "source_length": 9,
+                "beam_size": 5,
+                "n_best": 1,
+                "length_penalty": 1.0,
+                "early_stopping": True,
+            },
             "jax.export.deserialize",
         ),
     ],
@@ -74,9 +82,14 @@ def test_options_reach_the_conversion(calls, capsys, arguments, function, option
             "--to marian --batch-size 3",
             "--batch-size means nothing to --to marian: leave it out, or use --to stablehlo",
         ),
+        (
+            "--to ctranslate2 --beam-size 3",
+            "--beam-size means nothing to --to ctranslate2: leave it out, or use --to stablehlo",
+        ),
+        ("--to stablehlo --beam-size 0", "--beam-size is 0: give at least 1"),
     ],
 )
-def test_options_of_another_format(calls, capsys, arguments, message):
+def test_options_that_cannot_be_followed(calls, capsys, arguments, message):
     assert main(["convert", "IN", "OUT", *arguments.split()]) == 1
     assert capsys.readouterr().err == f"error: {message}\n"
     assert calls == []

@@ -1,0 +1,73 @@
+"""What several commands can be asked: how to search for a translation."""
+
+import argparse
+import dataclasses
+from typing import Any, get_args
+
+from jaxformer.errors import UserError
+from jaxformer.generation import GenerationConfig, PenaltyForm
+
+# Fields of `GenerationConfig`, but for `n_best`, in the words of the command line.
+_SEARCH = {
+    "beam_size": "beams; 1 is greedy search",
+    "length_penalty": "alpha; more favours longer sentences",
+    "length_penalty_form": "gnmt is ((5 + length) / 6)^alpha, power is length^alpha",
+    "coverage_penalty": "beta; more favours sentences that leave nothing of the source out",
+    "early_stopping": "stop at as many finished hypotheses as beams: faster, nearly as good",
+    "max_length_ratio": "at most this times the source's length ...",
+    "max_length_extra": "... plus this, in pieces",
+    "min_length_ratio": "at least this times the source's length ...",
+    "min_length_extra": "... plus this, in pieces",
+    "no_repeat_ngram_size": "say no n pieces in a row twice; 0 is no limit",
+}
+_SAMPLING = {
+    "sampling": "draw translations at random instead of searching for the best",
+    "temperature": "of sampling: below 1 safer, above 1 wilder",
+    "top_k": "of sampling: draw from the k best pieces only",
+    "top_p": "of sampling: draw from the best pieces of this probability together",
+}
+_TYPES = {"top_k": int, "top_p": float}
+
+
+def add_search(group: Any, *, sampling: bool = False) -> None:
+    """Add options for the fields of `GenerationConfig`, all but `n_best`; absent if not given.
+
+    Args:
+      group: a parser or a group of its arguments.
+      sampling: whether hypotheses may be drawn, too.
+    """
+    fields = {field.name: field.default for field in dataclasses.fields(GenerationConfig)}
+    for name, explanation in (_SEARCH | (_SAMPLING if sampling else {})).items():
+        flag, default = "--" + name.replace("_", "-"), fields[name]
+        if default is False:
+            group.add_argument(
+                flag, action="store_true", default=argparse.SUPPRESS, help=explanation
+            )
+            continue
+        if default is not None:
+            explanation += f" (default: {default})"
+        choices = get_args(PenaltyForm) if name == "length_penalty_form" else None
+        group.add_argument(
+            flag,
+            type=_TYPES.get(name, type(default)),
+            choices=choices,
+            metavar=None if choices else "N",
+            default=argparse.SUPPRESS,
+            help=explanation,
+        )
+
+
+def search_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `GenerationConfig` that were given.
+
+    Raises:
+      UserError: a value is impossible; the message names the option and the fix.
+    """
+    names = [field.name for field in dataclasses.fields(GenerationConfig)]
+    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    try:
+        GenerationConfig(**given)
+    except UserError as error:
+        name, _, rest = str(error).partition(" ")
+        raise UserError(f"--{name.replace('_', '-')} {rest}") from error
+    return given

@@ -189,10 +189,13 @@ class Generator:
         """Source positions with which a device is fastest, as measured."""
         if not self._on_cpu:
             return 4096
-        if self.configs[0].d_model < 512:
-            return 512
-        # Products with large matrices want some 64 rows: what 16 sentences have of hypotheses.
-        return min(16 * source_length, 4096)
+        if self.configs[0].d_model >= 512:
+            # Products with large matrices want some 64 rows: what 16 sentences have of hypotheses.
+            return min(16 * source_length, 4096)
+        if self.configs[0].quantized and self.options.num_beams >= 4:
+            # What int8 leaves is much to do with logits: let those of a step stay in the cache.
+            return min(8 * source_length, 512)
+        return 512
 
     def _all_room(self, source_length: int) -> tuple[int, int]:
         """Steps and slots that no sentence needs more of."""

@@ -12,6 +12,7 @@ import jaxformer.generator as module
 from jaxformer.config import EOS_ID
 from jaxformer.generation import GenerationConfig, generate
 from jaxformer.generator import Generator
+from jaxformer.linear import quantize
 from random_run import SEPARATE as CONFIG
 from random_run import params_of
 from train.benchmark.compiles import count_compiles
@@ -229,14 +230,18 @@ def test_padding_stays_within_learned_positions(few_shapes):
 
 
 def test_wide_models_translate_as_many_long_sentences_as_short_ones():
-    """On a CPU, where narrow ones have fewer rows the longer they are."""
+    """On a CPU, where narrow ones have fewer rows the longer they are, and few with 8 bits."""
 
-    def rows(d_model):
-        generator = make_generator(config=CONFIG.replace(d_model=d_model, num_heads=2))
-        return [generator._tokens_at_once(length) // length for length in (8, 32, 64)]
+    def rows(d_model, beam_size=4, quantized=False):
+        config = CONFIG.replace(d_model=d_model, num_heads=2, quantized=quantized)
+        generator = Generator((config,), (params,), GenerationConfig(beam_size=beam_size))
+        return [generator._tokens_at_once(length) // length for length in (8, 32, 128)]
 
-    assert rows(256) == [64, 16, 8]
-    assert rows(512) == [16, 16, 16]
+    params = quantize(params_of())  # which nobody looks at
+    assert rows(256) == [64, 16, 4]
+    assert rows(512) == rows(512, quantized=True) == [16, 16, 16]
+    assert rows(256, quantized=True) == [8, 8, 4]
+    assert rows(256, beam_size=3, quantized=True) == [64, 16, 4]
 
 
 def test_kernels_that_come_first_find_the_same():

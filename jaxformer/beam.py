@@ -71,9 +71,9 @@ class BeamSearch:
 
     A sentence is done at its length limit, or as soon as no live beam can enter its N best finished
     ones: log-probabilities only fall, so the best score in reach of a beam is its log-probability
-    now over the penalty at the sentence's limit. With `early_stopping` it is done when K hypotheses
-    have finished, too, and only an eos among the best K of a step finishes one, as in fairseq,
-    CTranslate2 and Hugging Face's `early_stopping=True`: fewer steps, no guarantee.
+    now over the penalty at the sentence's limit. With `early_stopping` it is also done when K
+    hypotheses have finished, and only an eos among the best K of a step finishes one, as in
+    fairseq, CTranslate2 and Hugging Face's `early_stopping=True`: fewer steps, no guarantee.
 
     Finished hypotheses rank before unfinished ones; live beams cut off at the limit, scored like
     the rest, only fill up the N when too few finished.

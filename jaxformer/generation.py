@@ -139,8 +139,8 @@ def generate(
       keys: [B] keys of the noise of each sentence, needed if `options.sampling`.
 
     Returns:
-      N hypotheses a sentence. Neither pad nor bos is ever generated. A sentence's
-      result does not depend, to the last bit, on the others in the batch nor on its row.
+      N hypotheses a sentence. Neither pad nor bos is ever generated. A sentence's result does not
+      depend, to the last bit, on the others in the batch nor on its row.
     """
     params = prepare(configs, params)
     max_length = longest(configs, options, source_ids.shape[1])

@@ -96,8 +96,8 @@ def kernel_first(
     On a CPU XLA rearranges the second operand of a product every time it multiplies. With few rows
     W is by far the larger, and this up to a quarter faster.
     """
-    # Without the barrier XLA makes it x W again.
     rows = x.reshape(-1, x.shape[-1])
+    # Without the barrier XLA makes it x W again.
     y = jax.lax.optimization_barrier(jnp.einsum("OI,RI->OR", transposed, rows)).T
     return y.reshape(*x.shape[:-1], -1)
 

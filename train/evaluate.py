@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxformer.config import Precision, TransformerConfig
 from jaxformer.errors import UserError
-from jaxformer.files import check_writable, write_text
+from jaxformer.files import check_writable
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from train.config import EvaluateConfig, read_train_config
@@ -186,6 +186,12 @@ def evaluate_run(
         )(translator.params)
     hypotheses = decoder(translator, settings, beam_size=settings.beam_size)(pairs["source"][:])
     if output is not None:
-        write_text(Path(output), "".join(f"{line}\n" for line in hypotheses))
+        path = Path(output)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # In place, for it may be /dev/stdout.
+            path.write_text("".join(f"{line}\n" for line in hypotheses), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {output}: {error.strerror}") from error
     quality = score(hypotheses, pairs["target"][:], bleu_tokenize=settings.bleu_tokenize)
     return losses | quality.to_dict()

@@ -94,6 +94,7 @@ def test_a_record_of_every_case(kind):
         json.dumps(record)
 
 
+@pytest.mark.slow
 def test_devices_share_the_rows():
     one, four = measured(devices=(1, 4), rounds=1)
     assert four["machine"]["devices"] == 4

@@ -80,6 +80,7 @@ def test_weights_are_those_of_the_forward_pass_without_padding(translator, expla
     np.testing.assert_allclose(explanation.positional_encoding, encoding, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_learned_positions_are_shown(tmp_path):
     config = CONFIG.replace(positions="learned")
     params = write_random_run(tmp_path / "run", config)

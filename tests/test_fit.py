@@ -155,6 +155,7 @@ def test_what_has_failed_is_not_saved_at_sigterm(folder, monkeypatch):
     assert checkpoint_steps(folder / "failed") == []
 
 
+@pytest.mark.slow
 def test_a_run_whose_rate_falls_keeps_its_end(folder):
     config = small_config(
         folder,

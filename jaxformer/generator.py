@@ -193,7 +193,7 @@ class Generator:
             # Products with large matrices want some 64 rows: what 16 sentences have of hypotheses.
             return min(16 * source_length, 4096)
         if self.configs[0].quantized and self.options.num_beams >= 4:
-            # What int8 leaves is much to do with logits: let those of a step stay in the cache.
+            # As measured; presumably because the logits of so few stay in the cache.
             return min(8 * source_length, 512)
         return 512
 

@@ -34,7 +34,7 @@ def add_search(group: Any, *, sampling: bool = False) -> None:
 
     Args:
       group: a parser or a group of its arguments.
-      sampling: whether hypotheses may be drawn, too.
+      sampling: whether hypotheses may be drawn, too; then there is --seed besides.
     """
     fields = {field.name: field.default for field in dataclasses.fields(GenerationConfig)}
     for name, explanation in (_SEARCH | (_SAMPLING if sampling else {})).items():
@@ -55,6 +55,8 @@ def add_search(group: Any, *, sampling: bool = False) -> None:
             default=argparse.SUPPRESS,
             help=explanation,
         )
+    if sampling:
+        group.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling")
 
 
 def search_of(options: argparse.Namespace) -> dict[str, Any]:

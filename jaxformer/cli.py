@@ -82,7 +82,6 @@ def _add_translate(commands: Any) -> None:
     )
     search = translate.add_argument_group("search")
     add_search(search, sampling=True)
-    search.add_argument("--seed", type=int, default=0, help="of sampling")
     search.add_argument(
         "--prefix", metavar="FILE", help="what each translation begins with, a line each"
     )

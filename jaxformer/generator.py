@@ -1,6 +1,7 @@
 """`generate` for any number of sentences, without the work for those that are done."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -64,7 +65,6 @@ class Generator:
 
     Args:
       configs, params: as for `generate`.
-      options: see `GenerationConfig`.
       devices: where to translate, by default all of this process, each its share.
 
     Attributes:
@@ -76,15 +76,14 @@ class Generator:
         self,
         configs: tuple[TransformerConfig, ...],
         params: tuple[Any, ...],
-        options: GenerationConfig,
         devices: list[jax.Device] | None = None,
     ) -> None:
         self._devices = jax.local_devices() if devices is None else devices
         self._mesh = Mesh(np.array(self._devices), ("data",))
         self.configs = configs
-        self.options = options
         self.computed_steps = self.needed_steps = 0
-        self._in_usual_room = self._begun_again = 0  # sentences
+        self._in_usual_room: Counter[GenerationConfig] = Counter()  # sentences
+        self._begun_again: Counter[GenerationConfig] = Counter()
         self._counting = threading.Lock()
         self._on_cpu = self._devices[0].platform == "cpu"
         # One program leaves cores idle: its operations come one after the other, and many are too
@@ -96,6 +95,7 @@ class Generator:
     def sentences(
         self,
         sources: Sequence[Sequence[int]],
+        options: GenerationConfig,
         *,
         batch_tokens: int | None = None,
         prefixes: Sequence[Sequence[int]] | None = None,
@@ -106,6 +106,7 @@ class Generator:
 
         Args:
           sources: ids of each sentence, with eos.
+          options: see `GenerationConfig`.
           batch_tokens: source positions at once, over all devices. By default 4096 for each of
             them; a CPU has far fewer, where more rows cost as much more time.
           prefixes: first target tokens of each sentence.
@@ -121,7 +122,7 @@ class Generator:
         if keys is not None and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
             keys = jax.random.key_data(keys)
         noise = None if keys is None else np.asarray(keys)
-        taken = int(first_step_is_taken(self.configs, self.options))  # before they have a row
+        taken = int(first_step_is_taken(self.configs, options))  # before they have a row
 
         def search(shape: _Shape, chosen: Sequence[int]) -> list[int]:
             """Those that need more room are returned."""
@@ -137,7 +138,7 @@ class Generator:
             )
             counts = np.sum(order.reshape(len(self._devices), -1) >= 0, axis=1, dtype=np.int32)
             (found, steps, cut), turns = jax.device_get(
-                _search(self.configs, self.options, shape, self._mesh, self._params, given, counts)
+                _search(self.configs, options, shape, self._mesh, self._params, given, counts)
             )
             more, needed = [], 0
             for place in np.flatnonzero(order >= 0):
@@ -156,11 +157,11 @@ class Generator:
 
         def start(chosen: list[int], length: int, all_room: bool) -> list[tuple[int, Future]]:
             devices = len(self._devices)
-            tokens = batch_tokens or devices * self._tokens_at_once(length)
+            tokens = batch_tokens or devices * self._tokens_at_once(options, length)
             rows = num_rows(len(chosen), tokens, length, devices) // devices
             encoded = min(rows, _ENCODED) if self._on_cpu else rows
-            room, slots = self._all_room(length) if all_room else self._usual_room(length)
-            shape = _Shape(rows, length, room, slots, encoded)
+            room_of = self._all_room if all_room else self._usual_room
+            shape = _Shape(rows, length, *room_of(options, length), encoded)
             parts = -(-len(chosen) // (devices * rows * _SENTENCES_PER_ROW))
             if len(chosen) > 2 * self._at_once * rows:
                 parts = -(-parts // self._at_once) * self._at_once  # as much for each thread
@@ -169,14 +170,15 @@ class Generator:
         try:
             begun, again = [], []
             lengths, limit = list(map(len, sources)), fewest_positions(self.configs)
-            all_room = few_shapes or self._begun_again > max(16, self._in_usual_room // 4)
+            few = max(16, self._in_usual_room[options] // 4)
+            all_room = few_shapes or self._begun_again[options] > few
             if not all_room:
-                self._in_usual_room += len(sources)
+                self._in_usual_room[options] += len(sources)
             for chosen, length in groups(lengths, few_shapes=few_shapes, limit=limit):
                 begun += start(chosen, length, all_room)
             for length, same in groupby(begun, key=lambda part: part[0]):
                 if more := [index for _, part in same for index in part.result()]:
-                    self._begun_again += len(more)
+                    self._begun_again[options] += len(more)
                     again += start(more, length, all_room=True)
             for _, part in again:
                 part.result()
@@ -185,27 +187,26 @@ class Generator:
             threads.shutdown(wait=False, cancel_futures=True)
         return results
 
-    def _tokens_at_once(self, source_length: int) -> int:
+    def _tokens_at_once(self, options: GenerationConfig, source_length: int) -> int:
         """Source positions with which a device is fastest, as measured."""
         if not self._on_cpu:
             return 4096
         if self.configs[0].d_model >= 512:
             # Products with large matrices want some 64 rows: what 16 sentences have of hypotheses.
             return min(16 * source_length, 4096)
-        if self.configs[0].quantized and self.options.num_beams >= 4:
+        if self.configs[0].quantized and options.num_beams >= 4:
             # As measured; presumably because the logits of so few stay in the cache.
             return min(8 * source_length, 512)
         return 512
 
-    def _all_room(self, source_length: int) -> tuple[int, int]:
+    def _all_room(self, options: GenerationConfig, source_length: int) -> tuple[int, int]:
         """Steps and slots that no sentence needs more of."""
-        room = longest(self.configs, self.options, source_length)
-        return room, self.options.num_beams * room
+        room = longest(self.configs, options, source_length)
+        return room, options.num_beams * room
 
-    def _usual_room(self, source_length: int) -> tuple[int, int]:
+    def _usual_room(self, options: GenerationConfig, source_length: int) -> tuple[int, int]:
         """Steps and slots that few sentences need more of."""
-        options = self.options
-        (room, _), usual = self._all_room(source_length), source_length * 3 // 2
+        (room, _), usual = self._all_room(options, source_length), source_length * 3 // 2
         searched = options.beam_size > 1 and not options.sampling
         if searched and options.length_penalty_form == "power" and not options.early_stopping:
             # What is divided by its length can be overtaken for long after it has ended.

@@ -147,7 +147,7 @@ def add_inspect(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect",
         help="see how a sentence was translated: attention, alignment, alternatives",
-        description="Translate a sentence and write a page about it: the beam's translations with "
+        description="Translate a sentence and write a page about it: the translations found with "
         "their scores, what every attention head looked at, which word is from which, and the "
         "positional encoding. Beside it, if matplotlib is installed, the same as PNG files.",
         formatter_class=ShowDefaults,
@@ -161,7 +161,7 @@ def add_inspect(commands: Any) -> None:
     inspect.add_argument(
         "--output", metavar="DIR", default="inspection", help="folder for index.html and PNGs"
     )
-    add_search(inspect.add_argument_group("search"))
+    add_search(inspect.add_argument_group("search"), sampling=True)
     inspect.set_defaults(command=_inspect)
 
 
@@ -174,7 +174,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
     keep_compiled_programs()
     translator = Translator.load(options.run, options.checkpoint)
-    explanation = translator.explain(options.sentence, **search)
+    explanation = translator.explain(options.sentence, seed=options.seed, **search)
     print(explanation.hypotheses[0].text)
     drawing = can_draw()
     index = write_inspection(

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +77,6 @@ class Translator:
         self._configs = (config, *(config for config, _ in others))
         self._params = (params, *(params for _, params in others))
         self._devices = jax.local_devices() if devices is None else devices
-        self._generators: dict[GenerationConfig, Generator] = {}
 
     @classmethod
     def load(
@@ -168,16 +168,16 @@ class Translator:
           **options: fields of `GenerationConfig`, `beam_size=4` and `n_best=None` among them.
 
         Yields:
-          `n_best` hypotheses for each line, by default all `beam_size`, best first, fewer if no
-          more exist; in order. An empty line has one, empty.
+          `n_best` hypotheses for each line, by default all `beam_size`, best first or as they were
+          drawn, fewer if no more exist; in order. An empty line has one, empty.
         """
-        generator = self._generator(GenerationConfig(**options))
+        search = GenerationConfig(**options)
         pairs = _with_prefixes(lines, prefixes)
         first_line = 1
         while window := list(islice(pairs, _WINDOW)):
             parts = self._parts(window, first_line, warn)
             found: list[list[list[Hypothesis]]] = [[] for _ in window]
-            results = self._search(generator, parts, batch_tokens, few_shapes, seed)
+            results = self._search(parts, search, batch_tokens, few_shapes, seed)
             for part, result in zip(parts, results, strict=True):
                 found[part.line].append(self._hypotheses(result))
             yield from map(_join, found)
@@ -288,12 +288,14 @@ class Translator:
                 )
         return found
 
-    def explain(self, line: str, **options: Any) -> Explanation:
-        """Translate a line and keep what the (first) model looked at to write the best translation.
+    def explain(self, line: str, *, seed: int = 0, **options: Any) -> Explanation:
+        """Translate a line and keep what the (first) model looked at to write the translation.
 
         Args:
           line: one sentence, as long as the model takes at once.
-          **options: fields of `GenerationConfig`, `beam_size=4` among them.
+          seed: of the noise, if `sampling`.
+          **options: fields of `GenerationConfig`, `beam_size=4` among them. Of several translations
+            the first is explained: the best, or with `sampling` the first drawn.
 
         Raises:
           UserError: the line is empty or too long.
@@ -307,10 +309,10 @@ class Translator:
                 f"the sentence has {len(ids)} pieces, more than the model's {limit}: give a part"
             )
         source = [*ids, EOS_ID]
-        generator = self._generator(GenerationConfig(**options))
-        (result,) = generator.sentences([source], batch_tokens=len(source))
-        best = map(int, result.sequences[0][: result.lengths[0]])
-        target = [token for token in best if token != EOS_ID]
+        part, search = _Part(0, ids, [], (1, 0)), GenerationConfig(**options)
+        (result,) = self._search([part], search, len(source), few_shapes=False, seed=seed)
+        first = map(int, result.sequences[0][: result.lengths[0]])
+        target = [token for token in first if token != EOS_ID]
         positions = fewest_positions(self._configs)
         if positions is not None:
             target = target[: positions - 1]  # there is none for the end of one that was cut off
@@ -341,17 +343,11 @@ class Translator:
     @property
     def needed_share(self) -> float:
         """Of the work of all searches so far, the share that was for sentences not yet done."""
-        generators = self._generators.values()
-        return sum(g.needed_steps for g in generators) / max(
-            1, sum(g.computed_steps for g in generators)
-        )
+        return self._generator.needed_steps / max(1, self._generator.computed_steps)
 
-    def _generator(self, options: GenerationConfig) -> Generator:
-        if options not in self._generators:
-            self._generators[options] = Generator(
-                self._configs, self._params, options, self._devices
-            )
-        return self._generators[options]
+    @cached_property
+    def _generator(self) -> Generator:
+        return Generator(self._configs, self._params, self._devices)
 
     def _pairs(
         self, sources: Sequence[str], targets: Sequence[str], first_line: int
@@ -413,8 +409,8 @@ class Translator:
 
     def _search(
         self,
-        generator: Generator,
         parts: list[_Part],
+        options: GenerationConfig,
         batch_tokens: int | None,
         few_shapes: bool,
         seed: int,
@@ -423,10 +419,11 @@ class Translator:
         sources = [[*part.ids, EOS_ID] for part in parts]
         prefixes = [part.prefix for part in parts]
         keys = None
-        if generator.options.sampling and parts:
+        if options.sampling and parts:
             keys = _sentence_keys(seed, np.array([part.key for part in parts], np.int32))
-        return generator.sentences(
+        return self._generator.sentences(
             sources,
+            options,
             batch_tokens=batch_tokens,
             few_shapes=few_shapes,
             prefixes=prefixes if any(prefixes) else None,

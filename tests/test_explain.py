@@ -55,6 +55,16 @@ def test_it_is_the_translation_that_translate_gives(translator, explanation):
     assert any(np.isclose(total, best.log_prob, rtol=1e-5) for total in sums)
 
 
+def test_a_drawn_translation_is_explained(translator):
+    """It is the first of those drawn for the first line."""
+    options = {"beam_size": 2, "sampling": True, "temperature": 2.0}
+    for seed in (1, 2):
+        explanation = translator.explain(LINE, seed=seed, **options)
+        (drawn,) = translator.generate([LINE], seed=seed, batch_tokens=8, **options)
+        assert explanation.hypotheses == drawn
+        assert explanation.target_tokens[:-1] == drawn[0].tokens
+
+
 def test_weights_are_those_of_the_forward_pass_without_padding(translator, explanation):
     source, target = (
         jnp.array([[*map(pieces.index, tokens)]])

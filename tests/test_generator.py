@@ -20,8 +20,8 @@ from train.benchmark.compiles import count_compiles
 OPTIONS = GenerationConfig(beam_size=3, max_length_extra=4)
 
 
-def make_generator(options=OPTIONS, config=CONFIG, num_devices=1):
-    return Generator((config,), (params_of(config),), options, jax.devices()[:num_devices])
+def make_generator(config=CONFIG, num_devices=1):
+    return Generator((config,), (params_of(config),), jax.devices()[:num_devices])
 
 
 def random_sources(lengths, seed=0):
@@ -86,11 +86,11 @@ def shapes(monkeypatch):
 )
 def test_every_sentence_is_as_in_one_large_batch(shapes, options, num_devices, with_prefix):
     """Whether it begins beside others that are under way, or once more with more room."""
-    generator = make_generator(options, num_devices=num_devices)
+    generator = make_generator(num_devices=num_devices)
     keys = jax.random.split(jax.random.key(5), len(SOURCES)) if options.sampling else None
     prefixes = [[9, 11][: row % 3] for row in range(len(SOURCES))] if with_prefix else None
     tokens = 16 * 16 * (1 if num_devices == 1 else num_devices // 2)
-    found = generator.sentences(SOURCES, batch_tokens=tokens, keys=keys, prefixes=prefixes)
+    found = generator.sentences(SOURCES, options, batch_tokens=tokens, keys=keys, prefixes=prefixes)
     expected = results_of_one_batch(options, with_prefix)
     for row, one in enumerate(found):
         assert_same(one, jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), expected))
@@ -109,8 +109,8 @@ def test_every_sentence_is_as_in_one_large_batch(shapes, options, num_devices, w
     ],
 )
 def test_searches_that_last_longer_have_more_room(changes, room, slots):
-    generator = make_generator(GenerationConfig(beam_size=2, **changes))
-    assert generator._usual_room(16) == (room, slots)
+    options = GenerationConfig(beam_size=2, **changes)
+    assert make_generator()._usual_room(options, 16) == (room, slots)
 
 
 def test_beams_that_share_too_little_of_their_past_begin_once_more(shapes, monkeypatch):
@@ -119,7 +119,7 @@ def test_beams_that_share_too_little_of_their_past_begin_once_more(shapes, monke
     generator = make_generator()
     expected = results_of_one_batch(OPTIONS)
     for slots in ({23, 60}, {60}):
-        found = generator.sentences(SOURCES, batch_tokens=256)
+        found = generator.sentences(SOURCES, OPTIONS, batch_tokens=256)
         for row, one in enumerate(found):
             assert_same(one, jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), expected))
         assert {shape[3] for shape in shapes} == slots
@@ -132,13 +132,15 @@ def test_neither_order_nor_company_changes_a_bit(seed, monkeypatch):
     monkeypatch.setattr(module, "_SLOTS_PER_BEAM", 20)  # or some begin again, in another shape
     order = np.random.default_rng(seed).permutation(len(SOURCES))
     generator = make_generator()
-    found = generator.sentences(SOURCES, batch_tokens=256)
-    moved = generator.sentences([SOURCES[index] for index in order], batch_tokens=256)
+    found = generator.sentences(SOURCES, OPTIONS, batch_tokens=256)
+    moved = generator.sentences([SOURCES[index] for index in order], OPTIONS, batch_tokens=256)
     for place, index in enumerate(order):
         assert_bit_equal(moved[place], found[index])
     some = [index for index in order if index % 3][:40]
     for index, one in zip(
-        some, generator.sentences([SOURCES[i] for i in some], batch_tokens=256), strict=True
+        some,
+        generator.sentences([SOURCES[i] for i in some], OPTIONS, batch_tokens=256),
+        strict=True,
     ):
         assert_bit_equal(one, found[index])
 
@@ -147,7 +149,7 @@ def test_beams_too_many_for_the_first_step_alone():
     """There are fewer than two tokens for each, as `BeamSearch.first` needs."""
     options = GenerationConfig(beam_size=CONFIG.vocab_size // 2 + 1, max_length_extra=2)
     expected = generate((CONFIG,), (params_of(),), np.array([[5, 6, EOS_ID]]), options)
-    (found,) = make_generator(options).sentences([[5, 6, EOS_ID]])
+    (found,) = make_generator().sentences([[5, 6, EOS_ID]], options)
     assert_same(found, jax.tree.map(lambda leaf: np.asarray(leaf[0]), expected))
 
 
@@ -162,25 +164,29 @@ def test_two_searches_at_once_are_one(monkeypatch):
         return search(*args)
 
     monkeypatch.setattr(module, "_search", spy)
-    at_once = generator.sentences(SOURCES, batch_tokens=256)
+    at_once = generator.sentences(SOURCES, OPTIONS, batch_tokens=256)
     assert len(threads) == 2
     monkeypatch.setattr(generator, "_at_once", 1)
-    for ours, alone in zip(at_once, generator.sentences(SOURCES, batch_tokens=256), strict=True):
+    for ours, alone in zip(
+        at_once, generator.sentences(SOURCES, OPTIONS, batch_tokens=256), strict=True
+    ):
         assert_bit_equal(ours, alone)
 
 
 def test_other_devices_encode_as_many_as_there_are_rows():
     generator = make_generator()
-    expected = generator.sentences(SOURCES, batch_tokens=256)
+    expected = generator.sentences(SOURCES, OPTIONS, batch_tokens=256)
     generator._on_cpu = False
-    for one, other in zip(generator.sentences(SOURCES, batch_tokens=256), expected, strict=True):
+    for one, other in zip(
+        generator.sentences(SOURCES, OPTIONS, batch_tokens=256), expected, strict=True
+    ):
         assert_same(one, other)
 
 
 def test_a_second_time_compiles_nothing():
-    make_generator().sentences(SOURCES, batch_tokens=256)
+    make_generator().sentences(SOURCES, OPTIONS, batch_tokens=256)
     with count_compiles() as compiled:
-        make_generator().sentences(SOURCES[::-1], batch_tokens=256)
+        make_generator().sentences(SOURCES[::-1], OPTIONS, batch_tokens=256)
     assert compiled == []
 
 
@@ -190,7 +196,7 @@ def test_few_shapes_compile_one_program_and_find_the_same():
     rows = [row for row, source in enumerate(SOURCES) if len(source) >= 5]
     sources = [SOURCES[row] for row in rows] + random_sources([20, 30, 40] * 10)
     with count_compiles() as compiled:
-        found = generator.sentences(sources, batch_tokens=64 * 48, few_shapes=True)
+        found = generator.sentences(sources, OPTIONS, batch_tokens=64 * 48, few_shapes=True)
     assert len(compiled) == 1
     for row, one in zip(rows, found, strict=False):
         assert_same(one, jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), expected))
@@ -202,16 +208,16 @@ def test_rows_do_not_wait_for_the_longest_sentence():
     options = GenerationConfig(
         beam_size=1, max_length_ratio=1.0, max_length_extra=0, min_length_ratio=1.0
     )
-    generator = make_generator(options)
-    generator.sentences(random_sources(lengths), batch_tokens=512)
+    generator = make_generator()
+    generator.sentences(random_sources(lengths), options, batch_tokens=512)
     assert generator.needed_steps == lengths.sum()
     assert generator.needed_steps / generator.computed_steps > 0.7
 
 
 def test_steps_that_are_not_needed_are_counted():
     options = GenerationConfig(beam_size=2, max_length_ratio=1.0, max_length_extra=0)
-    generator = make_generator(options)
-    generator.sentences(random_sources([8, 4, 2]))
+    generator = make_generator()
+    generator.sentences(random_sources([8, 4, 2]), options)
     steps = generator.computed_steps // 4
     assert generator.computed_steps == 4 * steps and 0 < steps <= 8
     assert steps <= generator.needed_steps <= min(8, steps) + 4 + 2
@@ -221,9 +227,9 @@ def test_steps_that_are_not_needed_are_counted():
 def test_padding_stays_within_learned_positions(few_shapes):
     config = CONFIG.replace(positions="learned", max_length=9)
     options = GenerationConfig(beam_size=2)
-    generator = make_generator(options, config)
+    generator = make_generator(config)
     source = [5, 6, 7, 8, 5, 6, 7, 8, EOS_ID]
-    (found,) = generator.sentences([source], few_shapes=few_shapes)
+    (found,) = generator.sentences([source], options, few_shapes=few_shapes)
     assert found.sequences.shape == (2, 9)
     alone = generate((config,), (params_of(config),), np.array([source]), options)
     np.testing.assert_array_equal(found.sequences, alone.sequences[0])
@@ -234,8 +240,8 @@ def test_wide_models_translate_as_many_long_sentences_as_short_ones():
 
     def rows(d_model, beam_size=4, quantized=False):
         config = CONFIG.replace(d_model=d_model, num_heads=2, quantized=quantized)
-        generator = Generator((config,), (params,), GenerationConfig(beam_size=beam_size))
-        return [generator._tokens_at_once(length) // length for length in (8, 32, 128)]
+        generator, options = Generator((config,), (params,)), GenerationConfig(beam_size=beam_size)
+        return [generator._tokens_at_once(options, n) // n for n in (8, 32, 128)]
 
     params = quantize(params_of())  # which nobody looks at
     assert rows(256) == [64, 16, 4]
@@ -249,7 +255,7 @@ def test_kernels_that_come_first_find_the_same():
     config = CONFIG.replace(d_model=256, num_heads=2, decoder_layers=1)
     options = GenerationConfig(beam_size=2, max_length_extra=4)
     sources = random_sources([15] * 16)
-    found = make_generator(options, config).sentences(sources, batch_tokens=256)
+    found = make_generator(config).sentences(sources, options, batch_tokens=256)
     expected = generate((config,), (params_of(config),), np.array(sources), options)
     for row, result in enumerate(found):
         assert_same(result, jax.tree.map(lambda leaf, row=row: leaf[row], expected))

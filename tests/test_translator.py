@@ -12,7 +12,6 @@ import pytest
 import jaxformer.translator as module
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig
-from jaxformer.generator import Generator
 from jaxformer.tokenizer import VocabularyTokenizer
 from jaxformer.translator import Translator
 from random_run import CONFIG, write_random_run
@@ -210,19 +209,16 @@ def test_the_same_shapes_compile_nothing_again(translator):
 
 
 def test_options_reach_the_search(translator, monkeypatch):
-    made = []
-    monkeypatch.setattr(translator, "_generators", {})
+    searched = []
 
-    class Recorder(Generator):
-        def __init__(self, *args):
-            made.append(args)
+    def sentences(sources, options, **given):
+        searched.append(options)
+        return []
 
-    monkeypatch.setattr(module, "Generator", Recorder)
-    monkeypatch.setattr(translator, "_search", lambda *args: [])
-    translator.translate([])
-    translator.translate([], beam_size=7, length_penalty=1.0, length_penalty_form="power")
-    translator.translate([], beam_size=7, length_penalty=1.0, length_penalty_form="power")
-    assert [options for _, _, options, _ in made] == [
+    monkeypatch.setattr(translator._generator, "sentences", sentences)
+    translator.translate([""])
+    translator.translate([""], beam_size=7, length_penalty=1.0, length_penalty_form="power")
+    assert searched == [
         GenerationConfig(n_best=1),
         GenerationConfig(beam_size=7, n_best=1, length_penalty=1.0, length_penalty_form="power"),
     ]

@@ -128,18 +128,19 @@ def test_epochs_take_the_segmentations_in_turns(first, second, rows_per_batch):
         packing = pack(corpus.source.lengths, corpus.target.lengths, **options)
         segmentations.append((corpus, packing))
         expected.append(sorted(zip(*sides, strict=True)))
-    batches = Batches(segmentations, rows_per_batch, seed=3)
-    for epoch in range(5):
-        steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
-        seen = [pair for step in steps for pair in unpack(batches.at(step))]
-        assert sorted(seen) == expected[epoch % 2]
-    # A mixture counts rows, not steps: its epochs follow each other without a gap.
     rows, start = Rows(segmentations, seed=3), 0
     for epoch in range(5):
         stop = start + segmentations[epoch % 2][1].num_rows
         seen = [pair for piece in rows.onward(start, stop) for pair in unpack(piece)]
         assert sorted(seen) == expected[epoch % 2]
         start = stop
+    # Epochs follow each other without a gap: no batch is empty, nor a row of it.
+    batches = Batches(segmentations, rows_per_batch, seed=3)
+    of_batches = [batches.at(step) for step in range(-(-start // rows_per_batch))]
+    assert all(batch["labels"].any(axis=1).all() for batch in of_batches)
+    seen = [pair for batch in of_batches for pair in unpack(batch)]
+    of_rows = rows.onward(0, len(of_batches) * rows_per_batch)
+    assert seen == [pair for piece in of_rows for pair in unpack(piece)]
 
 
 def batches_of(lengths, rows_per_batch, seed=3, source_length=19, target_length=23):

@@ -35,11 +35,13 @@ class Rows:
 
     Attributes:
       corpus, packing: the first segmentation.
+      take_turns: whether there are others.
     """
 
     def __init__(self, segmentations: Sequence[Packed], *, seed: int | None, number: int = 0):
         self.corpus, self.packing = segmentations[0]
         self._segmentations = segmentations
+        self.take_turns = len(segmentations) > 1
         # Of the rows of one turn of all segmentations, where each begins, and where the last ends.
         self._starts = np.cumsum([0, *(packing.num_rows for _, packing in segmentations)])
 
@@ -122,11 +124,13 @@ class Batches:
 
     Args:
       segmentations: the pairs and which of them share a row, once or several times, see `Rows`.
-      rows_per_batch: R; empty rows complete the last batch of an epoch.
+      rows_per_batch: R; empty rows complete the last batch of an epoch. Where segmentations take
+        turns, whose rows are more or fewer, epochs follow each other within a batch instead: one
+        made for the longest would end the others with a batch of nothing.
       seed: each epoch has its own order of rows; None keeps them as they are, for evaluation.
 
     Attributes:
-      steps_per_epoch: batches until every row was visited once.
+      steps_per_epoch: batches until every row was visited once, of the longest segmentation.
       parts: the rows of each corpus; here there is one.
       shares: of each corpus in the rows of a batch.
     """
@@ -151,9 +155,13 @@ class Batches:
 
     def _rows(self, step: int, start: int, stop: int) -> list[Batch]:
         """Return the rows of a batch from `start` to before `stop`, in pieces."""
+        (rows,) = self.parts
+        if rows.take_turns:
+            before = step * self.rows_per_batch
+            return rows.onward(before + start, before + stop)
         epoch, index = divmod(step, self.steps_per_epoch)
         before = index * self.rows_per_batch
-        return [self.parts[0].of_epoch(epoch, before + start, before + stop)]
+        return [rows.of_epoch(epoch, before + start, before + stop)]
 
 
 def _join(pieces: list[Batch], height: int) -> Batch:

@@ -148,14 +148,14 @@ def evaluations(run: str | Path) -> dict[int, dict[str, Any]]:
     """Return what was measured of each checkpoint that was evaluated, by step, ascending.
 
     A record holds "values", such as {"loss": 2.1, "bleu": 33.0}, and the "metric" among them, with
-    its "mode", by which the training that wrote it selects.
+    its "mode", by which the training that wrote it selects. One that cannot be read any more is
+    left out.
     """
     directory = Path(run) / CHECKPOINTS_DIR
-    return {
-        step: json.loads(path.read_text())
-        for step in checkpoint_steps(run)
-        if (path := directory / str(step) / METRICS / METRICS).is_file()
+    records = {
+        step: read_json(directory / str(step) / METRICS / METRICS) for step in checkpoint_steps(run)
     }
+    return {step: record for step, record in records.items() if record}
 
 
 def best_step(run: str | Path) -> int | None:
@@ -298,9 +298,13 @@ def reason(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _info(checkpoint: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """What was noted beside the arrays: {} if nothing was, or it cannot be read any more."""
     try:
-        return json.loads((checkpoint / INFO / "metadata").read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+
+
+def _info(checkpoint: Path) -> dict[str, Any]:
+    return read_json(checkpoint / INFO / "metadata")

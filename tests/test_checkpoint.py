@@ -276,7 +276,8 @@ def test_average_is_the_float32_mean_in_the_saved_dtype(tmp_path):
     values = {1: 256.0, 2: 258.0, 3: 258.0, 4: 260.0}
     save_all(tmp_path, [(make_state(n, value), {"loss": 1.0}) for n, value in values.items()])
     with Checkpoints(tmp_path) as checkpoints:
-        mean = checkpoints.average([1, 2, 3, 4])
+        mean, steps = checkpoints.average([1, 2, 3, 4])
+    assert steps == [1, 2, 3, 4]
     assert mean["scale"].dtype == jnp.bfloat16
     assert mean["decoder"]["kernel"].dtype == np.float32
     np.testing.assert_array_equal(mean["decoder"]["kernel"], np.full((3, 5), 258.0, np.float32))
@@ -286,7 +287,7 @@ def test_average_is_the_float32_mean_in_the_saved_dtype(tmp_path):
 def test_average_of_equal_checkpoints_is_exact(tmp_path):
     save_all(tmp_path, [(make_state(step, value=0.1), {"loss": 1.0}) for step in (1, 2, 3)])
     with Checkpoints(tmp_path) as checkpoints:
-        assert bits(checkpoints.average([1, 2, 3])) == bits(checkpoints.average([2]))
+        assert bits(checkpoints.average([1, 2, 3])[0]) == bits(checkpoints.average([2])[0])
 
 
 @pytest.mark.parametrize("steps", [[], [1, 1], [1, 3]])
@@ -296,13 +297,61 @@ def test_average_needs_distinct_steps_that_are_there(tmp_path, steps):
         checkpoints.average(steps)
 
 
+def test_a_damaged_checkpoint_is_left_out_of_the_average(tmp_path, capsys):
+    save_all(tmp_path, [(make_state(step), {"loss": 1.0}) for step in (1, 2, 3, 5)])
+    damaged = tmp_path / "checkpoints"
+    for step in (1, 3):
+        shutil.rmtree(damaged / str(step) / "params")
+    with Checkpoints(tmp_path) as checkpoints:
+        mean, steps = checkpoints.average([1, 2, 3, 5])
+        assert steps == [2, 5] and np.all(mean["decoder"]["kernel"] == 3.5)
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.endswith("the average goes without it") for line in lines] == [True, True]
+        with pytest.raises(UserError, match="cannot read"):
+            checkpoints.average([1, 3])
+        checkpoints.save_average(mean, steps)
+        assert find_checkpoint(tmp_path).name == "average"
+        checkpoints.remove_average()
+        assert find_checkpoint(tmp_path).name == "5"
+        checkpoints.remove_average()
+
+
+@pytest.mark.parametrize("text", ["", '{"metric": "lo'])
+def test_metrics_that_cannot_be_read_are_set_aside(tmp_path, capsys, text):
+    save_all(tmp_path, [(make_state(step), {"loss": 1.0}) for step in (1, 2)])
+    directory = tmp_path / "checkpoints"
+    (directory / "2/metrics/metrics").write_text(text)
+    assert best_step(tmp_path) == 1
+    with Checkpoints(tmp_path) as checkpoints:
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == (
+            "warning: the metrics of checkpoint 2 cannot be read: now damaged-metrics-2"
+        )
+        assert checkpoints.evaluated_steps() == [1]
+        assert checkpoints.restore(make_state()).step == 2
+        checkpoints.save(make_state(3), {"loss": 2.0})
+    assert (directory / "damaged-metrics-2/metrics").read_text() == text
+    assert checkpoint_steps(tmp_path) == [1, 3]
+
+
+def test_a_checkpoint_may_be_damaged_twice(tmp_path, capsys):
+    save_all(tmp_path, [(make_state(1), {"loss": 1.0})])
+    for name in ("damaged-2", "damaged-2.2", "damaged-2.3"):
+        save_all(tmp_path, [(make_state(2), {"loss": 1.0})])
+        shutil.rmtree(tmp_path / "checkpoints/2/params")
+        with Checkpoints(tmp_path) as checkpoints:
+            assert checkpoints.restore(make_state()).step == 1
+        assert f"it is now {name}," in capsys.readouterr().err
+        assert (tmp_path / "checkpoints" / name).is_dir()
+
+
 def test_the_average_is_the_default_until_training_goes_on(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(make_state(1), {"loss": 2.0})
         checkpoints.save(make_state(2), {"loss": 3.0})
         assert find_checkpoint(tmp_path).name == "1"  # the best
         for _ in range(2):  # the second replaces the first
-            checkpoints.save_average(checkpoints.average([1, 2]), [2, 1])
+            checkpoints.save_average(checkpoints.average([1, 2])[0], [2, 1])
     average = find_checkpoint(tmp_path)
     assert average.name == "average"
     assert json.loads((average / "info/metadata").read_text())["steps"] == [1, 2]
@@ -351,7 +400,7 @@ print(jax.tree.map(lambda x: (x.dtype.name, x.tolist()), params))
 def test_the_trainer_saves_in_silence(tmp_path, caplog, capfd):
     save_all(tmp_path, [(make_state(1), {"loss": 1.0}), (make_state(2), None)], keep_last=1)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save_average(checkpoints.average([1, 2]), [1, 2])
+        checkpoints.save_average(*checkpoints.average([1, 2]))
         checkpoints.restore(make_state())
     assert caplog.records == []
     assert capfd.readouterr() == ("", "")

@@ -4,8 +4,10 @@ import dataclasses
 import logging
 import math
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -20,9 +22,11 @@ from jaxformer.run import (
     AVERAGE,
     CHECKPOINTS_DIR,
     INFO,
+    METRICS,
     OPTIMIZER,
     PARAMS,
     best_step,
+    checkpoint_steps,
     evaluations,
     is_intact,
     load_params,
@@ -106,6 +110,7 @@ class Checkpoints:
                 f"cannot save checkpoints in {self.directory}: {error.strerror}; "
                 "choose another run directory"
             ) from error
+        self._set_unreadable_metrics_aside()
         best = policies.BestN(
             get_metric_fn=self._score,
             reverse=mode == "min",
@@ -229,40 +234,70 @@ class Checkpoints:
         return dataclasses.replace(restored[OPTIMIZER], params=restored[PARAMS])
 
     def _set_aside(self, step: int, error: DamagedCheckpoint) -> None:
-        name = f"damaged-{step}"
+        place = self._free_name(f"damaged-{step}")
         if jax.process_index() == 0:
-            print(f"warning: {error}; it is now {name}, trying the one before", file=sys.stderr)
-            (self.directory / str(step)).rename(self.directory / name)
-        if jax.process_count() > 1:
-            sync_global_devices(name)
+            _warn(f"{error}; it is now {place.name}, trying the one before")
+            (self.directory / str(step)).rename(place)
+        _meet(f"damaged-{step}")
         self._manager.reload()
 
-    def average(self, steps: Sequence[int]) -> Any:
-        """Return the mean of the parameters of several checkpoints, as numpy arrays.
+    def _set_unreadable_metrics_aside(self) -> None:
+        """Or orbax, which reads the metrics of all checkpoints, could not begin."""
+        if jax.process_index() == 0:
+            evaluated = evaluations(self._run)
+            for step in checkpoint_steps(self._run):
+                folder = self.directory / str(step) / METRICS
+                if (folder / METRICS).is_file() and step not in evaluated:
+                    place = self._free_name(f"damaged-{METRICS}-{step}")
+                    _warn(f"the metrics of checkpoint {step} cannot be read: now {place.name}")
+                    folder.rename(place)
+        _meet("metrics")
+
+    def _free_name(self, name: str) -> Path:
+        """`name` in the directory, or with a number if that is there."""
+        names = chain([name], (f"{name}.{number}" for number in count(2)))
+        return next(place for name in names if not (place := self.directory / name).exists())
+
+    def average(self, steps: Sequence[int]) -> tuple[Any, list[int]]:
+        """Return the mean of the parameters of several checkpoints, as numpy arrays, and its steps.
 
         The mean is taken in float32, one checkpoint after the other, and returned in the dtype of
-        the saved parameters (paper §6.1: the last 5 checkpoints for base, 20 for big).
+        the saved parameters (paper §6.1: the last 5 checkpoints for base, 20 for big). Damaged ones
+        are left out, and reported on standard error.
 
         Args:
           steps: distinct steps.
 
         Raises:
-          UserError: no steps, one of them twice, or one that is not there.
+          UserError: no steps, one of them twice, one that is not there, or all are damaged.
         """
         if not steps or len(set(steps)) < len(steps):
             raise UserError(f"cannot average checkpoints {list(steps)}: give distinct steps")
         self.wait()
-        saved = load_params(self._run, self._find(steps[0]))
-        mean = jax.tree.map(lambda x: np.array(x, np.float32), saved)
-        for count, step in enumerate(steps[1:], start=2):
-            saved = load_params(self._run, self._find(step))
+        averaged: list[int] = []
+        mean: Any = None
+        for step in map(self._find, steps):
+            try:
+                saved = load_params(self._run, step)
+            except UserError as error:
+                if not averaged and step == steps[-1]:
+                    raise
+                if jax.process_index() == 0:
+                    _warn(f"{error}; the average goes without it")
+                continue
+            averaged.append(step)
+            if mean is None:
+                dtypes = jax.tree.map(lambda leaf: leaf.dtype, saved)
+                mean = jax.tree.map(lambda leaf: np.array(leaf, np.float32), saved)
+                continue
 
             # In place, for memory; and equal parameters average to themselves exactly.
-            def include(mean: np.ndarray, leaf: np.ndarray, count: int = count) -> None:
+            def include(mean: np.ndarray, leaf: np.ndarray, count: int = len(averaged)) -> None:
                 mean += (leaf.astype(np.float32) - mean) / count
 
             jax.tree.map(include, mean, saved)
-        return jax.tree.map(lambda mean, leaf: mean.astype(leaf.dtype, copy=False), mean, saved)
+        cast = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype, copy=False), mean, dtypes)
+        return cast, averaged
 
     def save_average(self, params: Any, steps: Sequence[int]) -> None:
         """Save `params`, the average of `steps`, as `checkpoints/average`, replacing it.
@@ -282,6 +317,12 @@ class Checkpoints:
             ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer,
         ):
             writer.save(self.directory / AVERAGE, args=ocp.args.Composite(**args), force=True)
+
+    def remove_average(self) -> None:
+        """Remove `checkpoints/average`, if it is there."""
+        if jax.process_index() == 0:
+            shutil.rmtree(self.directory / AVERAGE, ignore_errors=True)
+        _meet(AVERAGE)
 
     def wait(self) -> None:
         """Return when everything is on disk; raises `UserError` if it could not be written."""
@@ -304,3 +345,13 @@ class Checkpoints:
         if step is not None and step not in steps:
             raise UserError(f"{self._run} has no checkpoint {step}: choose one of {steps}")
         return steps[-1] if step is None else step
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _meet(name: str) -> None:
+    """Wait until all processes are here."""
+    if jax.process_count() > 1:
+        sync_global_devices(name)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from jaxformer.run import load_params
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from train.checkpoint import Checkpoints
@@ -18,12 +19,12 @@ from train.lock import only_trainer
 from train.log import Log, check_finite, describe, examples
 from train.machine import describe_machine
 from train.metrics import MetricsWriter, bleu_metric, read_metrics
-from train.parallel import Runner, initialize_hosts, make_runner
+from train.parallel import initialize_hosts, make_runner
 from train.preemption import Preemption
 from train.prefetch import prefetch
 from train.prepare import RunData, prepare
 from train.progress import Progress
-from train.state import TrainState, create_state, make_optimizer, make_schedule
+from train.state import create_state, make_optimizer, make_schedule
 from train.step import Batch, make_train_step
 
 
@@ -139,27 +140,32 @@ def _train(config: TrainConfig, run: Path) -> None:
                     )
                     break
 
-            _finish(config, data, checkpoints, state, runner, writer, progress)
+            _finish(config, data, checkpoints, int(state.step), writer, progress)
 
 
 def _finish(
     config: TrainConfig,
     data: RunData,
     checkpoints: Checkpoints,
-    state: TrainState,
-    runner: Runner,
+    step: int,
     writer: MetricsWriter,
     progress: Progress,
 ) -> None:
-    """Average the last checkpoints, translate and score all splits, and show a few translations."""
-    params, step = runner.whole(state.params), int(state.step)
+    """Average the last checkpoints, translate and score all splits, and show a few translations.
+
+    What is scored is what `Translator.load` finds: without an average the best checkpoint.
+    """
     beam_size = config.evaluate.beam_size
     averaged = checkpoints.evaluated_steps()[-config.checkpoint.average :]
     if len(averaged) > 1:
-        params = checkpoints.average(averaged)
+        params, averaged = checkpoints.average(averaged)
         checkpoints.save_average(params, averaged)
         steps_text = ", ".join(f"{step:,}" for step in averaged)
         progress.message(f"averaged the checkpoints of steps {steps_text}")
+    else:
+        checkpoints.remove_average()
+        params = load_params(config.run)
+        progress.message(f"the best checkpoint is that of step {checkpoints.best_step():,}")
     splits = [split for split in data.pairs if split != "train"]
     scored = _evaluate(config, data, params, splits, beam_size)
     for split, (quality, _) in scored.items():

@@ -1,5 +1,8 @@
 """The one exception that users are meant to read."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """Something the user gave cannot be used.
@@ -7,3 +10,16 @@ class UserError(ValueError):
     The message is one line that says what is wrong, where, and how to fix it. The command lines
     print it after ``error:`` and exit with status 1; library callers may catch it as `ValueError`.
     """
+
+
+@contextlib.contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Raise `UserError`, with advice, where JAX says that a device has too little memory."""
+    try:
+        yield
+    except RuntimeError as error:  # as `jax.errors.JaxRuntimeError` is
+        reason = " ".join(str(error).split())
+        if not reason.startswith("RESOURCE_EXHAUSTED"):
+            raise
+        reason = reason.removeprefix("RESOURCE_EXHAUSTED: ")[:200]
+        raise UserError(f"too little memory on the device: {reason}; {advice}") from error

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from jaxformer.errors import UserError
 from small_run import small_config
 from train.loop import fit
+from train.preemption import Preempted
 
 
 def main(folder: str, *changes: str) -> int:
@@ -21,6 +22,8 @@ def main(folder: str, *changes: str) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Preempted:
+        return 143
     return 0
 
 

@@ -2,10 +2,12 @@
 
 import json
 
+import jax
 import pytest
 
 from jaxformer.errors import UserError
-from jaxformer.run import load_tokenizers
+from jaxformer.run import load_tokenizers, write_config
+from random_run import CONFIG, write_random_run
 from small_run import small_config, trained_run, write_corpus
 from train.arguments import config_names, load_config, override
 from train.cli import main
@@ -61,6 +63,11 @@ def test_help_lists_every_field_with_its_value(capsys):
             assert f"(default: {value})" in " ".join(text.split()), name
 
 
+HOSTS = (
+    "--distributed True --parallel.coordinator a:1 --parallel.processes 2 --parallel.process 1"
+).split()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -95,6 +102,12 @@ def test_help_lists_every_field_with_its_value(capsys):
         (["fit", "multi30k", "--data.weights", "0"], "data.weights are (0.0,): give numbers above"),
         (["fit", "multi30k", "--data.weights", "nan"], "give numbers above 0"),
         (["fit", "multi30k", "--data.weights", "inf"], "give numbers above 0"),
+        (["fit", "quickstart", *HOSTS[2:]], "coordinator is given: give --distributed True"),
+        (
+            ["fit", "quickstart", *HOSTS, "--parallel.coordinator", "host0"],
+            "'host0': give HOST:PORT",
+        ),
+        (["fit", "quickstart", *HOSTS, "--parallel.process", "2"], "process is 2 of parallel.proc"),
         (["evaluate", "/no/such/run"], "/no/such/run is not a directory"),
         (["evaluate", "run", "--source", "x"], "--source and --reference go together"),
         (["evaluate", "run", "--bogus"], "unknown argument --bogus"),
@@ -189,6 +202,37 @@ def test_a_run_that_failed_at_its_start_takes_a_mended_configuration(folder, tmp
     assert load_tokenizers(tmp_path / "run")[0].vocab_size == 64
     prepare(small_config(folder, model__vocab_size=60, **once))
     assert load_tokenizers(tmp_path / "run")[0].vocab_size == 60
+
+
+def test_hosts_that_cannot_be_found(capsys, folder, tmp_path, monkeypatch):
+    def initialize(*arguments):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    line = fit_with(capsys, folder, tmp_path, "--distributed", "True")
+    assert "cannot join the other processes (coordinator_address should be defined.): " in line
+
+
+def test_a_device_with_too_little_memory(capsys, folder, tmp_path, monkeypatch):
+    def step(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory:\n 9 GiB.")
+
+    monkeypatch.setattr("train.loop._train", step)
+    line = fit_with(capsys, folder, tmp_path)
+    assert "too little memory on the device: Out of memory: 9 GiB.; lower data.batch_tokens" in line
+
+
+def test_a_run_that_was_not_trained_here_is_scored_on_files(capsys, folder, tmp_path):
+    """As an import is, which has a section that no training has."""
+    run = tmp_path / "imported"
+    config = CONFIG.replace(source_vocab_size=60, embeddings="target")
+    write_random_run(run, config)
+    write_config(run, {"model": config.to_dict(), "marian": {"from": "x"}})
+    line = error_of(capsys, "evaluate", run)
+    assert "was not trained here and names no data: give --source and --reference" in line
+    files = ["--source", str(folder / "test.en"), "--reference", str(folder / "test.de")]
+    assert main(["evaluate", str(run), "--beam-size", "1", *files]) == 0
+    assert "tok:13a" in capsys.readouterr().out
 
 
 def test_evaluate_a_split_and_two_files_alike(capsys, run, folder, tmp_path):

@@ -70,6 +70,27 @@ def test_every_pair_counts_once_however_long_it_is(run, tmp_path):
     assert abs(losses["loss"] - losses["nll"]) > 0.01
 
 
+def test_one_long_sentence_makes_batches_smaller_instead_of_larger(run, tmp_path):
+    (tmp_path / "long.en").write_text("red\n" * 2000 + "red " * 63 + "\n")
+    (tmp_path / "long.de").write_text("rot\n" * 2001)
+    translator = Translator.load(run)
+    pairs = load_split(small_config(tmp_path, data__test=("long",)).data, "test")
+    corpus = encode_corpus(
+        pairs, translator.source_tokenizer, translator.target_tokenizer, tmp_path
+    )
+    assert corpus.source.lengths.max() == 64
+    for rows_per_batch, rows in ((64, 8), (16 * 16, 16), (16 * 64, 64)):
+        evaluator = LossEvaluator(
+            Transformer(translator.config),
+            corpus,
+            source_length=16,
+            target_length=16,
+            rows_per_batch=rows_per_batch,
+            runner=DataParallel(),
+        )
+        assert evaluator._batches.rows_per_batch == rows
+
+
 def test_a_run_scores_afterwards_as_it_did_in_training(run):
     at_150 = evaluate_run(str(run), split="validation", checkpoint="150", beam_size=1)
     validation = record(run, "validation")

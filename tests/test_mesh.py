@@ -153,6 +153,9 @@ def test_evaluation_and_decoding_see_the_whole_model():
     ):
         assert leaf.devices() == {jax.devices()[0]}
         np.testing.assert_allclose(leaf, other, rtol=1e-6)
+    with count_compiles() as compiled:
+        runner.whole(state.params)
+    assert compiled == []
 
 
 @pytest.mark.parametrize(

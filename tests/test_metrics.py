@@ -1,7 +1,10 @@
+import errno
 import io
 import json
+import os
 import struct
 import time
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -171,6 +174,16 @@ def test_other_processes_write_nothing(tmp_path):
 def test_no_directory_to_write_to(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*nowhere"):
         MetricsWriter(tmp_path / "nowhere")
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
+    def write(text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with MetricsWriter(tmp_path, tensorboard=False) as writer, monkeypatch.context() as patch:
+        patch.setattr(writer, "_file", SimpleNamespace(write=write))
+        with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: No space left"):
+            writer.write(1, "train", {"loss": 1.0})
 
 
 def read_events(path):

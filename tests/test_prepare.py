@@ -8,17 +8,20 @@ from pathlib import Path
 import jax
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from jaxformer.errors import UserError
+from jaxformer.run import write_config
 from jaxformer.tokenizer import Tokenizer
 from random_corpus import unpack
 from small_run import LEXICON, change, small_config, write_corpus
 from train.config import DataConfig
 from train.data import sources, tokenizer
-from train.data.arrow import write_arrow
+from train.data.arrow import write_arrow, write_file
 from train.data.sources import iterate, load_extra, load_split
 from train.log import describe
-from train.prepare import prepare
+from train.prepare import _check_same_run, prepare
 
 
 @pytest.fixture
@@ -146,7 +149,44 @@ def test_extra_files_beside_a_hub_data_set_have_short_names(tmp_path):
         target="translation.en",
         cache_dir=str(tmp_path / "cache"),
     )
-    assert load_extra(data, "back")[0] == {"source": "ko 1", "target": "en 1"}
+    (tmp_path / "back.tsv").write_text("en\tko\nen 1\tko 1\n")
+    (tmp_path / "back.jsonl").write_text('{"en": "en 1", "ko": "ko 1", "n": {"en": ""}}\n')
+    (tmp_path / "full.jsonl").write_text('{"translation.en": "en 1", "translation.ko": "ko 1"}\n')
+    pq.write_table(pa.table({"ko": ["ko 1"], "en": ["en 1"]}), tmp_path / "back.parquet")
+    for name in ("back", "back.tsv", "back.jsonl", "full.jsonl", "back.parquet"):
+        assert load_extra(data, name)[0] == {"source": "ko 1", "target": "en 1"}
+    (tmp_path / "wrong.tsv").write_text("en\tde\na\tb\n")
+    with pytest.raises(UserError, match=r"wrong.tsv:2: no column 'translation.ko'; .* en, de"):
+        load_extra(data, "wrong.tsv")
+
+
+def test_what_is_not_trained_may_change(tmp_path):
+    config = small_config(tmp_path, steps=100, optimizer__cooldown_steps=20)
+    run = tmp_path / "run"
+    write_config(run, config.to_dict())
+    (run / "checkpoints" / "60").mkdir(parents=True)
+    more = {"model__remat": True, "model__scan_layers": True, "model__flash_attention": "none"}
+    for changes in ({"steps": 80}, {"steps": 400}, {"accumulate": 2}, more, {"data__path": "x"}):
+        _check_same_run(change(config, **changes), run)
+    for changes, message in (
+        ({"steps": 79}, "would fall from step 59 on: give at least 80"),
+        ({"model__dropout": 0.3}, r"holds a run with model.dropout=0.0, not 0.3: give that value"),
+        ({"optimizer__cooldown_steps": 10}, "optimizer.cooldown_steps=20, not 10"),
+    ):
+        with pytest.raises(UserError, match=message):
+            _check_same_run(change(config, **changes), run)
+    (run / "checkpoints" / "85").mkdir()
+    with pytest.raises(UserError, match=r"since step 80 its learning rate falls towards that"):
+        _check_same_run(change(config, steps=400), run)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    schema = pa.schema({"number": pa.int32()})
+    (tmp_path / "x.lock").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*x\.arrow: .*; make room, or set data"):
+        write_arrow(tmp_path / "x.arrow", schema, [{"number": [1]}])
+    with pytest.raises(UserError, match=r"cannot write .*y: No such file or directory; make room"):
+        write_file(tmp_path / "none" / "y", b"")
 
 
 def test_of_several_writers_one_writes(tmp_path):

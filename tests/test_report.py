@@ -26,7 +26,7 @@ from train import report
 from train.cli import main
 from train.curves import Chart, Line, short, svg, thin, ticks
 from train.history import History
-from train.report import parameter_counts, report_after_training, write_report
+from train.report import parameter_counts, report_after_training, short_names, write_report
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,12 @@ def test_runs_are_laid_over_each_other_and_their_configurations_compared(
     differing = page.partition("What differs:")[2].partition("<details>")[0]
     names = re.findall(r"<tr><td>(.*?)</td>", differing)
     assert names == ["run", "data.path", "data.cache_dir", "optimizer.peak_learning_rate"]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    runs = [tmp_path / name for name in ("a/run", "b/x/run", "c/x/run", "d/other")]
+    assert short_names(runs) == ["a/run", "b/x/run", "c/x/run", "other"]
+    assert short_names([runs[0], runs[0]]) == ["run", "run"]
 
 
 def test_where_the_time_went(run):

@@ -20,6 +20,7 @@ from small_run import change, small_config, write_corpus
 from train.log import Log
 from train.loop import fit
 from train.metrics import read_metrics
+from train.preemption import Preempted
 
 SCRIPT = Path(__file__).parent / "fit_small.py"
 
@@ -71,7 +72,8 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(Log, "flush", flush_and_be_told)
-        fit(told)
+        with pytest.raises(Preempted):
+            fit(told)
     assert signal.getsignal(signal.SIGTERM) is before
     assert f"stopped by SIGTERM; step {step} is saved" in capsys.readouterr().out
     assert max(checkpoint_steps(told.run)) == step
@@ -176,11 +178,11 @@ def start(folder, run, *changes, processes=1, devices=8):
     return started
 
 
-def finish(started):
-    """Wait for all, and fail with what they printed if one did."""
+def finish(started, status=0):
+    """Wait for all, and fail with what they printed if one ended otherwise."""
     outputs = [process.communicate(timeout=500)[0] for process in started]
     for process, output in zip(started, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
+        assert process.returncode == status, output[-3000:]
     return outputs
 
 
@@ -229,7 +231,7 @@ def test_one_of_two_processes_is_told_and_both_stop(folder):
     while last_step(run) < 5 and started[0].poll() is None:
         time.sleep(0.1)
     started[1].send_signal(signal.SIGTERM)
-    outputs = finish(started)
+    outputs = finish(started, 143)
     (step,) = checkpoint_steps(run)
     assert f"stopped by SIGTERM; step {step} is saved" in outputs[0]
 

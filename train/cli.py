@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import get_args
@@ -17,6 +18,7 @@ from train.arguments import config_names, load_config, override, refuse
 from train.benchmark.command import add_benchmark
 from train.metrics import has_ended
 from train.plan.command import add_plan
+from train.preemption import Preempted
 from train.report import add_report, report_after_training
 
 
@@ -29,12 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Preempted:  # what runs us shall see that it is not done, and begin it again
+        return 128 + signal.SIGTERM
     except BrokenPipeError:  # the reader has gone, as in `… --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
     return 0
 
 

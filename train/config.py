@@ -208,6 +208,16 @@ class ParallelConfig:
                 "parallel.coordinator, parallel.processes and parallel.process go together: "
                 "give all three, or none where JAX finds the other hosts by itself"
             )
+        if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdecimal():
+            raise UserError(
+                f"parallel.coordinator is {self.coordinator!r}: give HOST:PORT, any free port of "
+                "the host of process 0"
+            )
+        if self.process is not None and not 0 <= self.process < (self.processes or 0):
+            raise UserError(
+                f"parallel.process is {self.process} of parallel.processes={self.processes}: "
+                "count from 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,6 +302,19 @@ def flatten(config: Any, name: str = "") -> dict[str, Any]:
     for field, value in config.items():
         flat |= flatten(value, f"{name}.{field}" if name else field)
     return flat
+
+
+def read_section(run: str | Path, name: str) -> Any:
+    """Return a section of a run's configuration, as it is by default where the run has none.
+
+    Raises:
+      UserError: as for `read_train_config`.
+    """
+    section = get_type_hints(TrainConfig)[name]
+    try:
+        return _from_dict(section, read_config(run).get(name, {}), f"{name}.")
+    except UserError as error:
+        raise UserError(f"{run}/{CONFIG_FILE}: {error}") from error
 
 
 def read_train_config(run: str | Path) -> TrainConfig:

@@ -15,7 +15,7 @@ from jaxformer.errors import UserError
 from jaxformer.files import check_writable
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
-from train.config import EvaluateConfig, read_train_config
+from train.config import DataConfig, EvaluateConfig, read_section
 from train.data.batches import Batches
 from train.data.corpus import EncodedCorpus, encode_corpus
 from train.data.packing import pack_in_order
@@ -36,7 +36,16 @@ def check_positions(model: TransformerConfig, corpus: EncodedCorpus) -> None:
 
 
 class LossEvaluator:
-    """Loss of a corpus, packed into rows; every pair counts once, however long it is."""
+    """Loss of a corpus, packed into rows; every pair counts once, however long it is.
+
+    Args:
+      model: without parameters.
+      corpus: token ids of the pairs.
+      source_length, target_length: of a row, more if a sentence has more.
+      rows_per_batch: as many or a few more, so that all devices have as many; fewer if rows are
+        longer.
+      runner: of the devices.
+    """
 
     def __init__(
         self,
@@ -54,6 +63,12 @@ class LossEvaluator:
             source_length=source_length,
             target_length=target_length,
         )
+        # Rows are longer where a sentence needs it, and attention takes memory by the square: as
+        # much fewer make a batch.
+        longer = max(packing.source_length, packing.target_length) / max(
+            source_length, target_length
+        )
+        rows_per_batch = max(1, int(rows_per_batch / max(1.0, longer) ** 2))
         devices = jax.device_count()
         rows = -(-min(rows_per_batch, packing.num_rows) // devices) * devices
         self._batches = Batches([(corpus, packing)], rows, seed=None)
@@ -159,16 +174,21 @@ def evaluate_run(
     Raises:
       UserError: the run, the data or the output file cannot be used.
     """
-    config = read_train_config(run)
-    settings = dataclasses.replace(config.evaluate, **changes)
+    # An import has no sections of a training: what they would say is as it is by default.
+    settings = dataclasses.replace(read_section(run, "evaluate"), **changes)
+    data: DataConfig = read_section(run, "data")
     bleu_metric(settings.bleu_tokenize)
     if output is not None:
         check_writable(output)
     translator = Translator.load(run, checkpoint, dtype=dtype)
-    model, data = translator.config, config.data
+    model = translator.config
     if files is not None:
         split = "test"
         data = dataclasses.replace(data, path=None, dataset=None, test=files)
+    elif data == DataConfig():
+        raise UserError(
+            f"{run} was not trained here and names no data: give --source and --reference"
+        )
     pairs = load_split(data, split)
     corpus = encode_corpus(
         pairs, translator.source_tokenizer, translator.target_tokenizer, data.cache_dir

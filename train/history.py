@@ -25,7 +25,7 @@ class History:
 
     Attributes:
       run: its directory.
-      name: a short name.
+      name: a short name, which who shows several may change.
       config: its configuration as a nested dictionary.
       settings: the same, {"model.d_model": 512, …}.
 

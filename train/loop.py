@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from jaxformer.errors import memory_errors
 from jaxformer.run import load_params
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
@@ -20,7 +21,7 @@ from train.log import Log, check_finite, describe, examples
 from train.machine import describe_machine
 from train.metrics import MetricsWriter, bleu_metric, read_metrics
 from train.parallel import initialize_hosts, make_runner
-from train.preemption import Preemption
+from train.preemption import Preempted, Preemption
 from train.prefetch import prefetch
 from train.prepare import RunData, prepare
 from train.progress import Progress
@@ -32,13 +33,20 @@ def fit(config: TrainConfig) -> Path:
     """Train as `config` says, or go on where the run directory stands; return the directory.
 
     Raises:
-      UserError: the configuration, the data or the run directory cannot be used, or the loss
-        became nan.
+      UserError: the configuration, the data or the run directory cannot be used, the loss became
+        nan, or a device has too little memory.
+      Preempted: SIGTERM came; what was done is saved.
     """
     if config.distributed:
         initialize_hosts(config.parallel)
     run = Path(config.run)
-    with only_trainer(run) if jax.process_index() == 0 else nullcontext():
+    with (
+        only_trainer(run) if jax.process_index() == 0 else nullcontext(),
+        memory_errors(
+            "lower data.batch_tokens, or raise accumulate or set model.remat, which change nothing "
+            "in the result"
+        ),
+    ):
         _train(config, run)
     return run
 
@@ -133,7 +141,7 @@ def _train(config: TrainConfig, run: Path) -> None:
                         f"stopped by SIGTERM; step {done:,} is saved: run the same command again "
                         "to go on"
                     )
-                    return
+                    raise Preempted
                 if evaluating and _out_of_patience(history, metric, evaluate.patience):
                     progress.message(
                         f"no better {metric} in {evaluate.patience} evaluations: stopping"

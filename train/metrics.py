@@ -168,15 +168,24 @@ class MetricsWriter:
 
         Numbers may be numpy's or JAX's; strings go to metrics.jsonl alone. A second record of the
         same step and split takes the place of the first.
+
+        Raises:
+          UserError: metrics.jsonl cannot be written.
         """
         if self._file is None:
             return
         values = {name: _plain(value) for name, value in values.items()}
-        if (step, split) in self._written:
-            self._keep(lambda record: (record["step"], record["split"]) != (step, split))
         seconds = round(time.monotonic() - self._start, 3)
         record = {"step": step, "split": split, "time": seconds, **values}
-        self._file.write(_line(record))
+        try:
+            if (step, split) in self._written:
+                self._keep(lambda record: (record["step"], record["split"]) != (step, split))
+            self._file.write(_line(record))
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._path}: {error.strerror}; free disk space, then run the same "
+                "command again"
+            ) from error
         self._written.add((step, split))
         if self._events is not None:
             for name, value in values.items():

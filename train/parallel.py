@@ -6,13 +6,14 @@ the numbers: the step sums over everything and divides once.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxformer.errors import UserError
 from train.config import ParallelConfig, TrainConfig
 from train.mesh import in_mesh, make_mesh, shardings
 from train.step import Batch
@@ -207,10 +208,7 @@ class MeshParallel:
         }
 
     def whole(self, params: Any) -> Any:
-        gathered = jax.jit(
-            lambda tree: tree, out_shardings=NamedSharding(self.mesh, PartitionSpec())
-        )
-        return jax.tree.map(lambda x: x.addressable_data(0), gathered(params))
+        return jax.tree.map(lambda x: x.addressable_data(0), _gather(self.mesh)(params))
 
     def to_save(self, state: Any) -> Any:
         return state
@@ -220,6 +218,11 @@ class MeshParallel:
 
     def _by_rows(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec((AXIS, "fsdp")))
+
+
+@lru_cache(maxsize=1)  # of two functions that do the same JAX compiles both
+def _gather(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,5 +242,15 @@ class _WithinMesh:
 
 
 def initialize_hosts(config: ParallelConfig) -> None:
-    """Join the other processes: found by itself on TPU, Slurm, Open MPI and Kubernetes, or told."""
-    jax.distributed.initialize(config.coordinator, config.processes, config.process)
+    """Join the other processes: found by itself on TPU, Slurm, Open MPI and Kubernetes, or told.
+
+    Raises:
+      UserError: there is nothing to find them by, or they did not come.
+    """
+    try:
+        jax.distributed.initialize(config.coordinator, config.processes, config.process)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"cannot join the other processes ({' '.join(str(error).split())[:200]}): leave out "
+            "--distributed True, or give parallel.coordinator, .processes and .process with it"
+        ) from error

@@ -8,6 +8,10 @@ import jax
 from jax.experimental import multihost_utils
 
 
+class Preempted(Exception):
+    """Training was told to stop and has saved what it did; it is not done."""
+
+
 class Preemption:
     """Notices SIGTERM; use it in a `with` block, in the main thread.
 

@@ -33,8 +33,19 @@ if TYPE_CHECKING:
     import datasets
 
 # What may differ from the run directory's config.json when a run goes on: how long and how
-# closely watched it is and where its files lie, not what is trained.
-_MAY_CHANGE = ("run", "steps", "log_every", "distributed", "data.path", "data.cache_dir")
+# closely watched it is, where its files lie and what it takes of memory, not what is trained.
+_MAY_CHANGE = (
+    "run",
+    "steps",
+    "log_every",
+    "distributed",
+    "data.path",
+    "data.cache_dir",
+    "accumulate",
+    "model.remat",
+    "model.scan_layers",
+    "model.flash_attention",
+)
 _MAY_CHANGE_SECTIONS = ("evaluate.", "checkpoint.", "parallel.")
 
 
@@ -145,8 +156,13 @@ def _check_same_run(config: TrainConfig, run: Path) -> None:
         before = flatten(read_train_config(run))
     except UserError as error:
         raise UserError(f"{error}; choose another --run") from error
-    falls_from = before["steps"] - before["optimizer.cooldown_steps"]
-    reached = checkpoint_steps(run)[-1]
+    cooldown, reached = before["optimizer.cooldown_steps"], checkpoint_steps(run)[-1]
+    falls_from = before["steps"] - cooldown
+    if config.steps != before["steps"] and cooldown and config.steps - cooldown < reached:
+        raise UserError(
+            f"{run} is at step {reached}, and with steps={config.steps} its learning rate would "
+            f"fall from step {config.steps - cooldown} on: give at least {reached + cooldown}"
+        )
     if config.steps != before["steps"] and falls_from < reached:
         raise UserError(
             f"{run} has steps={before['steps']}, and since step {falls_from} its learning rate "

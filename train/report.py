@@ -63,6 +63,8 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
       UserError: a run has no metrics, or they are damaged, or the folder cannot be written to.
     """
     histories = [History(run) for run in runs]
+    for history, name in zip(histories, short_names(runs), strict=True):
+        history.name = name
     if output is None:
         output = Path(runs[0], "report") if len(runs) == 1 else "report"
     index = Path(output, "index.html")
@@ -72,6 +74,19 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
         for name, chart in charts.items():
             png(chart, index.parent / f"{name}.png")
     return index
+
+
+def short_names(runs: Sequence[str | Path]) -> list[str]:
+    """Return the last parts of the paths that tell them apart: ["seed0/tiny", "seed1/tiny"]."""
+    paths = [Path(run).resolve().parts for run in runs]
+    names = [""] * len(paths)
+    for length in range(1, max(map(len, paths)) + 1):
+        tails = ["/".join(path[-length:]) for path in paths]
+        names = [
+            name or (tail if tails.count(tail) == 1 else "")
+            for name, tail in zip(names, tails, strict=True)
+        ]
+    return [name or path[-1] for name, path in zip(names, paths, strict=True)]
 
 
 def report_page(histories: Sequence[History], charts: dict[str, Chart]) -> str:

@@ -1,7 +1,8 @@
 """Cache files: written once, Arrow batch by batch, then read where they are needed."""
 
+import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +38,26 @@ def cache_folder(cache_dir: str | Path | None) -> Path:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a small file in one move: whoever reads it meanwhile sees all of it or nothing."""
+    """Write a small file in one move: whoever reads it meanwhile sees all of it or nothing.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    with _writing(path):
+        partial.write_bytes(content)
+        os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"cannot write {path}: {reason}; make room, or set data.cache_dir"
+        ) from error
 
 
 def write_arrow(
@@ -59,20 +76,22 @@ def write_arrow(
     if path.exists():
         return
     partial = path.with_suffix(".partial")
-    with FileLock(path.with_suffix(".lock")):
+    lock = FileLock(path.with_suffix(".lock"))
+    with _writing(path):
+        lock.acquire()
+    with lock:
         if path.exists():  # written while this process waited
             return
         try:
-            with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            with _writing(path):
+                file = pa.OSFile(str(partial), "wb")
+            with file, pa.ipc.new_stream(file, schema) as writer:
                 for batch in batches:
                     record = pa.RecordBatch.from_pydict(dict(batch), schema=schema)
-                    try:
+                    with _writing(path):
                         writer.write_batch(record)
-                    except OSError as error:
-                        raise UserError(
-                            f"cannot write {path}: {error}; make room, or set data.cache_dir"
-                        ) from error
-            os.replace(partial, path)
+            with _writing(path):
+                os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise

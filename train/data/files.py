@@ -73,10 +73,20 @@ def _count_lines(path: Path) -> int:
         return sum(1 for _ in file)
 
 
-def pair_table_rows(path: Path, source: str, target: str) -> Iterator[Pair]:
-    """Yield the two named columns of a .tsv, .csv, .jsonl or .json file."""
+def pair_table_rows(
+    path: Path, source: str, target: str, *, last_names: bool = False
+) -> Iterator[Pair]:
+    """Yield the two named columns of a .tsv, .csv, .jsonl or .json file.
+
+    With `last_names` the column "en" will do where "translation.en" is asked for.
+    """
     for where, row in _READERS[path.suffix](path):
-        yield _text(row, source, where), _text(row, target, where)
+        pair = []
+        for column in (source, target):
+            last = column.rpartition(".")[2]
+            known = last_names and isinstance(row, dict) and last in row and column not in row
+            pair.append(_text(row, last if known else column, where))
+        yield pair[0], pair[1]
 
 
 def _tsv_rows(path: Path) -> Iterator[Row]:

@@ -6,6 +6,7 @@ streamed into an Arrow file, so that a corpus may be larger than memory.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import pickle
 from collections.abc import Iterator
@@ -121,19 +122,26 @@ def _local(data: "DataConfig", names: tuple[str, ...]) -> "datasets.Dataset":
     folder = Path(data.path or ".").expanduser()
     paths = [folder / Path(name).expanduser() for name in names]
     if len(paths) == 1 and paths[0].suffix == ".parquet":
-        return _select_columns(_parquet(existing(paths[0]), data), data, str(paths[0]))
+        dataset = _parquet(existing(paths[0]), data)
+        last = [_last_name(column, data) for column in (data.source, data.target)]
+        if set(last) <= set(dataset.column_names):
+            data = dataclasses.replace(data, source=last[0], target=last[1])
+        return _select_columns(dataset, data, str(paths[0]))
     if len(paths) == 1 and paths[0].suffix in table_suffixes:
-        pairs = pair_table_rows(existing(paths[0]), data.source, data.target)
+        pairs = pair_table_rows(
+            existing(paths[0]), data.source, data.target, last_names=bool(data.dataset)
+        )
     else:
         if len(paths) == 1:
-            paths = [_beside(paths[0], column, data) for column in (data.source, data.target)]
+            columns = data.source, data.target
+            paths = [Path(f"{paths[0]}.{_last_name(column, data)}") for column in columns]
         pairs = pair_lines(existing(paths[0]), existing(paths[1]))
     return _stream_to_arrow(pairs, paths, data)
 
 
-def _beside(prefix: Path, column: str, data: "DataConfig") -> Path:
-    """Return the text file of a prefix; beside a hub data set "translation.en" means "en"."""
-    return Path(f"{prefix}.{column.rpartition('.')[2] if data.dataset else column}")
+def _last_name(column: str, data: "DataConfig") -> str:
+    """Beside a hub data set "translation.en" may be called "en"."""
+    return column.rpartition(".")[2] if data.dataset else column
 
 
 def _parquet(path: Path, data: "DataConfig") -> "datasets.Dataset":

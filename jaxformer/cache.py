@@ -1,7 +1,5 @@
 """The decoder's memory while it writes one token at a time."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import flax.struct
@@ -32,7 +30,7 @@ class LayerCache:
         cross_value: Float[Array, "B S N Hv"],
         *,
         num_slots: int,
-    ) -> LayerCache:
+    ) -> "LayerCache":
         """Return a cache with nothing written but the projections of the encoder output."""
 
         def empty(cross):
@@ -51,7 +49,7 @@ class LayerCache:
         key: Float[Array, "B K N H"],
         value: Float[Array, "B K N Hv"],
         slots: Int[Array, "B K"],
-    ) -> LayerCache:
+    ) -> "LayerCache":
         """Write the keys and values of each beam into its slot; nothing where there is no such."""
 
         def update(past, new):
@@ -102,24 +100,24 @@ class DecoderCache:
     layers: tuple[LayerCache, ...]
     cross_mask: Bool[Array, "B 1 1 S"]
     past: Bool[Array, "B K P"]
-    index: Int[Array, B]
+    index: Int[Array, "B"]
 
     @classmethod
     def init(
         cls, layers: tuple[LayerCache, ...], cross_mask: Bool[Array, "B 1 1 S"], *, beam_size: int
-    ) -> DecoderCache:
+    ) -> "DecoderCache":
         """Return a cache of layers in which nothing is written yet."""
         batch, _, num_slots, _ = layers[0].self_key.shape
         past = jnp.zeros((batch, beam_size, num_slots), bool)
         return cls(layers, cross_mask, past, jnp.zeros(batch, jnp.int32))
 
     @property
-    def is_full(self) -> Bool[Array, B]:
+    def is_full(self) -> Bool[Array, "B"]:
         """Whether another position of all beams finds no slots."""
         _, beam_size, num_slots = self.past.shape
         return jnp.sum(jnp.any(self.past, axis=1), axis=1) > num_slots - beam_size
 
-    def begin_position(self) -> tuple[DecoderCache, Int[Array, "B K"]]:
+    def begin_position(self) -> tuple["DecoderCache", Int[Array, "B K"]]:
         """Give each beam a free slot for position `index`, the lower beam the lower.
 
         Returns:
@@ -134,12 +132,12 @@ class DecoderCache:
         slots = jnp.where(jnp.any(own, axis=2), jnp.argmax(own, axis=2), num_slots)
         return dataclasses.replace(self, past=self.past | own), slots
 
-    def reorder(self, beams: Int[Array, "B K"]) -> DecoderCache:
+    def reorder(self, beams: Int[Array, "B K"]) -> "DecoderCache":
         """Let beam k of sentence b go on from what was beam beams[b, k]."""
         past = jnp.take_along_axis(self.past, beams[:, :, None], axis=1)
         return dataclasses.replace(self, past=past)
 
-    def put(self, rows: Int[Array, C], begun: DecoderCache) -> DecoderCache:
+    def put(self, rows: Int[Array, "C"], begun: "DecoderCache") -> "DecoderCache":
         """Let sentences that have just begun take the place of others.
 
         What these have written stays, but their slots are free.

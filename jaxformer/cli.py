@@ -129,9 +129,10 @@ def _add_model(command: argparse.ArgumentParser, batch_tokens: str) -> None:
     )
     command.add_argument(
         "--checkpoint",
-        nargs="+",
+        action="append",
+        metavar="NAME",
         help="average, best, last or a step; by default the first of these that is there; "
-        "several: an ensemble",
+        "given several times: an ensemble",
     )
     command.add_argument(
         "--dtype",

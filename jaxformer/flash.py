@@ -9,7 +9,9 @@ They are used in bfloat16 only. In float32 a GPU has none, and exactness counts 
 """
 
 from collections.abc import Callable
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -33,11 +35,14 @@ def flash_kernel(
 
     None where the kernel cannot do the case: another dtype than bfloat16; for cuDNN's a GPU older
     than Ampere, odd lengths, or heads that are wide; for the TPU's lengths that are no multiples
-    of 128, a mask that is spelled out, or arrays that a mesh splits.
+    of 128, a mask that is spelled out, or arrays that a mesh splits. "auto" takes the TPU's where
+    it is known that none does: on one chip, inside `shard_map` and `pmap`, or with logical rules.
     """
     if whose == "auto":
         backends: dict[str, FlashAttention] = {"gpu": "cudnn", "tpu": "pallas"}
         whose = backends.get(jax.default_backend(), "none")
+        if whose == "pallas" and not _know_what_is_split():
+            whose = "none"
     if query.dtype != jnp.bfloat16 or value.shape != key.shape:
         return None
     lengths, width = (query.shape[1], key.shape[1]), query.shape[-1]
@@ -49,8 +54,21 @@ def flash_kernel(
 
 
 def _cudnn_can(lengths: tuple[int, int], width: int) -> bool:
-    ampere = all(float(device.compute_capability) >= 8.0 for device in jax.local_devices())
+    ampere = all(map(_is_ampere, jax.local_devices()))
     return ampere and not any(n % 2 for n in lengths) and width % 8 == 0 and width <= 128
+
+
+def _is_ampere(device: Any) -> bool:
+    try:
+        return float(device.compute_capability) >= 8.0
+    except (AttributeError, ValueError):  # no GPU, or one of AMD: "gfx942"
+        return False
+
+
+def _know_what_is_split() -> bool:
+    """Whether `num_shards` knows; under a plain `jax.jit` only XLA does, and only later."""
+    alone = jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual
+    return alone or bool(nn.get_logical_axis_rules())
 
 
 def _pallas_can(lengths: tuple[int, int], width: int, mask: Mask | None) -> bool:
@@ -64,6 +82,7 @@ def _cudnn(query, key, value, mask):
     if allowed is None:
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     # To a query that sees nothing, the gradient of cuDNN's is NaN: let it see all, and forget it.
+    allowed = jnp.broadcast_to(allowed, (*allowed.shape[:2], query.shape[1], key.shape[1]))
     sees = jnp.any(allowed, axis=-1, keepdims=True)
     out = jax.nn.dot_product_attention(
         query, key, value, mask=allowed | ~sees, implementation="cudnn"

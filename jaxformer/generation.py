@@ -39,7 +39,7 @@ class GenerationConfig:
         instead of when no live one can be better.
       max_length_ratio, max_length_extra: a and b, hypotheses have at most a · S + b tokens; §6.1
         has 1 and 50.
-      min_length_ratio, min_length_extra: likewise, at least.
+      min_length_ratio, min_length_extra: likewise, at least, but never more than the most.
       no_repeat_ngram_size: n-grams of this many tokens occur once in a hypothesis; 0 is no limit.
       sampling: draw each token instead of searching for the best.
       temperature, top_k, top_p: as for `Sampling`.
@@ -82,6 +82,8 @@ class GenerationConfig:
             value = getattr(self, name)
             if value is not None and not value >= minimum:
                 raise UserError(f"{name} is {value}: give at least {minimum}")
+            if value == math.inf:
+                raise UserError(f"{name} is {value}: give a number")
         if not self.sampling and self.n_best is not None and self.n_best > self.beam_size:
             raise UserError(
                 f"n_best is {self.n_best}: give 1 to {self.beam_size}, as many as there are beams"
@@ -92,7 +94,12 @@ class GenerationConfig:
             forms = " or ".join(get_args(PenaltyForm))
             raise UserError(f"length_penalty_form is {self.length_penalty_form!r}: {forms}")
         drawn = ("temperature", "top_k", "top_p")
-        searched = ("coverage_penalty", "early_stopping")
+        searched = (
+            "length_penalty",
+            "length_penalty_form",
+            "coverage_penalty",
+            "early_stopping",
+        )
         for field in dataclasses.fields(self):
             idle = searched if self.sampling else drawn
             if field.name in idle and getattr(self, field.name) != field.default:
@@ -137,6 +144,9 @@ def generate(
       options: see `GenerationConfig`.
       prefix: first target tokens of each sentence, then padding.
       keys: [B] keys of the noise of each sentence, needed if `options.sampling`.
+
+    Raises:
+      ValueError: `options.sampling` without keys.
 
     Returns:
       N hypotheses a sentence. Neither pad nor bos is ever generated. A sentence's result does not
@@ -187,9 +197,12 @@ def fewest_positions(configs: Sequence[TransformerConfig]) -> int | None:
 def longest(
     configs: tuple[TransformerConfig, ...], options: GenerationConfig, source_length: int
 ) -> int:
-    """T, the most tokens of a translation: what `options` allow, or the positions of the model."""
+    """T, the most tokens of a translation: what `options` allow, or the positions of the model.
+
+    At least 1: arrays of nothing have no place for what is not written.
+    """
     limit = fewest_positions(configs)
-    asked = options.max_length(source_length)
+    asked = max(1, options.max_length(source_length))
     return asked if limit is None else min(asked, limit)
 
 
@@ -295,9 +308,10 @@ def begin(
         most = longest(configs, options, source_ids.shape[1])
         return jnp.where(lengths > 0, jnp.minimum(limits, most), 0)
 
-    at_least = limit(options.min_length_ratio, options.min_length_extra)
+    max_lengths = limit(options.max_length_ratio, options.max_length_extra)
+    at_least = jnp.minimum(limit(options.min_length_ratio, options.min_length_extra), max_lengths)
     sentences = Sentences(
-        max_lengths=limit(options.max_length_ratio, options.max_length_extra),
+        max_lengths=max_lengths,
         min_lengths=at_least if options.min_length_ratio or options.min_length_extra else None,
         prefix=prefix,
         keys=keys,

@@ -110,7 +110,7 @@ class Generator:
           batch_tokens: source positions at once, over all devices. By default 4096 for each of
             them; a CPU has far fewer, where more rows cost as much more time.
           prefixes: first target tokens of each sentence.
-          keys: [number of sentences] keys of the noise.
+          keys: [number of sentences] keys of the noise, needed if `options.sampling`.
           few_shapes: as for `groups`, and caches have room for all that can be: fewer programs to
             compile.
 

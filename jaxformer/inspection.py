@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxformer.arguments import add_search, search_of
+from jaxformer.errors import UserError
 from jaxformer.files import check_writable, write_text
 from jaxformer.heatmap import (
     alignment_lines,
@@ -76,8 +77,8 @@ def _translations(explanation: Explanation) -> str:
     return section(
         "Translations",
         table(("", "translation", "score", "log-probability"), rows, numbers=(0, 2, 3)),
-        '<p class="soft">The score is the log-probability over the length penalty. Below, the '
-        "pieces of the first translation, each with its probability given those before it.</p>",
+        '<p class="soft">The score is the log-probability over the length penalty, if any. Below, '
+        "the pieces of the first translation, each with its probability given those before it.</p>",
         f'<div class="pieces">{pieces}</div>',
     )
 
@@ -167,6 +168,10 @@ def add_inspect(commands: Any) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     search = search_of(options)
+    try:
+        options.sentence.encode()
+    except UnicodeEncodeError as error:  # what the shell gave is bytes that are no letters
+        raise UserError(f"SENTENCE is not UTF-8 at letter {error.start + 1}: mend it") from error
     check_writable(Path(options.output, "index.html"))
     from jaxformer.compilation import keep_compiled_programs
     from jaxformer.pictures import can_draw, say_where

@@ -43,7 +43,8 @@ class Embedding(nn.Module):
             )
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Look up ids; an id past the table gives NaN instead of another token's vector."""
+        """Look up ids; one below 0 or past the table gives NaN instead of another's vector."""
+        ids = jnp.where(ids < 0, self.vocab_size, ids)
         ids = constrain(ids, "vocab_batch", None)
         vectors = jnp.take(self.embedding, ids, axis=0, mode="fill").astype(self.dtype)
         if self.quantized:

@@ -43,6 +43,7 @@ def cross_entropy(
       hidden: the decoder's output, float32 or bfloat16, with any number of leading axes.
       embedding: the softmax matrix, tied to the embedding (§3.4).
       labels: ids; where they are 0 (padding) the token counts for nothing, in the gradients too.
+        One that is none of 0 … V - 1 makes the loss NaN.
       label_smoothing: ε, from 0 up to 1.
       chunk_size: tokens whose logits exist at once. Memory is chunk_size · V floats, not B · T · V.
 
@@ -118,6 +119,8 @@ def _chunk_losses(hidden, embedding, mean, labels, label_smoothing):
     logits = constrain(logits, "vocab_batch", None, "vocab")
     log_normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     log_normalizer = constrain(log_normalizer, "vocab_batch", None, None)
+    # One below 0 would count from the end: past the end it gives NaN, as any other that is no id.
+    labels = jnp.where(labels < 0, embedding.shape[0], labels)
     is_label = labels[..., None] == jnp.arange(embedding.shape[0])[None, None]
     label_logit = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     real = labels != PAD_ID

@@ -15,6 +15,9 @@ from jaxformer.errors import UserError
 from jaxformer.files import check_writable
 from jaxformer.results import Explanation
 
+# Inches of a side: 8,000 pixels, which every viewer can show.
+_LARGEST = 72.0
+
 
 def can_draw() -> bool:
     """Whether matplotlib is installed."""
@@ -162,7 +165,7 @@ def _draw_maps(
     cell: float = 0.16,
     causal: bool = False,
 ) -> None:
-    """A row of maps for each layer of [L, N, T, S], `cell` inches a weight."""
+    """A row of maps for each layer of [L, N, T, S], `cell` inches a weight or as there is room."""
     from matplotlib import colormaps
     from matplotlib.colors import PowerNorm
 
@@ -171,6 +174,8 @@ def _draw_maps(
     ahead = np.triu(np.ones(weights.shape[2:], bool), 1) & causal
     weights = np.ma.masked_where(ahead & (weights == 0), weights)
     layers, heads, rows, columns = weights.shape
+    cell = min(cell, (_LARGEST / heads - 0.9) / columns, (_LARGEST / layers - 0.9) / rows)
+    named = cell >= 0.08  # or letters would lie over each other
     width = heads * (max(1.0, cell * columns) + 0.9)
     height = layers * (max(1.0, cell * rows) + 0.9)
     with picture(path, width, height, "".join(queries + keys)) as figure:
@@ -179,8 +184,13 @@ def _draw_maps(
             axis.imshow(
                 weights[layer, head], cmap=colours, norm=PowerNorm(0.5, 0, 1), interpolation="none"
             )
-            axis.set_xticks(range(columns), keys, rotation=60, ha="right", rotation_mode="anchor")
-            axis.set_yticks(range(rows), queries)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if named:
+                axis.set_xticks(
+                    range(columns), keys, rotation=60, ha="right", rotation_mode="anchor"
+                )
+                axis.set_yticks(range(rows), queries)
             axis.tick_params(length=0)
             if weights.shape[:2] != (1, 1):
                 axis.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)

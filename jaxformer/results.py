@@ -12,7 +12,7 @@ class Hypothesis(NamedTuple):
     """One translation of a line."""
 
     text: str
-    score: float  # log_prob over the length penalty: what hypotheses are ranked by
+    score: float  # what hypotheses are ranked by: log_prob over the length penalty, if any
     log_prob: float  # of its tokens, and of eos if it is finished, natural logarithm
     tokens: list[str]  # pieces of the vocabulary, without eos
     ids: list[int]  # the same as numbers
@@ -56,7 +56,7 @@ class Explanation:
 
     Attributes:
       source: the sentence.
-      hypotheses: its translations, best first. All that follows is about the best one.
+      hypotheses: its translations, best first or as drawn. All that follows is about the first.
       source_tokens: what the encoder read, S pieces, eos last.
       target_tokens: what the decoder wrote, T pieces, eos last even if the length limit came first.
       decoder_tokens: what it read meanwhile: bos, then the target but for its last piece.

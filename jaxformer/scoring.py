@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxformer.config import BOS_ID, PAD_ID, TransformerConfig
+from jaxformer.errors import UserError
 from jaxformer.layers import PositionalEncoding
 from jaxformer.transformer import Transformer
 
@@ -18,7 +19,7 @@ def token_log_probs(
     configs: tuple[TransformerConfig, ...],
     params: tuple[Any, ...],
     source_ids: Int[Array, "B S"],
-    target: Int[Array, "B T"],
+    labels: Int[Array, "B T"],
 ) -> Float[Array, "B T"]:
     """Log-probability of each target token given those before it; 0 at padding.
 
@@ -27,23 +28,23 @@ def token_log_probs(
 
     Args:
       configs, params: of one model, or of several whose probabilities are averaged.
-      source_ids, target: sentences with eos, then padding.
+      source_ids, labels: sentences with eos, then padding.
     """
 
     def member(config: TransformerConfig, variables: Any) -> Array:
         model = Transformer(config).bind({"params": variables})
-        hidden = model.hidden(source_ids, shift_right(target))
+        hidden = model.hidden(source_ids, shift_right(labels))
 
         def sentence(row: tuple[Array, Array]) -> Array:
-            hidden, labels = row
+            hidden, ids = row
             log_probs = jax.nn.log_softmax(speakable(model.logits(hidden)))
-            return jnp.take_along_axis(log_probs, labels[:, None], axis=1)[:, 0]
+            return jnp.take_along_axis(log_probs, ids[:, None], axis=1)[:, 0]
 
-        return jax.lax.map(sentence, (hidden, target))
+        return jax.lax.map(sentence, (hidden, labels))
 
     members = jnp.stack(list(map(member, configs, params)))
     mean = jax.nn.logsumexp(members, axis=0) - jnp.log(len(configs))
-    return jnp.where(target != PAD_ID, mean, 0.0)
+    return jnp.where(labels != PAD_ID, mean, 0.0)
 
 
 def speakable(logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
@@ -64,7 +65,7 @@ def attention_maps(
     config: TransformerConfig,
     params: Any,
     source_ids: Int[Array, "B S"],
-    target: Int[Array, "B T"],
+    labels: Int[Array, "B T"],
 ) -> AttentionMaps:
     """Where the model looks when it reads a sentence and writes a given translation.
 
@@ -72,12 +73,12 @@ def attention_maps(
     attention is where the model looked to write it. Rows and columns of padding mean nothing.
 
     Args:
-      source_ids, target: sentences with eos, then padding.
+      source_ids, labels: sentences with eos, then padding.
     """
     _, sown = Transformer(config).apply(
         {"params": params},
         source_ids,
-        shift_right(target),
+        shift_right(labels),
         method="hidden",
         mutable="intermediates",
     )
@@ -99,17 +100,22 @@ def attention_alignment(
     config: TransformerConfig,
     params: Any,
     source_ids: Int[Array, "B S"],
-    target: Int[Array, "B T"],
+    labels: Int[Array, "B T"],
     layer: int | None = None,
 ) -> Float[Array, "B T S"]:
     """How much each target token looked at each source token when it was written, heads averaged.
 
     Args:
-      source_ids, target: sentences with eos, then padding.
+      source_ids, labels: sentences with eos, then padding.
       layer: decoder layer, from 0; by default that of `alignment_layer`.
+
+    Raises:
+      UserError: there is no such layer.
     """
     layer = alignment_layer(config) if layer is None else layer
-    return jnp.mean(attention_maps(config, params, source_ids, target).cross[layer], axis=1)
+    if not 0 <= layer < config.decoder_layers:
+        raise UserError(f"layer is {layer}: give 0 to {config.decoder_layers - 1}, of the decoder")
+    return jnp.mean(attention_maps(config, params, source_ids, labels).cross[layer], axis=1)
 
 
 def positional_encoding(
@@ -121,6 +127,6 @@ def positional_encoding(
     return np.asarray(model.apply(variables, jnp.zeros((1, length, config.d_model))))[0]
 
 
-def shift_right(target: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def shift_right(labels: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """The decoder's input: bos, then the target without its last token."""
-    return jnp.pad(target, ((0, 0), (1, 0)), constant_values=BOS_ID)[:, :-1]
+    return jnp.pad(labels, ((0, 0), (1, 0)), constant_values=BOS_ID)[:, :-1]

@@ -33,4 +33,4 @@ def num_shards(name: str) -> int:
     if axes is None:
         return 1
     sizes = jax.sharding.get_abstract_mesh().shape
-    return prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+    return prod(sizes.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes))

@@ -429,10 +429,12 @@ class Transformer(nn.Module):
         )
         embedding = self.output_embedding.embedding
         if self.config.output_bias:
-            # h · e + b = [h, 1] · [e, b]
-            one = jnp.ones((*hidden.shape[:-1], 1), hidden.dtype)
-            hidden = jnp.concatenate([hidden, one], axis=-1)
-            embedding = jnp.concatenate([embedding, self.output_bias[:, None]], axis=-1)
+            # h · e + b = [h, 1, 1] · [e, b, rest], as bfloat16 has but a part of b.
+            bias = self.output_bias[:, None]
+            rounded = bias.astype(hidden.dtype).astype(bias.dtype)
+            ones = jnp.ones((*hidden.shape[:-1], 2), hidden.dtype)
+            hidden = jnp.concatenate([hidden, ones], axis=-1)
+            embedding = jnp.concatenate([embedding, rounded, bias - rounded], axis=-1)
         return cross_entropy_sums(
             hidden, embedding, labels, label_smoothing=self.config.label_smoothing
         )

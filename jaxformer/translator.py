@@ -70,13 +70,13 @@ class Translator:
         others: Sequence[tuple[TransformerConfig, Any]] = (),
         devices: list[jax.Device] | None = None,
     ) -> None:
-        self.config = config
-        self.params = params
+        self._devices = jax.local_devices() if devices is None else devices
+        members = ((config, params), *others)
+        self._configs = tuple(self._with_own_kernel(config) for config, _ in members)
+        self._params = tuple(params for _, params in members)
+        self.config, self.params = self._configs[0], params
         self.source_tokenizer = source_tokenizer
         self.target_tokenizer = target_tokenizer
-        self._configs = (config, *(config for config, _ in others))
-        self._params = (params, *(params for _, params in others))
-        self._devices = jax.local_devices() if devices is None else devices
 
     @classmethod
     def load(
@@ -170,7 +170,12 @@ class Translator:
         Yields:
           `n_best` hypotheses for each line, by default all `beam_size`, best first or as they were
           drawn, fewer if no more exist; in order. An empty line has one, empty.
+
+        Raises:
+          UserError: an option is impossible, or prefixes are not as many as lines; when the first
+            is asked for.
         """
+        _check_are_several(lines, prefixes)
         search = GenerationConfig(**options)
         pairs = _with_prefixes(lines, prefixes)
         first_line = 1
@@ -230,7 +235,7 @@ class Translator:
           batch_tokens: positions at once.
 
         Raises:
-          UserError: as for `score`.
+          UserError: as for `score`, or there is no such layer.
         """
         return self._align(*self._pairs(sources, targets, 1), layer, batch_tokens)
 
@@ -345,6 +350,13 @@ class Translator:
         """Of the work of all searches so far, the share that was for sentences not yet done."""
         return self._generator.needed_steps / max(1, self._generator.computed_steps)
 
+    def _with_own_kernel(self, config: TransformerConfig) -> TransformerConfig:
+        """The attention kernel is a choice of the machine, and a model may come from another."""
+        if config.flash_attention == "none":
+            return config
+        default = self._devices[0].platform == jax.default_backend()
+        return config.replace(flash_attention="auto" if default else "none")
+
     @cached_property
     def _generator(self) -> Generator:
         return Generator(self._configs, self._params, self._devices)
@@ -352,6 +364,7 @@ class Translator:
     def _pairs(
         self, sources: Sequence[str], targets: Sequence[str], first_line: int
     ) -> tuple[list[list[int]], list[list[int]]]:
+        _check_are_several(sources, targets)
         if len(sources) != len(targets):
             raise UserError(f"{len(sources)} sources but {len(targets)} targets: give pairs")
         pairs, limit = [], fewest_positions(self._configs)
@@ -420,7 +433,8 @@ class Translator:
         prefixes = [part.prefix for part in parts]
         keys = None
         if options.sampling and parts:
-            keys = _sentence_keys(seed, np.array([part.key for part in parts], np.int32))
+            numbers = np.array([part.key for part in parts], np.int32)
+            keys = _sentence_keys(jax.random.key(seed), numbers)
         return self._generator.sentences(
             sources,
             options,
@@ -442,6 +456,12 @@ class Translator:
                     Hypothesis(text, float(score), float(log_prob), pieces, tokens, finished)
                 )
         return hypotheses
+
+
+def _check_are_several(*sides: Iterable[str] | None) -> None:
+    """Or a string would be translated letter by letter."""
+    if any(isinstance(side, str) for side in sides):
+        raise UserError("one string was given where there may be several: put it into a list")
 
 
 def _with_prefixes(
@@ -496,8 +516,8 @@ def _join(parts: list[list[Hypothesis]]) -> list[Hypothesis]:
 
 
 @jax.jit
-def _sentence_keys(seed: jax.Array, numbers: jax.Array) -> jax.Array:
-    lines = fold_in_rows(jax.random.key(seed), numbers[:, 0])
+def _sentence_keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
+    lines = fold_in_rows(key, numbers[:, 0])
     return jax.vmap(jax.random.fold_in)(lines, numbers[:, 1])
 
 

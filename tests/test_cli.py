@@ -110,14 +110,12 @@ def test_options(translator, run_with):
     run_with(b"one\n")
     assert translator.options == DEFAULTS
     options = (
-        "--beam-size 2 --length-penalty 1 --length-penalty-form power --batch-tokens 99 --top-k 3 "
-        "--sampling --no-repeat-ngram-size 4 --max-length-ratio 1.5 --seed 7"
+        "--beam-size 2 --batch-tokens 99 --top-k 3 --sampling --no-repeat-ngram-size 4 "
+        "--max-length-ratio 1.5 --seed 7"
     )
     run_with(b"one\n", *options.split(), "--checkpoint", "best", "--dtype", "int8")
     assert translator.options == DEFAULTS | {
         "beam_size": 2,
-        "length_penalty": 1.0,
-        "length_penalty_form": "power",
         "batch_tokens": 99,
         "top_k": 3,
         "sampling": True,

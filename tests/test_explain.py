@@ -292,6 +292,17 @@ def test_pngs_name_letters_that_no_font_has(explanation, tmp_path, capsys, monke
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
 
+def test_a_long_sentence_makes_no_larger_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    from jaxformer.pictures import _draw_maps
+
+    weights = np.random.default_rng(0).random((2, 8, 300, 280), np.float32)
+    pieces = [f"piece {n}" for n in range(300)]
+    _draw_maps(tmp_path / "x.png", weights, pieces, pieces[:280])
+    width, height = struct.unpack(">2I", (tmp_path / "x.png").read_bytes()[16:24])
+    assert 5000 < width < 9000 and height < width / 2
+
+
 def test_the_command(run, tmp_path, capsys, monkeypatch):
     from jaxformer import pictures
 
@@ -311,6 +322,7 @@ def test_one_line_says_what_is_wrong(run, tmp_path, capsys):
     for arguments, message in (
         (["inspect", str(tmp_path / "none"), "x"], "is not a directory"),
         (["inspect", str(run), ""], "nothing to explain"),
+        (["inspect", str(run), "caf\udce9"], "SENTENCE is not UTF-8 at letter 4"),
         (["inspect", str(run), "x", "--beam-size", "0"], "--beam-size is 0"),
         (["inspect", str(run), "red", "--output", str(tmp_path / "file")], "cannot write"),
     ):

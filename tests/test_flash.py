@@ -1,5 +1,8 @@
 """Attention by the kernels of accelerators: the same as by weights, masks and gradients too."""
 
+from types import SimpleNamespace
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +70,62 @@ def test_on_a_tpu(mask):
     kernel = flash_kernel("pallas", query, key, value, mask)
     with pltpu.force_tpu_interpret_mode():  # on the CPU, step by step
         assert_attends_like_weights(kernel, mask)
+
+
+def test_a_mask_of_keys_alone_is_spelled_out_for_cudnn(monkeypatch):
+    """As `padding_mask` gives it, [B, 1, 1, S]; cuDNN's takes none that is to be broadcast."""
+    (query, key, value), _ = inputs(MASKS["padding"])
+    attend, masks = jax.nn.dot_product_attention, []
+
+    def spy(*arrays, mask, implementation):
+        assert implementation == "cudnn"
+        masks.append(mask)
+        return attend(*arrays, mask=mask)
+
+    monkeypatch.setattr("jaxformer.flash._cudnn_can", lambda *_: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+    mask = jnp.arange(S) < jnp.array([S, S - 7])[:, None, None, None]
+    out = flash_kernel("cudnn", query, key, value, mask)(query, key, value, mask)
+    assert [mask.shape for mask in masks] == [(B, 1, T, S)]
+    expected = attend(query, key, value, mask=mask)
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("capability", "can"), [("9.0", True), ("7.5", False), ("gfx942", False), (None, False)]
+)
+def test_which_gpus_have_cudnns(monkeypatch, capability, can):
+    """One of AMD has another name for what it can, and a CPU none."""
+    device = SimpleNamespace(compute_capability=capability)
+    if capability is None:
+        (device, *_) = jax.devices()
+    query = jnp.zeros((B, 8, N, H), jnp.bfloat16)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert (flash_kernel("cudnn", query, query, query, None) is not None) == can
+
+
+def test_on_several_chips_of_a_tpu_a_plain_jit_does_without(monkeypatch):
+    """What it splits only XLA knows, and it cannot split a kernel."""
+    query = jnp.zeros((8, T, N, H), jnp.bfloat16)
+    found = []
+
+    def attend(query):
+        found.append(flash_kernel("auto", query, query, query, None) is not None)
+        return query
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    jax.eval_shape(jax.jit(attend), query)
+    jax.eval_shape(jax.pmap(attend), query[:, None])
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    rows = jax.sharding.PartitionSpec("data")
+    split = jax.shard_map(attend, mesh=mesh, in_specs=rows, out_specs=rows)
+    jax.eval_shape(jax.jit(split), query)
+    with nn.logical_axis_rules([("batch", None)]):
+        jax.eval_shape(jax.jit(lambda x: attend(x)), query)
+    with nn.logical_axis_rules([("batch", "data")]), jax.set_mesh(mesh):
+        jax.eval_shape(jax.jit(lambda x: attend(x)), query)
+    alone = jax.device_count() == 1
+    assert found == [alone, True, True, True, alone]
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")

@@ -311,6 +311,12 @@ def test_learned_positions_end_a_translation():
         ({"n_best": 0}, "n_best is 0: give at least 1"),
         ({"top_p": 1.5}, "top_p is 1.5: give more than 0, at most 1"),
         ({"top_k": 0}, "top_k is 0: give at least 1"),
+        ({"max_length_ratio": float("inf")}, "max_length_ratio is inf: give a number"),
+        ({"sampling": True, "temperature": float("inf")}, "temperature is inf: give a number"),
+        (
+            {"sampling": True, "length_penalty": 1.0},
+            "length_penalty is 1.0: it has no effect with sampling",
+        ),
         ({"temperature": float("nan")}, "temperature is nan: give at least 0"),
         ({"top_k": 3}, "top_k is 3: it has no effect without sampling, set it too"),
         (
@@ -355,3 +361,20 @@ def test_sampling_is_the_sampling_of_the_decoding_module():
         top_p=0.9,
     )
     np.testing.assert_array_equal(found.sequences, expected.sequences)
+
+
+def test_a_most_of_no_tokens_is_the_empty_translation():
+    options = GenerationConfig(beam_size=2, max_length_ratio=0.0, max_length_extra=0)
+    found = search(options)
+    assert not found.sequences.any() and not found.lengths.any()
+
+
+def test_a_minimum_above_the_maximum_is_the_maximum():
+    """However much room padding gives: the last token may be eos."""
+    options = GenerationConfig(beam_size=2, max_length_extra=0, min_length_ratio=2.0)
+    found = search(options)
+    padded = jnp.pad(SOURCE, ((0, 0), (0, 24)))
+    wider = search(options, padded)
+    width = found.sequences.shape[2]
+    np.testing.assert_array_equal(found.sequences, wider.sequences[:, :, :width])
+    np.testing.assert_array_equal(found.lengths, wider.lengths)

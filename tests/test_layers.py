@@ -226,9 +226,9 @@ def test_logits_of_more_tokens_than_that():
     np.testing.assert_allclose(logits, hidden @ table.T, rtol=1e-4, atol=1e-4)
 
 
-def test_an_id_past_the_vocabulary_is_no_number():
+def test_an_id_outside_the_vocabulary_is_no_number():
     module = Embedding(V, D)
-    ids = jnp.array([[V - 1, V, 0, 10 * V]])
+    ids = jnp.array([[V - 1, V, 0, 10 * V, -1]])
     out = module.apply(random_variables(module, ids), ids)
-    np.testing.assert_array_equal(np.isnan(out).all(-1), [[False, True, False, True]])
-    np.testing.assert_array_equal(np.isnan(out).any(-1), [[False, True, False, True]])
+    np.testing.assert_array_equal(np.isnan(out).all(-1), [[False, True, False, True, True]])
+    np.testing.assert_array_equal(np.isnan(out).any(-1), [[False, True, False, True, True]])

@@ -194,3 +194,12 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary():
     one, two = temporary_bytes(8192), temporary_bytes(16_384)
     assert one < 0.2 * all_logits
     assert two - one < 0.05 * all_logits
+
+
+@pytest.mark.parametrize("label", [-1, -100, 11])
+def test_a_label_that_is_no_id_is_noticed(label):
+    """-100 is what other libraries ignore; here padding is 0."""
+    hidden, embedding = jnp.ones((3, 4)), jnp.ones((11, 4))
+    loss, _ = cross_entropy(hidden, embedding, jnp.array([2, label, 0]))
+    assert jnp.isnan(loss)
+    assert jnp.isfinite(cross_entropy(hidden, embedding, jnp.array([2, 10, 0]))[0])

@@ -180,3 +180,8 @@ def test_names_do_nothing_without_rules_and_a_mesh():
     with in_mesh(runner.mesh):
         assert num_shards("batch") == 4
         assert num_shards("vocab_batch") == 2
+
+
+def test_rules_without_a_mesh_split_nothing():
+    with nn.logical_axis_rules([("vocab_batch", "data")]):
+        assert num_shards("vocab_batch") == 1

@@ -449,6 +449,20 @@ def test_loss_is_the_cross_entropy_of_the_logits():
     assert all(np.any(leaf) for leaf in without_key_biases(gradients).values())
 
 
+def test_the_loss_in_bfloat16_has_all_of_the_output_bias():
+    """As the logits have: one of 6 would be off by up to 0.016."""
+    config = CONFIGS["imported"].replace(dtype="bfloat16", label_smoothing=0.0)
+    params = random_params(config)
+    bias = jnp.linspace(5, 7, config.vocab_size)
+    model = Transformer(config).bind({"params": {**params, "output_bias": bias}})
+    arguments = jnp.asarray(SOURCE), jnp.asarray(TARGET)
+    logits = np.asarray(model(*arguments), np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    nll = -np.take_along_axis(log_probs, np.asarray(LABELS)[..., None], axis=-1)[..., 0]
+    sums = model.loss(*arguments, jnp.asarray(LABELS))
+    assert float(sums.loss) == pytest.approx(nll[REAL_TARGET].sum(), rel=1e-5)
+
+
 def test_packed_pairs_have_the_loss_and_gradients_they_have_alone():
     packed = loss_sums_and_gradients(
         MODERN, PACKED_SOURCE, PACKED_TARGET, PACKED_LABELS, **SEGMENTS

@@ -252,6 +252,40 @@ def test_prefixes(translator):
         greedy(translator, SENTENCES[:1], prefixes=["a", "b"])
 
 
+@pytest.mark.parametrize("seed", [0, 3_000_000_000, -1])
+def test_any_seed_draws(translator, seed):
+    options = {"beam_size": 1, "sampling": True, "batch_tokens": 128}
+    assert len(translator.translate(SENTENCES[:1], seed=seed, **options)) == 1
+
+
+def test_one_string_is_no_list(translator):
+    for call in (
+        lambda: translator.translate("red dogs"),
+        lambda: translator.translate(SENTENCES[:1], prefixes="a"),
+        lambda: translator.score("red dogs", ["rot"]),
+        lambda: translator.align(["red dogs"], "rot"),
+    ):
+        with pytest.raises(UserError, match=r"one string was given .*: put it into a list"):
+            call()
+
+
+def test_a_layer_that_is_not_there(translator):
+    for layer in (-1, 1, 6):
+        with pytest.raises(UserError, match=f"layer is {layer}: give 0 to 0"):
+            translator.align(["red dogs"], ["rot"], layer=layer)
+
+
+def test_the_attention_kernel_is_the_machines_own(translator, monkeypatch):
+    def kernel(written):
+        config = translator.config.replace(flash_attention=written)
+        tokenizers = translator.source_tokenizer, translator.target_tokenizer
+        return Translator(config, translator.params, *tokenizers).config.flash_attention
+
+    assert [kernel("cudnn"), kernel("auto"), kernel("none")] == ["auto", "auto", "none"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert kernel("auto") == "none"  # of the CPU, though the machine has another device
+
+
 def test_samples_depend_on_seed_and_line_alone(translator):
     def draw(lines, seed):
         return translator.translate(

@@ -4,6 +4,7 @@ import hashlib
 import io
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +15,7 @@ from jaxformer.run import SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, TOKENIZE
 from jaxformer.tokenizer import Tokenizer
 from train.data.arrow import CACHE_VERSION, write_file
 from train.data.corpus import text_digest
+from train.data.normalization import normalization_rules
 from train.data.sources import iterate
 from train.progress import Count
 
@@ -73,6 +75,7 @@ def _learn_once(
 ) -> Tokenizer:
     """Do as `_learn`, unless the same has been learned of the same text."""
     name = hashlib.sha256(repr((CACHE_VERSION, columns, settings)).encode())
+    name.update(normalization_rules().encode())
     for dataset in corpora:
         name.update(text_digest(dataset, cache))
     path = cache / f"tokenizer-{name.hexdigest()[:20]}.model"
@@ -92,22 +95,26 @@ def _learn(
     import sentencepiece
 
     model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(corpora, columns),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type=model_type,
-            character_coverage=1.0,  # every character of the corpus becomes a piece
-            pad_id=PAD_ID,
-            bos_id=BOS_ID,
-            eos_id=EOS_ID,
-            unk_id=UNK_ID,
-            byte_fallback=False,
-            minloglevel=2,  # errors only, and those are raised
-        )
-    except RuntimeError as error:
-        raise UserError(_explain(str(error), vocab_size, " and ".join(columns))) from error
+    with tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
+        rules.write(normalization_rules())
+        rules.flush()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_sentences(corpora, columns),
+                model_writer=model,
+                vocab_size=vocab_size,
+                model_type=model_type,
+                character_coverage=1.0,  # every character of the corpus becomes a piece
+                normalization_rule_tsv=rules.name,
+                pad_id=PAD_ID,
+                bos_id=BOS_ID,
+                eos_id=EOS_ID,
+                unk_id=UNK_ID,
+                byte_fallback=False,
+                minloglevel=2,  # errors only, and those are raised
+            )
+        except RuntimeError as error:
+            raise UserError(_explain(str(error), vocab_size, " and ".join(columns))) from error
     return Tokenizer(model.getvalue())
 
 

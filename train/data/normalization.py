@@ -1,0 +1,63 @@
+"""What a vocabulary does to text before it cuts it: spell it in one way, and nothing more.
+
+sentencepiece's own rule, nmt_nfkc, also writes "，" as ",", "…" as "..." and "½" as "1⁄2"; a model
+of such pieces can never say what was there. Here letters that Unicode has in two spellings get one
+(NFC: "e" and U+0301 are "é"), every kind of white space is a space, and control characters go.
+"""
+
+import unicodedata
+from collections.abc import Iterator
+from functools import cache
+from itertools import permutations
+
+# The planes with letters, without NUL, which sentencepiece cannot read.
+_CODES = range(1, 0x30000)
+_SURROGATES = range(0xD800, 0xE000)
+_HANGUL = range(0xAC00, 0xD7A4)
+# A zero-width space and a byte order mark, which end up inside text.
+_INVISIBLE = "\u200b\ufeff"
+
+
+@cache
+def normalization_rules() -> str:
+    r"""Return the rules as sentencepiece reads them: hexadecimal code points, a tab, what for.
+
+    "65 301\te9" is one line of them.
+    """
+
+    def code_points(text: str) -> str:
+        return " ".join(f"{ord(letter):x}" for letter in text)
+
+    return "".join(f"{code_points(one)}\t{code_points(other)}\n" for one, other in _rules())
+
+
+def _rules() -> Iterator[tuple[str, str]]:
+    for code in _CODES:
+        if code in _SURROGATES:
+            continue
+        letter = chr(code)
+        if letter.isspace():
+            if letter != " ":
+                yield letter, " "
+        elif letter in _INVISIBLE or unicodedata.category(letter) == "Cc":
+            yield letter, ""
+        elif (one := unicodedata.normalize("NFC", letter)) != letter:
+            yield letter, one
+        else:
+            yield from ((spelling, letter) for spelling in _spellings(letter))
+
+
+def _spellings(letter: str) -> set[str]:
+    """The other ways to write a letter: "ế" is "e" and two marks, or "ê" and one."""
+    apart = unicodedata.normalize("NFD", letter)
+    if len(apart) == 1:
+        return set()
+    base, marks = apart[0], apart[1:]
+    # The parts of a Korean syllable have an order; two marks may stand in any.
+    orders = [tuple(marks)] if ord(letter) in _HANGUL else permutations(marks)
+    spellings = {
+        unicodedata.normalize("NFC", base + "".join(order[:joined])) + "".join(order[joined:])
+        for order in orders
+        for joined in range(len(marks))
+    }
+    return {each for each in spellings if unicodedata.normalize("NFC", each) == letter} - {letter}

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "tokenizer": BASE,
     "run": FILES | {"fingerprint"},
     "results": set(),
-    "scoring": {"config", "layers", "transformer"},
+    "scoring": BASE | {"layers", "transformer"},
     "generation": WITH_MODEL,
     "generator": WITH_MODEL,
     "translator": WITH_MODEL | FILES | {"generator", "results"},

@@ -31,7 +31,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 OPTIONAL = {"ctranslate2", "sentencepiece", "torch", "transformers"}
 
 # Programs of others: they are not run.
-OTHERS = {"pip", "python3", "apt-get", "cd"}
+OTHERS = {"pip", "python3", "apt-get", "cd", "["}
 
 # Between commands, not within a quoted one.
 AND = re.compile(r"""&&(?=(?:[^"]*"[^"]*")*[^"]*$)""")

@@ -13,6 +13,7 @@ from train.arguments import config_names, load_config, override
 from train.cli import main
 from train.config import TrainConfig, flatten
 from train.loop import fit
+from train.preemption import Preempted
 from train.prepare import prepare
 
 
@@ -204,6 +205,22 @@ def test_a_run_that_failed_at_its_start_takes_a_mended_configuration(folder, tmp
     assert load_tokenizers(tmp_path / "run")[0].vocab_size == 60
 
 
+@pytest.mark.parametrize(
+    ("end", "status", "said"),
+    [
+        (Preempted(), 143, ""),
+        (KeyboardInterrupt(), 130, "interrupted: run the same command again to go on\n"),
+    ],
+)
+def test_how_a_run_that_was_stopped_ends(capsys, monkeypatch, end, status, said):
+    def fit(config):
+        raise end
+
+    monkeypatch.setattr("train.loop.fit", fit)
+    assert main(["fit", "quickstart"]) == status
+    assert capsys.readouterr().err == said
+
+
 def test_hosts_that_cannot_be_found(capsys, folder, tmp_path, monkeypatch):
     def initialize(*arguments):
         raise ValueError("coordinator_address should be defined.")
@@ -237,13 +254,14 @@ def test_a_run_that_was_not_trained_here_is_scored_on_files(capsys, folder, tmp_
 
 def test_evaluate_a_split_and_two_files_alike(capsys, run, folder, tmp_path):
     output = tmp_path / "out.txt"
-    assert main(["evaluate", str(run), "--output", str(output)]) == 0
+    assert main(["evaluate", str(run), "--beam-size", "1", "--output", str(output)]) == 0
     printed = capsys.readouterr().out
     assert "loss" in printed and "BLEU" in printed and "chrF2" in printed
     assert printed.count("nrefs:1|case:mixed") == 2
     assert len(output.read_text().splitlines()) == 20
 
-    arguments = ["evaluate", str(run), "--json", "--source", str(folder / "test.en")]
+    arguments = ["evaluate", str(run), "--json", "--beam-size", "1"]
+    arguments += ["--source", str(folder / "test.en")]
     assert main([*arguments, "--reference", str(folder / "test.de")]) == 0
     values = json.loads(capsys.readouterr().out)
     assert f"loss {values['loss']:.4f}" in printed

@@ -11,6 +11,8 @@ from train.benchmark import decode
 from train.benchmark.decode import DecodeBenchmark, benchmark_decode
 from train.cli import main
 
+pytestmark = pytest.mark.usefixtures("one_program_a_search")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

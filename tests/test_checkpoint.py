@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import jaxformer.run as run_directory
+from damage import flip_a_bit, leave_out, swap, truncate
 from jaxformer.config import PRESETS
 from jaxformer.errors import UserError
 from jaxformer.run import (
@@ -49,6 +50,10 @@ def make_state(step=0, value=None, width=5, optimizer=None):
         "scale": jnp.full((7,), value, jnp.bfloat16),
     }
     return State(jnp.int32(step), params, (optimizer or optax.adam(1e-3)).init(params))
+
+
+def random_params(seed):
+    return {"decoder": {"kernel": jax.random.normal(jax.random.key(seed), (300, 50))}}
 
 
 def save_all(run, states_and_metrics, **options):
@@ -334,14 +339,16 @@ def test_metrics_that_cannot_be_read_are_set_aside(tmp_path, capsys, text):
     assert checkpoint_steps(tmp_path) == [1, 3]
 
 
-def test_a_checkpoint_may_be_damaged_twice(tmp_path, capsys):
-    save_all(tmp_path, [(make_state(1), {"loss": 1.0})])
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, leave_out, swap])
+def test_the_one_before_a_damaged_checkpoint_is_used(tmp_path, capsys, damage):
+    """And that may happen to the same step again."""
     for name in ("damaged-2", "damaged-2.2", "damaged-2.3"):
-        save_all(tmp_path, [(make_state(2), {"loss": 1.0})])
-        shutil.rmtree(tmp_path / "checkpoints/2/params")
+        states = [replace(make_state(step), params=random_params(step)) for step in (1, 2)]
+        save_all(tmp_path, [(state, {"loss": 1.0}) for state in states])
+        damage(tmp_path / "checkpoints/2")
         with Checkpoints(tmp_path) as checkpoints:
-            assert checkpoints.restore(make_state()).step == 1
-        assert f"it is now {name}," in capsys.readouterr().err
+            assert checkpoints.restore(states[0]).step == 1
+        assert f"it is now {name}, trying the one before" in capsys.readouterr().err
         assert (tmp_path / "checkpoints" / name).is_dir()
 
 

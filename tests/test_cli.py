@@ -22,6 +22,8 @@ from random_run import CONFIG as RANDOM
 from random_run import write_random_run
 from small_run import trained_run
 
+pytestmark = pytest.mark.usefixtures("one_program_a_search")
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -189,12 +191,12 @@ def test_programs_are_kept_for_the_next_process(tmp_path):
     write_random_run(tmp_path / "run", RANDOM)
     kept = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
     environment = {name: value for name, value in os.environ.items() if name not in kept}
-    environment["XDG_CACHE_HOME"] = str(tmp_path)
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": ""}
     program = "import sys; from jaxformer.cli import main; sys.exit(main(sys.argv[1:]))"
     files = []
     for _ in range(2):
         subprocess.run(
-            [sys.executable, "-c", program, "translate", str(tmp_path / "run")],
+            [sys.executable, "-c", program, "translate", str(tmp_path / "run"), "--beam-size=1"],
             input=b"red dogs\n",
             env=environment,
             cwd=ROOT,

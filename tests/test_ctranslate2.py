@@ -21,6 +21,8 @@ from jaxformer.translator import Translator
 from random_run import CONFIG, SENTENCES, write_random_run
 from small_run import trained_run
 
+pytestmark = pytest.mark.usefixtures("one_program_a_search")
+
 ctranslate2 = pytest.importorskip("ctranslate2")
 
 TARGETS = ["Hunde laufen hier", "rot", "zwei alt Katzen sitzen jetzt", "", "blau"]

@@ -19,11 +19,16 @@ import pytest
 
 import jaxformer.cli
 import train.cli
+from jaxformer.arguments import search_of
 from jaxformer.cli import main
+from jaxformer.config import PRESETS
 from small_run import LEXICON, trained_run, write_corpus
 from train.arguments import load_config, override
+from train.config import TrainConfig
 from train.data.sources import load_split
 from train.plan.machines import chip_of_topology
+
+pytestmark = pytest.mark.usefixtures("one_program_a_search")
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -131,13 +136,18 @@ def run_train(arguments):
         assert all(map(chip_of_topology, options.topology))
     else:
         assert arguments[0] == "benchmark"
+        for name in options.config:
+            config = TrainConfig(model=PRESETS[name]) if name in PRESETS else load_config(name)
+            override(config, overrides, "benchmark")
 
 
 def run_jaxformer(arguments):
+    options = jaxformer.cli._parser().parse_args(arguments)
+    if arguments[0] == "translate" and search_of(options):
+        return  # one search is like another, and these are possible
     if arguments[0] != "convert":
         assert main(arguments) == 0
         return
-    options = jaxformer.cli._parser().parse_args(arguments)
     needs = {"marian": "safetensors", "ctranslate2": "ctranslate2"}.get(options.to)
     if needs:
         pytest.importorskip(needs)

@@ -1,6 +1,7 @@
 """A whole run: what it leaves behind, how it goes on, when it stops, and what it refuses."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -11,6 +12,8 @@ from jaxformer.run import checkpoint_steps, find_checkpoint, load_params
 from jaxformer.translator import Translator
 from small_run import change, small_config, write_corpus
 from train.benchmark.compiles import count_compiles
+from train.config import read_train_config
+from train.evaluate import score
 from train.lock import only_trainer
 from train.loop import _out_of_patience, fit
 from train.metrics import read_metrics
@@ -101,14 +104,11 @@ def test_another_model_in_the_same_directory_is_refused(run, config):
         fit(change(config, model__d_model=8))
 
 
-def test_evaluation_settings_may_change_between_starts(run, config):
-    fit(change(config, evaluate__beam_size=1, log_every=1))
-
-
-def test_translator_loads_the_run(run):
-    lines = ["red dogs run", "", "old cats sit here now"]
-    translations = Translator.load(run).translate(lines)
-    assert len(translations) == 3 and translations[1] == ""
+def test_evaluation_settings_may_change_between_starts(run, config, folder):
+    shutil.copytree(run, folder / "greedy")
+    fit(change(config, run=str(folder / "greedy"), evaluate__beam_size=1, log_every=1))
+    assert read_train_config(folder / "greedy").evaluate.beam_size == 1
+    assert_equal(load_params(folder / "greedy", "average"), load_params(run, "average"))
 
 
 @pytest.mark.slow
@@ -126,32 +126,25 @@ def test_separate_vocabularies(folder):
     assert len(Translator.load(run).translate(["red dogs run"])) == 1
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(folder):
-    healthy = small_config(folder, run=str(folder / "nan"), steps=3, evaluate__every=3)
-    fit(healthy)
-    arrays = load_params(folder / "nan", 3)
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(run, config, folder):
+    shutil.copytree(run, folder / "nan")
+    arrays = load_params(folder / "nan", 6)
     config_file = folder / "nan" / "config.json"
     saved = json.loads(config_file.read_text())
     saved["optimizer"]["peak_learning_rate"] = 1e30
     config_file.write_text(json.dumps(saved))
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step [5-9]: lower"):
-        fit(change(healthy, steps=12, optimizer__peak_learning_rate=1e30, evaluate__every=12))
-    assert checkpoint_steps(folder / "nan") == [3]
-    assert_equal(load_params(folder / "nan", 3), arrays)
+    hot = change(config, run=str(folder / "nan"), optimizer__peak_learning_rate=1e30)
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step ([7-9]|1[0-2]): lower"):
+        fit(change(hot, steps=20, evaluate__every=20))
+    assert checkpoint_steps(folder / "nan") == [3, 6]
+    assert_equal(load_params(folder / "nan", 6), arrays)
 
 
-def test_what_has_failed_is_not_saved_at_sigterm(folder, monkeypatch):
-    config = small_config(
-        folder,
-        run=str(folder / "failed"),
-        steps=12,
-        log_every=12,
-        evaluate__every=12,
-        optimizer__peak_learning_rate=1e30,
-    )
+def test_what_has_failed_is_not_saved_at_sigterm(config, folder, monkeypatch):
+    hot = change(config, run=str(folder / "failed"), optimizer__peak_learning_rate=1e30)
     monkeypatch.setattr("train.loop.Preemption.reached", lambda self, step: step == 8)
     with pytest.raises(UserError, match=r"the loss is (nan|inf) at step [1-8]: lower"):
-        fit(config)
+        fit(change(hot, steps=12, log_every=12, evaluate__every=12))
     assert checkpoint_steps(folder / "failed") == []
 
 
@@ -227,12 +220,17 @@ def test_patience(history, metric, patience, expected):
     assert _out_of_patience(history, metric, patience) is expected
 
 
-def test_early_stopping_also_holds_when_the_run_is_started_again(folder, monkeypatch):
-    stopping = small_config(
-        folder,
+def test_early_stopping_also_holds_when_the_run_is_started_again(config, folder, monkeypatch):
+    quality = score(["a b c d"], ["a b c d"])  # as good at every step
+
+    def evaluate(config, data, params, splits, beam_size):
+        return {split: (quality, data.pairs[split]["target"][:]) for split in splits}
+
+    monkeypatch.setattr("train.loop._evaluate", evaluate)
+    stopping = change(
+        config,
         run=str(folder / "patience"),
         steps=30,
-        optimizer__peak_learning_rate=1e-12,  # it learns nothing
         evaluate__every=1,
         evaluate__patience=2,
         evaluate__metric="chrf",

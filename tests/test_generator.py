@@ -20,8 +20,9 @@ from train.benchmark.compiles import count_compiles
 OPTIONS = GenerationConfig(beam_size=3, max_length_extra=4)
 
 
-def make_generator(config=CONFIG, num_devices=1):
-    return Generator((config,), (params_of(config),), jax.devices()[:num_devices])
+def make_generator(*configs, num_devices=1):
+    configs = configs or (CONFIG,)
+    return Generator(configs, tuple(map(params_of, configs)), jax.devices()[:num_devices])
 
 
 def random_sources(lengths, seed=0):
@@ -47,7 +48,7 @@ def assert_bit_equal(left, right):
 
 
 @functools.cache
-def results_of_one_batch(options, with_prefix=False):
+def results_of_one_batch(options, with_prefix=False, configs=(CONFIG,)):
     source_ids = np.zeros((len(SOURCES), 16), np.int32)
     for row, source in enumerate(SOURCES):
         source_ids[row, : len(source)] = source
@@ -55,9 +56,11 @@ def results_of_one_batch(options, with_prefix=False):
     prefix = None
     if with_prefix:
         prefix = np.array([[9, 11][: row % 3] + [0] * (2 - row % 3) for row in range(len(SOURCES))])
-    return generate((CONFIG,), (params_of(),), source_ids, options, prefix=prefix, keys=keys)
+    params = tuple(map(params_of, configs))
+    return generate(configs, params, source_ids, options, prefix=prefix, keys=keys)
 
 
+ALONE, ENSEMBLE = (CONFIG,), (CONFIG, CONFIG.replace(norm="pre"))
 LONG = {"max_length_ratio": 2.0, "max_length_extra": 1, "min_length_ratio": 1.6}
 
 
@@ -76,22 +79,29 @@ def shapes(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "num_devices", "with_prefix"),
+    ("options", "configs", "num_devices", "with_prefix"),
     [
-        (GenerationConfig(beam_size=3, **LONG), 1, False),
-        (GenerationConfig(beam_size=3, coverage_penalty=0.4, **LONG), 2, True),
-        (GenerationConfig(beam_size=2, sampling=True, no_repeat_ngram_size=2, **LONG), 1, True),
-        pytest.param(GenerationConfig(beam_size=1, **LONG), 8, False, marks=pytest.mark.slow),
+        (GenerationConfig(beam_size=3, **LONG), ENSEMBLE, 1, False),
+        (GenerationConfig(beam_size=3, coverage_penalty=0.4, **LONG), ALONE, 2, True),
+        (
+            GenerationConfig(beam_size=2, sampling=True, no_repeat_ngram_size=2, **LONG),
+            *(ALONE, 1, True),
+        ),
+        pytest.param(
+            GenerationConfig(beam_size=1, **LONG), *(ALONE, 8, False), marks=pytest.mark.slow
+        ),
     ],
 )
-def test_every_sentence_is_as_in_one_large_batch(shapes, options, num_devices, with_prefix):
+def test_every_sentence_is_as_in_one_large_batch(
+    shapes, options, configs, num_devices, with_prefix
+):
     """Whether it begins beside others that are under way, or once more with more room."""
-    generator = make_generator(num_devices=num_devices)
+    generator = make_generator(*configs, num_devices=num_devices)
     keys = jax.random.split(jax.random.key(5), len(SOURCES)) if options.sampling else None
     prefixes = [[9, 11][: row % 3] for row in range(len(SOURCES))] if with_prefix else None
     tokens = 16 * 16 * (1 if num_devices == 1 else num_devices // 2)
     found = generator.sentences(SOURCES, options, batch_tokens=tokens, keys=keys, prefixes=prefixes)
-    expected = results_of_one_batch(options, with_prefix)
+    expected = results_of_one_batch(options, with_prefix, configs)
     for row, one in enumerate(found):
         assert_same(one, jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), expected))
     rows = tokens // 16 // num_devices

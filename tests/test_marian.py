@@ -38,7 +38,10 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)  # for models this small, more only wait for one another
 
-pytestmark = pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses"),
+    pytest.mark.usefixtures("one_program_a_search"),
+]
 
 PAIRS = sentence_pairs(80)
 SOURCES = [source for source, _ in PAIRS[:10]]

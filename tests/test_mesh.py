@@ -89,10 +89,6 @@ def test_accumulation_over_a_mesh_trains_as_one_device(one_device):
     assert_same_training(five_steps(runner, accumulate=2), one_device)
 
 
-def test_pmap_trains_as_one_device(one_device):
-    assert_same_training(five_steps(DataParallel()), one_device)
-
-
 @pytest.mark.slow
 def test_the_noise_of_dropout_does_not_depend_on_the_mesh():
     model = Transformer(CONFIG.replace(dropout=0.3))

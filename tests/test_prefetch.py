@@ -26,7 +26,10 @@ def test_no_more_than_depth_batches_are_made_ahead():
     made = []
     batches = prefetch(lambda step: made.append(step), range(100), depth=3)
     next(batches)
-    time.sleep(0.3)
+    deadline = time.monotonic() + 60
+    while len(made) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
     # One taken, three waiting, and one that the thread holds until there is room.
     assert made == [0, 1, 2, 3, 4]
     batches.close()

@@ -115,7 +115,17 @@ def _learn(
             )
         except RuntimeError as error:
             raise UserError(_explain(str(error), vocab_size, " and ".join(columns))) from error
-    return Tokenizer(model.getvalue())
+    return Tokenizer(_without_file_name(model.getvalue()))
+
+
+def _without_file_name(model: bytes) -> bytes:
+    """Take out of a model where its rules lay: the same text gives the same bytes."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+    proto = ModelProto.FromString(model)
+    proto.normalizer_spec.name = "nfc"
+    proto.normalizer_spec.normalization_rule_tsv = ""
+    return proto.SerializeToString(deterministic=True)
 
 
 def _sentences(corpora: "Sequence[datasets.Dataset]", columns: tuple[str, ...]) -> Iterator[str]:

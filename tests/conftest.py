@@ -9,7 +9,7 @@ import tempfile
 # JAX_PLATFORMS=cuda the same tests run on a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # XLA's own passes are all made; only LLVM does less to the machine code, of programs that run for
-# milliseconds. `XLA_FLAGS=--xla_backend_optimization_level=3` tests what users run, in far more time.
+# milliseconds. `XLA_FLAGS=--xla_backend_optimization_level=3` tests what users run, more slowly.
 os.environ.setdefault("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"

@@ -136,7 +136,8 @@ def run_train(arguments):
         assert all(map(chip_of_topology, options.topology))
     else:
         assert arguments[0] == "benchmark"
-        for name in options.config:
+        assert arguments[1] != "decode" or not overrides
+        for name in getattr(options, "config", ()):
             config = TrainConfig(model=PRESETS[name]) if name in PRESETS else load_config(name)
             override(config, overrides, "benchmark")
 

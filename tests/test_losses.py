@@ -100,6 +100,23 @@ def test_uniform_logits_cost_log_v_however_they_are_smoothed():
         np.testing.assert_allclose(nll / weight, np.log(V), rtol=1e-6)
 
 
+def test_gradients_of_gradients():
+    """As a penalty on the gradient's norm takes them; forward over reverse it cannot be done."""
+    hidden, embedding, labels = example()
+
+    def penalty(loss):
+        def norm(hidden, embedding):
+            gradients = jax.grad(loss, argnums=(0, 1))(hidden, embedding)
+            return sum(jnp.sum(leaf**2) for leaf in gradients)
+
+        return jax.grad(norm, argnums=(0, 1))(hidden, embedding)
+
+    found = penalty(lambda *x: cross_entropy(*x, labels, label_smoothing=0.1, chunk_size=4)[0])
+    expected = penalty(lambda *x: plain(*x, labels, 0.1)[0])
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_gradient_of_a_scaled_loss():
     """As when it is divided by the tokens of all devices; the report's nll carries none."""
     hidden, embedding, labels = example()

@@ -243,6 +243,34 @@ def is_intact(checkpoint: Path, item: str, tree: Any) -> bool:
     return saved is None or saved == fingerprint(tree)
 
 
+def describe_arrays(tree: Any) -> dict[str, str]:
+    """Map the path of each array to its type: {"decoder/kernel": "float32[3,5]"}."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    def dtype_and_shape(leaf: Any) -> str:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)  # that is how orbax saves a key
+        return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): dtype_and_shape(leaf)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def check_same_arrays(saved: dict[str, str], wanted: dict[str, str], path: Path) -> None:
+    """Raise `UserError` with the first array that is not the same in both descriptions."""
+    for name in sorted(saved.keys() | wanted.keys()):
+        there, here = saved.get(name, "missing"), wanted.get(name, "missing")
+        if there != here:
+            raise UserError(
+                f"{path} is of another configuration: {name} is {there} there and {here} here; "
+                "use the run's own config.json or choose another run directory"
+            )
+
+
 def save_params(run: str | Path, step: int, params: Mapping[str, Any]) -> None:
     """Write a checkpoint of parameters alone: nested dictionaries of arrays.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxformer.batching import batches, pad
@@ -17,7 +18,14 @@ from jaxformer.generation import GenerationConfig, fewest_positions
 from jaxformer.generator import Generator
 from jaxformer.linear import quantize
 from jaxformer.results import Alignment, Explanation, Hypothesis, Score
-from jaxformer.run import load_params, load_tokenizers, read_model_config
+from jaxformer.run import (
+    check_same_arrays,
+    describe_arrays,
+    find_checkpoint,
+    load_params,
+    load_tokenizers,
+    read_model_config,
+)
 from jaxformer.sampling import fold_in_rows
 from jaxformer.scoring import (
     alignment_layer,
@@ -28,6 +36,7 @@ from jaxformer.scoring import (
 )
 from jaxformer.search import BeamResult
 from jaxformer.tokenizer import Tokenizer
+from jaxformer.transformer import Transformer
 
 # Lines that are read, sorted by length and translated together: enough to fill batches with
 # sentences of like length, few enough that memory stays flat and output soon begins.
@@ -118,8 +127,10 @@ class Translator:
                 raise UserError(
                     f"{directory} has other tokenizers than {runs[0]}: an ensemble needs the same"
                 )
+            expected = _parameters_of(config)
             for name in checkpoints:
                 params = load_params(directory, name)
+                check_same_arrays(_shapes(params), expected, find_checkpoint(directory, name))
                 params = quantize(params) if config.quantized else params
                 members.append((config, jax.device_put(params)))
         return cls(*members[0], *tokenizers[0], others=members[1:], devices=devices)
@@ -489,6 +500,20 @@ def _load_tokenizers(run: str | Path, config: TransformerConfig) -> tuple[Tokeni
                 f"{expected}: copy the tokenizer that the model was trained with"
             )
     return source, target
+
+
+def _parameters_of(config: TransformerConfig) -> dict[str, str]:
+    """The arrays of a model, by path."""
+    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    model = Transformer(config.replace(quantized=False))
+    return _shapes(jax.eval_shape(model.init, jax.random.key(0), ids, ids)["params"])
+
+
+def _shapes(params: Any) -> dict[str, str]:
+    """Whatever their dtypes: a checkpoint may be in half of the precision."""
+    return describe_arrays(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
+    )
 
 
 def _differ(one: Tokenizer, other: Tokenizer) -> bool:

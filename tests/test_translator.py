@@ -439,6 +439,23 @@ def test_only_config_tokenizer_and_checkpoints_are_needed(run, translator, tmp_p
     assert greedy(moved, SENTENCES[:2]) == greedy(translator, SENTENCES[:2])
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("d_ff", 48, r"feed_forward/\w+/\w+ is float32\[1,\w+.* there and float32\[1,.*48.* here"),
+        ("decoder_layers", 2, r"decoder/layers/.* is float32\[1,.* there and float32\[2,.* here"),
+        ("output_bias", True, r"output_bias is missing there and float32\[100\] here"),
+    ],
+)
+def test_a_configuration_of_another_model_is_refused(run, tmp_path, field, value, message):
+    shutil.copytree(run, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["model"][field] = value
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"average is of another configuration: .*{message}"):
+        Translator.load(tmp_path / "run")
+
+
 def test_a_tokenizer_of_another_model_is_refused(run, tmp_path):
     shutil.copy(run / "tokenizer.model", tmp_path)
     config = json.loads((run / "config.json").read_text())

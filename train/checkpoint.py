@@ -26,15 +26,15 @@ from jaxformer.run import (
     OPTIMIZER,
     PARAMS,
     best_step,
+    check_same_arrays,
     checkpoint_steps,
+    describe_arrays,
     evaluations,
     is_intact,
     load_params,
 )
 from train.checkpoint_items import (
     DamagedCheckpoint,
-    check_same_arrays,
-    describe,
     fingerprints,
     reading,
     saved_arrays,
@@ -221,7 +221,7 @@ class Checkpoints:
         with reading(directory):
             saved = {name: saved_arrays(directory / name) for name in examples}
         for name, tree in examples.items():
-            check_same_arrays(saved[name], describe(tree), directory / name)
+            check_same_arrays(saved[name], describe_arrays(tree), directory / name)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in examples.items()}
         with reading(directory):
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))

@@ -6,15 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxformer.errors import UserError
 from jaxformer.fingerprint import fingerprint
-from jaxformer.run import OPTIMIZER, PARAMS, reason
+from jaxformer.run import OPTIMIZER, PARAMS, describe_arrays, reason
 
 
 class DamagedCheckpoint(UserError):
@@ -31,38 +28,13 @@ def fingerprints(items: Mapping[str, Any]) -> dict[str, int]:
     return {name: fingerprint(tree) for name, tree in items.items()}
 
 
-def describe(tree: Any) -> dict[str, str]:
-    """Map the path of each array to its type: {"decoder/kernel": "float32[3,5]"}."""
-
-    def dtype_and_shape(leaf: Any) -> str:
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)  # that is how orbax saves a key
-        return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
-
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): dtype_and_shape(leaf)
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    }
-
-
 def saved_arrays(path: Path) -> dict[str, str]:
     """Describe what was saved in `path`, without reading the arrays."""
     handler = ocp.StandardCheckpointHandler()
     try:
-        return describe(handler.metadata(epath.Path(path)).tree)
+        return describe_arrays(handler.metadata(epath.Path(path)).tree)
     finally:
         handler.close()
-
-
-def check_same_arrays(saved: dict[str, str], wanted: dict[str, str], path: Path) -> None:
-    """Raise `UserError` with the first array that is not the same in both descriptions."""
-    for name in sorted(saved.keys() | wanted.keys()):
-        there, here = saved.get(name, "missing"), wanted.get(name, "missing")
-        if there != here:
-            raise UserError(
-                f"{path} is of another configuration: {name} is {there} there and {here} here; "
-                "train with the run's own config.json or choose another run directory"
-            )
 
 
 @contextlib.contextmanager

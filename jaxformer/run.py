@@ -153,7 +153,8 @@ def evaluations(run: str | Path) -> dict[int, dict[str, Any]]:
     """
     directory = Path(run) / CHECKPOINTS_DIR
     records = {
-        step: read_json(directory / str(step) / METRICS / METRICS) for step in checkpoint_steps(run)
+        step: _read_json(directory / str(step) / METRICS / METRICS)
+        for step in checkpoint_steps(run)
     }
     return {step: record for step, record in records.items() if record}
 
@@ -326,13 +327,14 @@ def reason(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     """What was noted beside the arrays: {} if nothing was, or it cannot be read any more."""
     try:
-        return json.loads(path.read_text())
+        noted = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return noted if isinstance(noted, dict) else {}
 
 
 def _info(checkpoint: Path) -> dict[str, Any]:
-    return read_json(checkpoint / INFO / "metadata")
+    return _read_json(checkpoint / INFO / "metadata")

@@ -76,10 +76,9 @@ def write_arrow(
     if path.exists():
         return
     partial = path.with_suffix(".partial")
-    lock = FileLock(path.with_suffix(".lock"))
-    with _writing(path):
-        lock.acquire()
-    with lock:
+    with contextlib.ExitStack() as locked:
+        with _writing(path):
+            locked.enter_context(FileLock(path.with_suffix(".lock")))
         if path.exists():  # written while this process waited
             return
         try:

@@ -65,6 +65,8 @@ def search_of(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
       UserError: a value is impossible; the message names the option and the fix.
     """
+    if not 0 <= getattr(options, "seed", 0) < 2**32:
+        raise UserError(f"--seed is {options.seed}: give 0 to 2^32 - 1")
     names = [field.name for field in dataclasses.fields(GenerationConfig)]
     given = {name: getattr(options, name) for name in names if hasattr(options, name)}
     try:

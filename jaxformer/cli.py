@@ -15,7 +15,7 @@ from jaxformer.arguments import add_search, search_of
 from jaxformer.compilation import keep_compiled_programs
 from jaxformer.config import Precision
 from jaxformer.convert import add_convert
-from jaxformer.errors import UserError
+from jaxformer.errors import UserError, memory_errors
 from jaxformer.inspection import add_inspect
 from jaxformer.terminal import Progress, ShowDefaults, write_line
 
@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        options.command(options)
+        with memory_errors("lower --batch-tokens or --beam-size"):
+            options.command(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -22,6 +22,9 @@ from jaxformer.transformer import Transformer, unstack_decoder
 
 PenaltyForm = Literal["gnmt", "power"]
 
+# Of anything that arrays grow with: more is a slip, and XLA would not end in an exception.
+_MOST = 100_000
+
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
@@ -82,6 +85,8 @@ class GenerationConfig:
             value = getattr(self, name)
             if value is not None and not value >= minimum:
                 raise UserError(f"{name} is {value}: give at least {minimum}")
+            if value is not None and name not in ("temperature", "top_k") and value > _MOST:
+                raise UserError(f"{name} is {value}: give at most {_MOST:,}")
             if value == math.inf:
                 raise UserError(f"{name} is {value}: give a number")
         if not self.sampling and self.n_best is not None and self.n_best > self.beam_size:

@@ -52,9 +52,10 @@ def picture(path: Path, width: float, height: float, text: str = "") -> Iterator
       UserError: matplotlib is not installed, or the file cannot be written.
     """
     check_picture(path)
-    from matplotlib import rc_context
+    from matplotlib import rc_context, set_loglevel
     from matplotlib.figure import Figure
 
+    set_loglevel("ERROR")  # it warns of fonts that it then finds
     with rc_context({"font.family": fonts_for(text)[0], "font.size": 8}):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure

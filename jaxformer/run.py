@@ -156,7 +156,8 @@ def evaluations(run: str | Path) -> dict[int, dict[str, Any]]:
         step: _read_json(directory / str(step) / METRICS / METRICS)
         for step in checkpoint_steps(run)
     }
-    return {step: record for step, record in records.items() if record}
+    needed = {"metric", "mode", "values"}
+    return {step: record for step, record in records.items() if needed <= record.keys()}
 
 
 def best_step(run: str | Path) -> int | None:
@@ -309,7 +310,7 @@ def read_arrays(path: Path) -> dict[str, Any]:
         # Numpy arrays, because the devices that the checkpoint names may not be here.
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         return handler.restore(directory, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"cannot read {path}: {reason(error)}; copy the checkpoint again or choose another"
         ) from error

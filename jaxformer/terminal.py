@@ -8,6 +8,8 @@ import time
 from types import FrameType
 from typing import Any
 
+from jaxformer.errors import UserError
+
 
 class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
     """Says what an option is if it is not given, unless that is nothing."""
@@ -29,6 +31,10 @@ def write_line(text: str) -> None:
         data = memoryview(text.encode() + b"\n")
         while data:
             data = data[os.write(sys.stdout.fileno(), data) :]
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write standard output: {error.strerror}") from error
     finally:
         signal.signal(signal.SIGINT, before)
     if interrupted and callable(before):

@@ -170,6 +170,8 @@ def _processor(model: bytes, name: str) -> Any:
     import sentencepiece  # here, because most of the library works without it
 
     try:
+        if not model:
+            raise RuntimeError("an empty one, which sentencepiece takes for none")
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
         raise UserError(

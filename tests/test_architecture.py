@@ -62,7 +62,7 @@ MAY_IMPORT = {
     | {"arguments", "compilation", "files", "heatmap", "page", "pictures", "results", "terminal"}
     | {"translator"},
     "convert": {"arguments", "errors", "interop"},
-    "terminal": set(),
+    "terminal": {"errors"},
     "cli": FILES
     | {"arguments", "compilation", "convert", "inspection", "results", "terminal", "translator"},
 }

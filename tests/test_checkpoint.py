@@ -321,7 +321,7 @@ def test_a_damaged_checkpoint_is_left_out_of_the_average(tmp_path, capsys):
         checkpoints.remove_average()
 
 
-@pytest.mark.parametrize("text", ["", '{"metric": "lo', "3"])
+@pytest.mark.parametrize("text", ["", '{"metric": "lo', "3", '{"a": 1}'])
 def test_metrics_that_cannot_be_read_are_set_aside(tmp_path, capsys, text):
     save_all(tmp_path, [(make_state(step), {"loss": 1.0}) for step in (1, 2)])
     directory = tmp_path / "checkpoints"

@@ -16,7 +16,8 @@ import pytest
 
 import jaxformer.cli as module
 from jaxformer.cli import main
-from jaxformer.terminal import Progress
+from jaxformer.errors import UserError
+from jaxformer.terminal import Progress, write_line
 from jaxformer.translator import Alignment, Hypothesis, Score, Translator
 from random_run import CONFIG as RANDOM
 from random_run import write_random_run
@@ -254,6 +255,7 @@ def test_a_line_that_is_not_utf8_is_named(translator, run_with):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--sampling", "--seed", "-1"], "--seed is -1: give 0 to 2^32 - 1"),
         (["--beam-size", "0"], "--beam-size is 0: give at least 1"),
         (["--batch-tokens", "-5"], "--batch-tokens is -5: give at least 1"),
         (["--length-penalty", "-1"], "--length-penalty is -1.0: give at least 0"),
@@ -264,6 +266,24 @@ def test_a_line_that_is_not_utf8_is_named(translator, run_with):
 def test_impossible_options(translator, run_with, arguments, message):
     assert run_with(b"one\n", *arguments) == (1, b"", f"error: {message}\n")
     assert not translator.loaded, "that could have been said at once"
+
+
+def test_what_the_machine_has_no_room_for(translator, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(UserError, match="cannot write standard output: No space left"):
+            write_line("x")
+        monkeypatch.undo()
+
+    def translate(options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr("jaxformer.cli._translate", translate)
+    assert main(["translate", "RUN"]) == 1
+    assert capsys.readouterr().err == (
+        "error: too little memory on the device: Out of memory allocating 9 bytes.; "
+        "lower --batch-tokens or --beam-size\n"
+    )
 
 
 def test_no_run(run_with, tmp_path, monkeypatch):

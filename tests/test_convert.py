@@ -4,6 +4,7 @@ import pytest
 
 from jaxformer.cli import main
 from jaxformer.interop import ctranslate2, marian, stablehlo
+from jaxformer.run import write_config
 from random_run import CONFIG, write_random_run
 
 FUNCTIONS = {
@@ -112,6 +113,14 @@ def test_no_run_is_one_line(tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {tmp_path}/no is not a directory")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_alone_does_not_say_what_it_shall_become(tmp_path, capsys):
+    write_config(tmp_path / "run", {"model": CONFIG.to_dict()})
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("config.json is that of a run: say with --to what shall become of it")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_becomes_a_model_of_ctranslate2(tmp_path, capsys):

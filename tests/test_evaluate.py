@@ -1,6 +1,7 @@
 """Loss and scores of a trained run, against the same by hand."""
 
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxformer.translator import Translator
 from small_run import LEXICON, small_config, trained_run
 from train.data.corpus import encode_corpus
 from train.data.sources import load_split
-from train.evaluate import LossEvaluator, evaluate_run, score
+from train.evaluate import LossEvaluator, _write_lines, evaluate_run, score
 from train.metrics import read_metrics
 from train.parallel import DataParallel
 
@@ -138,6 +139,17 @@ def test_files_need_no_data_of_the_run(run, tmp_path):
     values = evaluate_run(str(run), files=files, beam_size=1)
     # The empty line is translated and scored too.
     assert values["exact_match"] == 0.5
+
+
+def test_translations_stand_before_the_scores_where_both_are_printed(tmp_path, monkeypatch):
+    """As with `--output /dev/stdout > log`: writing in place would begin at the top of the log."""
+    log = tmp_path / "log"
+    with log.open("w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        print("before")
+        _write_lines(log, ["집에", "b"])
+        print("after")
+    assert log.read_text(encoding="utf-8") == "before\n집에\nb\nafter\n"
 
 
 def test_exact_match():

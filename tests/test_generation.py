@@ -299,7 +299,8 @@ def test_bfloat16_weights_are_cast_once():
         ({"n_best": 0}, "n_best is 0: give at least 1"),
         ({"top_p": 1.5}, "top_p is 1.5: give more than 0, at most 1"),
         ({"top_k": 0}, "top_k is 0: give at least 1"),
-        ({"max_length_ratio": float("inf")}, "max_length_ratio is inf: give a number"),
+        ({"max_length_ratio": float("inf")}, "max_length_ratio is inf: give at most 100,000"),
+        ({"max_length_extra": 10**8}, "max_length_extra is 100000000: give at most 100,000"),
         ({"sampling": True, "temperature": float("inf")}, "temperature is inf: give a number"),
         (
             {"sampling": True, "length_penalty": 1.0},

@@ -169,6 +169,7 @@ def test_what_is_not_trained_may_change(tmp_path):
     for changes in ({"steps": 80}, {"steps": 400}, {"accumulate": 2}, more, {"data__path": "x"}):
         _check_same_run(change(config, **changes), run)
     for changes, message in (
+        ({"steps": 59}, "is at step 60 and steps is 59: give at least that"),
         ({"steps": 79}, "would fall from step 59 on: give at least 80"),
         ({"model__dropout": 0.3}, r"holds a run with model.dropout=0.0, not 0.3: give that value"),
         ({"optimizer__cooldown_steps": 10}, "optimizer.cooldown_steps=20, not 10"),
@@ -178,6 +179,13 @@ def test_what_is_not_trained_may_change(tmp_path):
     (run / "checkpoints" / "85").mkdir()
     with pytest.raises(UserError, match=r"since step 80 its learning rate falls towards that"):
         _check_same_run(change(config, steps=400), run)
+
+
+def test_what_is_no_run_is_left_alone(folder, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "marian"}')
+    with pytest.raises(UserError, match=r"has version None, .*; choose another --run"):
+        prepare(small_config(folder, run=str(tmp_path)))
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "marian"}'
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):

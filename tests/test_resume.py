@@ -82,6 +82,23 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
     assert_same_run(run, Path(told.run))
 
 
+def test_sigterm_while_a_run_is_scored_ends_it_at_once(run, config, folder, monkeypatch, capsys):
+    told = change(config, run=str(folder / "scored"))
+    shutil.copytree(run, told.run)
+
+    def score_and_be_told(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.loop._evaluate", score_and_be_told)
+        with pytest.raises(Preempted):
+            fit(told)
+    assert "stopped by SIGTERM; all steps are saved" in capsys.readouterr().out
+    fit(told)
+    assert_same_run(run, Path(told.run))
+
+
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(run, config, folder, capfd):
     damaged = folder / "damaged"
     shutil.copytree(run, damaged)

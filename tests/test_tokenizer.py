@@ -132,9 +132,10 @@ def test_a_huge_corpus_is_thinned_out_evenly(monkeypatch):
 def test_files_that_are_no_tokenizer(tmp_path):
     with pytest.raises(UserError, match="cannot read the tokenizer"):
         Tokenizer.load(tmp_path / "missing.model")
-    (tmp_path / "junk.model").write_bytes(b"junk")
-    with pytest.raises(UserError, match=r"junk\.model is not a sentencepiece model"):
-        Tokenizer.load(tmp_path / "junk.model")
+    for content in (b"junk", b""):
+        (tmp_path / "junk.model").write_bytes(content)
+        with pytest.raises(UserError, match=r"junk\.model is not a sentencepiece model"):
+            Tokenizer.load(tmp_path / "junk.model")
 
 
 def test_model_with_sentencepiece_default_ids_is_refused(tmp_path):

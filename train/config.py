@@ -312,9 +312,9 @@ def read_section(run: str | Path, name: str) -> Any:
     Raises:
       UserError: as for `read_train_config`.
     """
-    section = get_type_hints(TrainConfig)[name]
+    section, saved = get_type_hints(TrainConfig)[name], read_config(run).get(name, {})
     try:
-        return _from_dict(section, read_config(run).get(name, {}), f"{name}.")
+        return _from_dict(section, saved, f"{name}.")
     except UserError as error:
         raise UserError(f"{run}/{CONFIG_FILE}: {error}") from error
 

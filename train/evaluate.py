@@ -1,7 +1,10 @@
 """How good a model is: loss and perplexity, sacreBLEU and chrF of its translations."""
 
+import contextlib
 import dataclasses
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -206,12 +209,20 @@ def evaluate_run(
         )(translator.params)
     hypotheses = decoder(translator, settings, beam_size=settings.beam_size)(pairs["source"][:])
     if output is not None:
-        path = Path(output)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # In place, for it may be /dev/stdout.
-            path.write_text("".join(f"{line}\n" for line in hypotheses), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {output}: {error.strerror}") from error
+        _write_lines(Path(output), hypotheses)
     quality = score(hypotheses, pairs["target"][:], bleu_tokenize=settings.bleu_tokenize)
     return losses | quality.to_dict()
+
+
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Write lines in place, for the path may be a pipe; beside what is printed, if it is that."""
+    text = "".join(f"{line}\n" for line in lines)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError, ValueError):  # what stands for a terminal may be no file
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno())):
+                print(text, end="")
+                return
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -148,7 +148,14 @@ def _train(config: TrainConfig, run: Path) -> None:
                     )
                     break
 
-            _finish(config, data, checkpoints, int(state.step), writer, progress)
+            try:
+                preemption.stop_at_once()
+                _finish(config, data, checkpoints, int(state.step), writer, progress)
+            except Preempted:
+                progress.message(
+                    "stopped by SIGTERM; all steps are saved: run the same command again to score"
+                )
+                raise
 
 
 def _finish(

@@ -20,7 +20,7 @@ class Preemption:
     """
 
     def __init__(self) -> None:
-        self._told = False
+        self._told = self._at_once = False
         self._before: Any = None
 
     def __enter__(self) -> Self:
@@ -39,5 +39,13 @@ class Preemption:
             return self._told
         return multihost_utils.reached_preemption_sync_point(step)
 
+    def stop_at_once(self) -> None:
+        """From now on raise `Preempted` where SIGTERM finds the program: all steps are saved."""
+        self._at_once = True
+        if self._told:
+            raise Preempted
+
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self._told = True
+        if self._at_once:
+            raise Preempted

@@ -16,6 +16,7 @@ from jaxformer.run import (
     TOKENIZER_FILE,
     checkpoint_steps,
     load_tokenizers,
+    read_config,
     write_config,
 )
 from jaxformer.tokenizer import Tokenizer
@@ -148,22 +149,29 @@ def _check_same_run(config: TrainConfig, run: Path) -> None:
     """A run directory holds one experiment: refuse to go on with another one in it.
 
     Without a checkpoint there is nothing to go on with, and what is there is written anew: a run
-    that failed at its start takes a configuration that is mended.
+    that failed at its start takes a configuration that is mended. What is no run is left alone.
     """
-    if not (run / CONFIG_FILE).exists() or not checkpoint_steps(run):
+    if not (run / CONFIG_FILE).exists():
         return
     try:
+        if not checkpoint_steps(run):
+            read_config(run)
+            return
         before = flatten(read_train_config(run))
     except UserError as error:
         raise UserError(f"{error}; choose another --run") from error
     cooldown, reached = before["optimizer.cooldown_steps"], checkpoint_steps(run)[-1]
     falls_from = before["steps"] - cooldown
+    if config.steps < reached:
+        raise UserError(
+            f"{run} is at step {reached} and steps is {config.steps}: give at least that"
+        )
     if config.steps != before["steps"] and cooldown and config.steps - cooldown < reached:
         raise UserError(
             f"{run} is at step {reached}, and with steps={config.steps} its learning rate would "
             f"fall from step {config.steps - cooldown} on: give at least {reached + cooldown}"
         )
-    if config.steps != before["steps"] and falls_from < reached:
+    if config.steps != before["steps"] and cooldown and falls_from < reached:
         raise UserError(
             f"{run} has steps={before['steps']}, and since step {falls_from} its learning rate "
             f"falls towards that: give that value to go on, or another --run to train for "

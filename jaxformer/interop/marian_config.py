@@ -50,6 +50,8 @@ def complete_settings(theirs: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """
     settings = {**_DEFAULTS, **theirs}
     settings["decoder_vocab_size"] = settings["decoder_vocab_size"] or settings.get("vocab_size")
+    if "version" in settings and "model" in settings:
+        raise UserError(f"{path} is that of a run: say with --to what shall become of it")
     if settings.get("model_type") != "marian":
         raise UserError(
             f"{path} has model_type={settings.get('model_type')!r}: give a Marian model's directory"

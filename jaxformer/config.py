@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -26,6 +27,13 @@ _CHOICES = {
     "positions": get_args(Positions),
     "dtype": get_args(DType),
     "flash_attention": get_args(FlashAttention),
+}
+
+
+_KINDS: Mapping[str, tuple[type, str]] = {
+    "int": (numbers.Integral, "a whole number"),
+    "float": (numbers.Real, "a number"),
+    "bool": (bool, "True or False"),
 }
 
 
@@ -103,6 +111,13 @@ class TransformerConfig:
     scan_layers: bool = False
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            kind, _, optional = str(field.type).partition(" | ")
+            value = getattr(self, field.name)
+            if kind in _KINDS and not (optional and value is None):
+                wanted, description = _KINDS[kind]
+                if not isinstance(value, wanted):
+                    self._reject(field.name, f"give {description}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 self._reject(name, f"choose one of {', '.join(choices)}")

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import re
 from typing import get_args
 
 import jaxtyping
+import numpy as np
 import pytest
 
 from jaxformer import config as config_module
 from jaxformer.config import PRESETS, TransformerConfig
 from jaxformer.errors import UserError
+from train.config import TrainConfig
 
 NAN = float("nan")
 
@@ -107,6 +110,36 @@ def test_replace_checks_names_and_values():
 def test_round_trip_through_json(name):
     config = PRESETS[name].replace(head_dim=7, layer_norm_epsilon=1e-5, embeddings="target")
     assert TransformerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("d_model", 128.0, "d_model is 128.0: give a whole number"),
+        ("head_dim", "8", "head_dim is '8': give a whole number"),
+        ("vocab_size", None, "vocab_size is None: give a whole number"),
+        ("dropout", "0.1", "dropout is '0.1': give a number"),
+        ("remat", 1, "remat is 1: give True or False"),
+    ],
+)
+def test_values_of_another_kind(field, value, message):
+    with pytest.raises(UserError, match=re.escape(f"TransformerConfig.{message}")):
+        TransformerConfig(**{field: value})
+    assert TransformerConfig(d_model=np.int64(64), head_dim=None, dropout=0).d_model == 64
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"data": "x"}, "data is 'x': it has fields of its own"),
+        ({"evaluate": None}, "evaluate is None: it has fields of its own"),
+        ({"data": {"target_length": "32"}}, "data.*: '<' not supported"),
+    ],
+)
+def test_sections_of_another_kind(section, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        TrainConfig.from_dict(section)
 
 
 def test_from_dict_keeps_defaults_and_refuses_what_it_does_not_know():

@@ -278,6 +278,8 @@ class TrainConfig:
 
 
 def _from_dict(cls: type, fields: Mapping[str, Any], prefix: str) -> Any:
+    if not isinstance(fields, Mapping):
+        raise UserError(f"{prefix.rstrip('.')} is {fields!r}: it has fields of its own")
     hints = get_type_hints(cls)
     values = {}
     for name, value in fields.items():
@@ -286,7 +288,10 @@ def _from_dict(cls: type, fields: Mapping[str, Any], prefix: str) -> Any:
         if dataclasses.is_dataclass(hints[name]):
             value = _from_dict(hints[name], value, f"{prefix}{name}.")
         values[name] = tuple(value) if isinstance(value, list) else value
-    return cls(**values)
+    try:
+        return cls(**values)
+    except TypeError as error:  # a number in quotes, or none where there must be one
+        raise UserError(f"{prefix}*: {error}") from error
 
 
 def flatten(config: Any, name: str = "") -> dict[str, Any]:

@@ -186,7 +186,7 @@ class Translator:
           UserError: an option is impossible, or prefixes are not as many as lines; when the first
             is asked for.
         """
-        _check_are_several(lines, prefixes)
+        _refuse_one_string(lines, prefixes)
         search = GenerationConfig(**options)
         pairs = _with_prefixes(lines, prefixes)
         first_line = 1
@@ -375,7 +375,7 @@ class Translator:
     def _pairs(
         self, sources: Sequence[str], targets: Sequence[str], first_line: int
     ) -> tuple[list[list[int]], list[list[int]]]:
-        _check_are_several(sources, targets)
+        _refuse_one_string(sources, targets)
         if len(sources) != len(targets):
             raise UserError(f"{len(sources)} sources but {len(targets)} targets: give pairs")
         pairs, limit = [], fewest_positions(self._configs)
@@ -469,7 +469,7 @@ class Translator:
         return hypotheses
 
 
-def _check_are_several(*sides: Iterable[str] | None) -> None:
+def _refuse_one_string(*sides: Iterable[str] | None) -> None:
     """Or a string would be translated letter by letter."""
     if any(isinstance(side, str) for side in sides):
         raise UserError("one string was given where there may be several: put it into a list")

@@ -99,6 +99,17 @@ def test_sigterm_while_a_run_is_scored_ends_it_at_once(run, config, folder, monk
     assert_same_run(run, Path(told.run))
 
 
+def test_a_finished_run_whose_metrics_are_damaged_is_scored(run, config, folder, capfd):
+    """By the last checkpoint, as none is known to be the best."""
+    damaged = folder / "unknown"
+    shutil.copytree(run, damaged)
+    for step in (3, 6):
+        (damaged / f"checkpoints/{step}/metrics/metrics").write_text("")
+    fit(change(config, run=str(damaged)))
+    output, errors = capfd.readouterr()
+    assert "scoring checkpoint 6\n" in output and errors.count("cannot be read: now") == 2
+
+
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(run, config, folder, capfd):
     damaged = folder / "damaged"
     shutil.copytree(run, damaged)

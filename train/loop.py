@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jaxformer.errors import memory_errors
-from jaxformer.run import load_params
+from jaxformer.run import find_checkpoint, load_params
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from train.checkpoint import Checkpoints
@@ -180,7 +180,7 @@ def _finish(
     else:
         checkpoints.remove_average()
         params = load_params(config.run)
-        progress.message(f"the best checkpoint is that of step {checkpoints.best_step():,}")
+        progress.message(f"scoring checkpoint {find_checkpoint(config.run).name}")
     splits = [split for split in data.pairs if split != "train"]
     scored = _evaluate(config, data, params, splits, beam_size)
     for split, (quality, _) in scored.items():

@@ -166,16 +166,16 @@ def _check_same_run(config: TrainConfig, run: Path) -> None:
         raise UserError(
             f"{run} is at step {reached} and steps is {config.steps}: give at least that"
         )
-    if config.steps != before["steps"] and cooldown and config.steps - cooldown < reached:
-        raise UserError(
-            f"{run} is at step {reached}, and with steps={config.steps} its learning rate would "
-            f"fall from step {config.steps - cooldown} on: give at least {reached + cooldown}"
-        )
     if config.steps != before["steps"] and cooldown and falls_from < reached:
         raise UserError(
             f"{run} has steps={before['steps']}, and since step {falls_from} its learning rate "
             f"falls towards that: give that value to go on, or another --run to train for "
             f"{config.steps}"
+        )
+    if config.steps != before["steps"] and cooldown and config.steps - cooldown < reached:
+        raise UserError(
+            f"{run} is at step {reached}, and with steps={config.steps} its learning rate would "
+            f"fall from step {config.steps - cooldown} on: give at least {reached + cooldown}"
         )
     for name, value in flatten(config).items():
         if name in _MAY_CHANGE or name.startswith(_MAY_CHANGE_SECTIONS):

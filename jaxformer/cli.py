@@ -17,7 +17,7 @@ from jaxformer.config import Precision
 from jaxformer.convert import add_convert
 from jaxformer.errors import UserError, memory_errors
 from jaxformer.inspection import add_inspect
-from jaxformer.terminal import Progress, ShowDefaults, write_line
+from jaxformer.terminal import Progress, ShowDefaults, check_open, write_line
 
 if TYPE_CHECKING:
     from jaxformer.results import Alignment
@@ -29,8 +29,9 @@ _WINDOW = 256
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    if sys.stderr is None:  # closed: what is meant for it would be printed among translations
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    options = _parser().parse_args(arguments)
     try:
         with memory_errors("lower --batch-tokens or --beam-size"):
             options.command(options)
@@ -145,6 +146,7 @@ def _add_model(command: argparse.ArgumentParser, batch_tokens: str) -> None:
 
 def _translate(options: argparse.Namespace) -> None:
     """Checks all that can be checked before the model is loaded."""
+    check_open("stdin", "stdout")
     at_once = _batch_tokens(options)
     search = search_of(options)
     numbered = "n_best" in search
@@ -183,6 +185,7 @@ def _links(alignment: "Alignment | None") -> str:
 
 
 def _score(options: argparse.Namespace) -> None:
+    check_open("stdout")
     at_once = _batch_tokens(options)
     counts = []
     for name in (options.source, options.target):

@@ -92,6 +92,10 @@ def _convert(options: argparse.Namespace) -> None:
             f"--{name.replace('_', '-')} means nothing to --to {options.to}: leave it out, "
             f"or use --to {' or '.join(takers)}"
         )
+    if given.get("batch_size", 1) < 1:
+        raise UserError(
+            f"--batch-size is {options.batch_size}: give at least 1, or leave it out for any number"
+        )
     match options.to:
         case "jaxformer":
             from jaxformer.interop.marian import from_marian

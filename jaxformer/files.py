@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from pathlib import Path
 
 from jaxformer.errors import UserError
@@ -36,9 +37,14 @@ def check_writable(path: str | Path) -> None:
     problem = None
     if whole.is_dir():
         problem = "Is a directory"
-    elif there != whole and not there.is_dir():
+    elif there == whole:
+        problem = None if os.access(whole, os.W_OK) else "Permission denied"
+    elif not there.is_dir():
         problem = f"{there} is not a directory"
-    elif not os.access(there, os.W_OK):
-        problem = "Permission denied"
+    else:
+        try:  # a permission alone says nothing of a disk that is full or can only be read
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError as error:
+            problem = error.strerror
     if problem:
         raise UserError(f"cannot write {path}: {problem}; choose another place")

@@ -19,6 +19,13 @@ class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if nothing else super()._get_help_string(action)
 
 
+def check_open(*names: str) -> None:
+    """Raise `UserError` if a stream of `sys`, such as "stdin", was closed before Python began."""
+    for name in names:
+        if getattr(sys, name) is None:
+            raise UserError(f"{name} is closed: connect it to a file, a pipe or a terminal")
+
+
 def write_line(text: str) -> None:
     """Write a line to standard output, at once and whole: Ctrl-C waits until it is out."""
     interrupted = []

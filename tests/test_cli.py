@@ -268,6 +268,20 @@ def test_impossible_options(translator, run_with, arguments, message):
     assert not translator.loaded, "that could have been said at once"
 
 
+@pytest.mark.parametrize("name", ["stdin", "stdout"])
+def test_closed_streams_are_said(translator, monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, name, None)  # as Python has it after `<&-` or `>&-`
+    assert main(["translate", "RUN"]) == 1
+    message = f"error: {name} is closed: connect it to a file, a pipe or a terminal\n"
+    assert capsys.readouterr().err == message
+    assert not translator.loaded
+
+
+def test_a_closed_standard_error_puts_nothing_among_translations(translator, run_with, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run_with(b"one\n")[:2] == (0, b"ONE\n")
+
+
 def test_what_the_machine_has_no_room_for(translator, monkeypatch, capsys):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)

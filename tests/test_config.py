@@ -134,12 +134,21 @@ def test_values_of_another_kind(field, value, message):
     [
         ({"data": "x"}, "data is 'x': it has fields of its own"),
         ({"evaluate": None}, "evaluate is None: it has fields of its own"),
-        ({"data": {"target_length": "32"}}, "data.*: '<' not supported"),
+        ({"data": {"target_length": "32"}}, "data.target_length is '32': give int"),
+        ({"data": {"weights": [1, "a"]}}, "data.weights is (1, 'a'): give tuple[float, ...]"),
+        ({"data": {"path": 3}}, "data.path is 3: give str | None"),
+        ({"data": {"joint_vocabulary": 1}}, "data.joint_vocabulary is 1: give bool"),
+        ({"steps": True}, "steps is True: give int"),
+        ({"evaluate": {"metric": "ter"}}, "metric is 'ter': give Literal['bleu', 'chrf', 'loss']"),
     ],
 )
 def test_sections_of_another_kind(section, message):
     with pytest.raises(UserError, match=re.escape(message)):
         TrainConfig.from_dict(section)
+
+
+def test_a_whole_number_is_a_number():
+    assert TrainConfig.from_dict({"optimizer": {"beta1": 0}}).optimizer.beta1 == 0
 
 
 def test_from_dict_keeps_defaults_and_refuses_what_it_does_not_know():

@@ -88,6 +88,10 @@ def test_options_reach_the_conversion(calls, capsys, arguments, function, option
             "--beam-size means nothing to --to ctranslate2: leave it out, or use --to stablehlo",
         ),
         ("--to stablehlo --beam-size 0", "--beam-size is 0: give at least 1"),
+        (
+            "--to stablehlo --batch-size -3",
+            "--batch-size is -3: give at least 1, or leave it out for any number",
+        ),
     ],
 )
 def test_options_that_cannot_be_followed(calls, capsys, arguments, message):

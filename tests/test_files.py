@@ -1,6 +1,8 @@
 """Files are written whole, and what cannot be written is known without touching anything."""
 
+import errno
 import os
+import tempfile
 
 import pytest
 
@@ -33,4 +35,12 @@ def test_what_cannot_be_written_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="Permission denied"):
         check_writable(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "old"
+    monkeypatch.undo()
+
+    def no_room(dir):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", no_room)
+    with pytest.raises(UserError, match="new: No space left on device; choose another place"):
+        check_writable(tmp_path / "folder" / "new")
     assert {file.name for file in tmp_path.rglob("*")} == {"file", "folder"}

@@ -6,7 +6,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxformer.config import TransformerConfig
 from jaxformer.errors import UserError
@@ -287,11 +288,29 @@ def _from_dict(cls: type, fields: Mapping[str, Any], prefix: str) -> Any:
             raise UserError(f"unknown field {prefix}{name}: choose one of {', '.join(hints)}")
         if dataclasses.is_dataclass(hints[name]):
             value = _from_dict(hints[name], value, f"{prefix}{name}.")
-        values[name] = tuple(value) if isinstance(value, list) else value
-    try:
-        return cls(**values)
-    except TypeError as error:  # a number in quotes, or none where there must be one
-        raise UserError(f"{prefix}*: {error}") from error
+        value = tuple(value) if isinstance(value, list) else value
+        if not _is_of(value, hints[name]):
+            raise UserError(f"{prefix}{name} is {value!r}: give {_described(hints[name])}")
+        values[name] = value
+    return cls(**values)
+
+
+def _described(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON is of a field's type: `_is_of(("a", 1), tuple[str, ...])`."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin is UnionType:
+        return any(_is_of(value, argument) for argument in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_of(item, arguments[0]) for item in value)
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def flatten(config: Any, name: str = "") -> dict[str, Any]:

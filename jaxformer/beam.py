@@ -150,7 +150,7 @@ class BeamSearch:
         )
         positions = jnp.arange(old_live.sequences.shape[2], dtype=jnp.int32)
         sequences = jnp.where(
-            positions == search.steps[:, None, None],
+            positions[None, None] == search.steps[:, None, None],
             tokens[:, :, None],
             take(old_live.sequences, beams),
         )
@@ -161,7 +161,7 @@ class BeamSearch:
             scores += take(self.bonus(state), beams)
         candidates = BeamResult(sequences, scores, log_probs, lengths)
         ended = tokens == self.eos_id
-        counted = ended & (jnp.arange(ended.shape[1]) < self.beam_size)
+        counted = ended & (jnp.arange(ended.shape[1])[None] < self.beam_size)
 
         live, kept = _best(_only(candidates, ~ended), self.beam_size, by="log_probs")
         beams, tokens = take(beams, kept), take(tokens, kept)
@@ -188,6 +188,7 @@ class BeamSearch:
     def result(self, search: Search) -> BeamResult:
         """The hypotheses, best first."""
         live, finished = search.hypotheses
+        live, _ = _best(live, self.beam_size, by="scores")  # which a bonus may rank otherwise
         slots = jnp.arange(self._num_returned, dtype=jnp.int32)[None, :]
         num_finished = jnp.sum(finished.scores > -jnp.inf, axis=1, dtype=jnp.int32)[:, None]
         order = jnp.where(slots < num_finished, slots, self.beam_size + slots - num_finished)

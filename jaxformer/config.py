@@ -21,20 +21,40 @@ FlashAttention = Literal["auto", "cudnn", "pallas", "none"]
 Precision = Literal[DType, "int8"]
 
 _CHOICES = {
-    "norm": get_args(Norm),
-    "activation": get_args(Activation),
-    "embeddings": get_args(Embeddings),
-    "positions": get_args(Positions),
-    "dtype": get_args(DType),
-    "flash_attention": get_args(FlashAttention),
+    "norm": Norm,
+    "activation": Activation,
+    "embeddings": Embeddings,
+    "positions": Positions,
+    "dtype": DType,
+    "flash_attention": FlashAttention,
 }
-
 
 _KINDS: Mapping[str, tuple[type, str]] = {
     "int": (numbers.Integral, "a whole number"),
     "float": (numbers.Real, "a number"),
     "bool": (bool, "True or False"),
 }
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise `UserError` unless `value` is one of the `choices`, a `Literal`."""
+    if value not in get_args(choices):
+        raise UserError(f"{name} is {value!r}: choose one of {', '.join(get_args(choices))}")
+
+
+def check_kinds(config: Any, prefix: str = "") -> None:
+    """Raise `UserError` for a field of a dataclass that is no whole number, number or bool.
+
+    As far as it says that it is one, or one or None.
+    """
+    for field in dataclasses.fields(config):
+        declared = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+        kind, _, optional = declared.partition(" | ")
+        value = getattr(config, field.name)
+        if kind in _KINDS and not (optional and value is None):
+            wanted, description = _KINDS[kind]
+            if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+                raise UserError(f"{prefix}{field.name} is {value!r}: give {description}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,16 +131,9 @@ class TransformerConfig:
     scan_layers: bool = False
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            kind, _, optional = str(field.type).partition(" | ")
-            value = getattr(self, field.name)
-            if kind in _KINDS and not (optional and value is None):
-                wanted, description = _KINDS[kind]
-                if not isinstance(value, wanted):
-                    self._reject(field.name, f"give {description}")
+        check_kinds(self, "TransformerConfig.")
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                self._reject(name, f"choose one of {', '.join(choices)}")
+            check_choice(f"TransformerConfig.{name}", getattr(self, name), choices)
         for name in ("d_model", "d_ff", "num_heads", "encoder_layers", "decoder_layers"):
             if getattr(self, name) < 1:
                 self._reject(name, "give at least 1")

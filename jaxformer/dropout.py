@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt32
 
+from jaxformer.errors import UserError
+
 
 def dropout(
     x: Float[Array, "..."], rate: float, rng: Key[Array, ""] | UInt32[Array, "2"]
@@ -13,14 +15,20 @@ def dropout(
 
     The random bits are a visible part of a training step. `jax.random.bernoulli` draws 32 of them
     an element; here one 32-bit word decides two elements, which lie half a row apart. The rate
-    is rounded to the next 1/65536 and the scale is that of the rounded rate, so the mean is exact.
+    is rounded to the next 1/65536 below 1, and the scale is that of the rounded rate, so the mean
+    is exact.
 
     Args:
       x: at least one axis, any floating dtype.
       rate: from 0 up to, not including, 1; static.
       rng: a JAX random key.
+
+    Raises:
+      UserError: the rate is another.
     """
-    threshold = round(rate * 2**16)
+    if not 0.0 <= rate < 1.0:
+        raise UserError(f"a dropout rate is {rate}: give 0 up to, not including, 1")
+    threshold = min(round(rate * 2**16), 2**16 - 1)
     *rows, width = x.shape
     words = jax.random.bits(rng, (*rows, -(-width // 2)), jnp.uint32)
     # Halves of a row and not of the batch, of which each device may have but a part.

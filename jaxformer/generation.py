@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxformer.beam import BeamSearch, gnmt_length_penalty, power_length_penalty
 from jaxformer.cache import DecoderCache
-from jaxformer.config import PAD_ID, TransformerConfig
+from jaxformer.config import PAD_ID, TransformerConfig, check_choice, check_kinds
 from jaxformer.errors import UserError
 from jaxformer.linear import transpose_kernels
 from jaxformer.sampling import Sampling
@@ -68,6 +68,7 @@ class GenerationConfig:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         at_least = {
             "beam_size": 1,
             "n_best": 1,
@@ -95,9 +96,7 @@ class GenerationConfig:
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}: give more than 0, at most 1")
-        if self.length_penalty_form not in get_args(PenaltyForm):
-            forms = " or ".join(get_args(PenaltyForm))
-            raise UserError(f"length_penalty_form is {self.length_penalty_form!r}: {forms}")
+        check_choice("length_penalty_form", self.length_penalty_form, PenaltyForm)
         drawn = ("temperature", "top_k", "top_p")
         searched = (
             "length_penalty",
@@ -322,7 +321,9 @@ def begin(
         keys=keys,
     )
     shape = source_ids.shape[0], num_beams, source_ids.shape[1]
-    coverage = jnp.zeros(shape) if options.coverage_penalty and not options.sampling else None
+    coverage = (
+        jnp.zeros(shape, jnp.float32) if options.coverage_penalty and not options.sampling else None
+    )
     return method_of(options).start(sentences, room, State(tuple(caches), coverage))
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxformer.config import Activation, Norm, Positions
+from jaxformer.config import Activation, Norm, Positions, check_choice
 from jaxformer.dropout import Dropout
 from jaxformer.errors import UserError
 from jaxformer.linear import Linear, int8_product, kernel_first, kernel_first_is_faster
@@ -36,15 +36,14 @@ class Embedding(nn.Module):
         shape = self.vocab_size, self.d_model
         if self.quantized:
             self.embedding = self.param("embedding", nn.initializers.zeros, shape, jnp.int8)
-            self.scale = self.param("scale", nn.initializers.ones, (self.vocab_size,))
+            self.scale = self.param("scale", nn.initializers.ones, (self.vocab_size,), jnp.float32)
         else:
-            self.embedding = self.param(
-                "embedding", nn.initializers.normal(self.d_model**-0.5), shape
-            )
+            normal = nn.initializers.normal(self.d_model**-0.5)
+            self.embedding = self.param("embedding", normal, shape, jnp.float32)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Look up ids; one below 0 or past the table gives NaN instead of another's vector."""
-        ids = jnp.where(ids < 0, self.vocab_size, ids)
+        ids = jnp.where(ids < 0, self.vocab_size, ids.astype(jnp.int32))
         ids = constrain(ids, "vocab_batch", None)
         vectors = jnp.take(self.embedding, ids, axis=0, mode="fill").astype(self.dtype)
         if self.quantized:
@@ -81,7 +80,12 @@ class PositionalEncoding(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], positions: Int[Array, "#B #T"] | None = None
     ) -> Float[Array, "B T D"]:
-        """Add the encoding of `positions`, by default 0 … T-1."""
+        """Add the encoding of `positions`, by default 0 … T-1; past `max_length` learned ones NaN.
+
+        Raises:
+          UserError: T is more than `max_length` learned positions, or `kind` is unknown.
+        """
+        check_choice("kind", self.kind, Positions)
         d_model = x.shape[-1]
         if positions is None:
             if self.kind == "learned" and x.shape[1] > self.max_length:
@@ -91,9 +95,9 @@ class PositionalEncoding(nn.Module):
                 )
             positions = jnp.arange(x.shape[1])[None]
         if self.kind == "learned":
-            table = self.param(
-                "embedding", nn.initializers.normal(d_model**-0.5), (self.max_length, d_model)
-            )
+            normal = nn.initializers.normal(d_model**-0.5)
+            table = self.param("embedding", normal, (self.max_length, d_model), jnp.float32)
+            positions = jnp.where(positions < 0, self.max_length, positions)
             encoding = jnp.take(table, positions, axis=0, mode="fill")
         else:
             encoding = sinusoid(positions, d_model, interleaved=self.kind == "sinusoidal")
@@ -107,6 +111,7 @@ def packed_positions(segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"]
 
 def activation_function(name: Activation) -> tuple[Callable[[jax.Array], jax.Array], bool]:
     """Return the nonlinearity and whether it gates a second linear map (Shazeer 2020)."""
+    check_choice("activation", name, Activation)
     match name:
         case "relu" | "reglu":
             function = jax.nn.relu
@@ -175,6 +180,7 @@ class Residual(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
+        check_choice("norm", self.norm, Norm)
         self.layer_norm = layer_norm(self.epsilon, self.dtype)
         self.dropout = Dropout(self.dropout_rate)
 

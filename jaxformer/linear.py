@@ -43,12 +43,13 @@ class Linear(nn.Module):
         shape = x.shape[x.ndim - self.input_axes :] + outputs
         if self.quantized:
             kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.int8)
-            scale = self.param("scale", nn.initializers.ones, outputs)
+            scale = self.param("scale", nn.initializers.ones, outputs, jnp.float32)
         else:
-            kernel = self.param("kernel", self._initial, shape).astype(self.dtype)
+            kernel = self.param("kernel", self._initial, shape, jnp.float32).astype(self.dtype)
         bias = None
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, outputs).astype(self.dtype)
+            bias = self.param("bias", nn.initializers.zeros, outputs, jnp.float32)
+            bias = bias.astype(self.dtype)
         if self.quantized:
             return _add(int8_product(x, kernel, scale, self.input_axes).astype(self.dtype), bias)
         if self.has_variable("params", "transposed"):
@@ -61,10 +62,10 @@ class Linear(nn.Module):
         return function(x.astype(self.dtype), kernel, bias, self.input_axes)
 
     @nn.nowrap
-    def _initial(self, rng: Array, shape: Sequence[int]) -> Array:
+    def _initial(self, rng: Array, shape: Sequence[int], dtype: DTypeLike) -> Array:
         xavier = nn.initializers.variance_scaling(self.gain**2, "fan_avg", "uniform")
         outputs = prod(self.features)
-        return xavier(rng, (prod(shape) // outputs, outputs)).reshape(shape)
+        return xavier(rng, (prod(shape) // outputs, outputs), dtype).reshape(shape)
 
 
 def affine(

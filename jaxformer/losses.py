@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxformer.config import PAD_ID
+from jaxformer.errors import UserError
 from jaxformer.sharding import constrain, num_shards
 
 
@@ -68,6 +69,12 @@ def cross_entropy_sums(
 
     Only `loss` carries gradients: `nll` is there to be reported.
     """
+    if hidden.shape[:-1] != labels.shape:
+        raise UserError(
+            f"labels are {list(labels.shape)}, predictions {list(hidden.shape[:-1])}: give a label "
+            "for each; of targets bos … eos the inputs are all but the last token, the labels all "
+            "but the first"
+        )
     hidden = hidden.reshape(-1, hidden.shape[-1])
     labels = labels.reshape(-1)
     loss, nll = _fused(hidden, embedding, labels, label_smoothing, chunk_size)
@@ -83,7 +90,7 @@ def _chunks(hidden, labels, chunk_size):
     groups = num_shards("vocab_batch")
     hidden, labels = _pad(hidden, 0, groups), _pad(labels, 0, groups)
     hidden, labels = hidden.reshape(groups, -1, hidden.shape[-1]), labels.reshape(groups, -1)
-    chunk_size = min(chunk_size, labels.shape[1])
+    chunk_size = max(1, min(chunk_size, labels.shape[1]))
     chunk_size += chunk_size % 2
     hidden, labels = _pad(hidden, 1, chunk_size), _pad(labels, 1, chunk_size)
     hidden = hidden.reshape(groups, -1, chunk_size, hidden.shape[-1]).swapaxes(0, 1)
@@ -193,8 +200,11 @@ def _fused_backward(label_smoothing, chunk_size, residuals, cotangents):
     d_hidden, d_embedding, labels = residuals
     d_loss, _ = cotangents
     no_gradient = np.zeros(labels.shape, jax.dtypes.float0)
-    d_hidden = (d_loss * d_hidden.astype(jnp.float32)).astype(d_hidden.dtype)
-    return d_hidden, d_loss * d_embedding, no_gradient
+
+    def scaled(gradient: Array) -> Array:
+        return (d_loss * gradient.astype(jnp.float32)).astype(gradient.dtype)
+
+    return scaled(d_hidden), scaled(d_embedding), no_gradient
 
 
 _fused.defvjp(_fused_forward, _fused_backward)

@@ -7,6 +7,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Int
 
 from jaxformer.config import PAD_ID
+from jaxformer.errors import UserError
 
 
 def padding_mask(ids: Int[Array, "B S"]) -> Bool[Array, "B 1 1 S"]:
@@ -58,5 +59,16 @@ Mask: TypeAlias = Bool[Array, "#B #N #T #S"] | SegmentMask
 
 
 def pairs(mask: Mask | None) -> Bool[Array, "#B #N #T #S"] | None:
-    """Return the boolean array, whichever form the mask has."""
-    return mask.pairs() if isinstance(mask, SegmentMask) else mask
+    """Return the boolean array, whichever form the mask has.
+
+    Raises:
+      UserError: it has another, such as numbers to add to the scores.
+    """
+    if isinstance(mask, SegmentMask):
+        return mask.pairs()
+    if mask is not None and (mask.dtype != bool or mask.ndim != 4):
+        raise UserError(
+            f"a mask is {mask.dtype}{list(mask.shape)}: give booleans [B, N, T, S], True where a "
+            "query may attend to a key; B, N, T and S may be 1"
+        )
+    return mask

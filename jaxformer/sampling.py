@@ -88,7 +88,7 @@ class Sampling:
         gains = (chosen - normalizer)[:, :, 0]
         log_probs = jnp.where(ended, log_probs, log_probs + gains)
         positions = jnp.arange(sequences.shape[2], dtype=jnp.int32)
-        here = (positions == search.steps[:, None, None]) & ~ended[:, :, None]
+        here = (positions[None, None] == search.steps[:, None, None]) & ~ended[:, :, None]
         sequences = jnp.where(here, tokens[:, :, None], sequences)
         lengths = jnp.where(ended, lengths, steps[:, None])
         at_limit = steps >= search.sentences.max_lengths

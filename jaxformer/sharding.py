@@ -22,15 +22,29 @@ from jaxtyping import Array
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """Return `x`, laid out as the rules in force say; None names an axis that is kept whole."""
+    """Return `x`, laid out as the rules in force say; None names an axis that is kept whole.
+
+    Inside `jax.shard_map` the axes of the mesh that it splits by hand are left alone.
+    """
+    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+    if manual:
+        names = tuple(
+            name if name and manual.isdisjoint(_mesh_axes(name)) else None for name in names
+        )
+        if not any(names):
+            return x
     return nn.with_logical_constraint(x, names)
 
 
 def num_shards(name: str) -> int:
     """How many parts the rules and the mesh in force split an axis into; 1 if there are none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = [axis for axis in _mesh_axes(name) if axis not in mesh.manual_axes]
+    return prod(mesh.shape.get(axis, 1) for axis in split)
+
+
+def _mesh_axes(name: str) -> tuple[str, ...]:
+    """The axes of the mesh that the rules in force split an axis over."""
     spec = nn.logical_to_mesh_axes((name,))
     axes = spec[0] if spec else None
-    if axes is None:
-        return 1
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return prod(sizes.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes))
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)

@@ -167,8 +167,9 @@ def _run_stack(
         layer = nn.remat(layer, prevent_cse=not config.scan_layers)
     scanned = nn.scan(
         lambda module, x, _: (layer(module, x), None),
-        variable_axes={"params": 0, "intermediates": 0},
-        split_rngs={"params": True, "dropout": True},
+        # All there may be in a sub-module of somebody's own, which may stand in for one of ours.
+        variable_axes={True: 0},
+        split_rngs={True: True},
         length=num_layers,
         unroll=1 if loop else num_layers,
     )
@@ -340,7 +341,7 @@ class Transformer(nn.Module):
         )
         if config.output_bias:
             self.output_bias = self.param(
-                "output_bias", nn.initializers.zeros, (config.vocab_size,)
+                "output_bias", nn.initializers.zeros, (config.vocab_size,), jnp.float32
             )
         self.source_positions = PositionalEncoding(config.positions, config.max_length)
         self.target_positions = PositionalEncoding(config.positions, config.max_length)

@@ -140,14 +140,14 @@ class Translator:
 
         Args:
           lines: one sentence each. An empty one gives an empty one.
-          **options: as for `generate`.
+          **options: as for `generate`, all but `n_best`.
         """
         return list(self.translate_stream(lines, **options))
 
     def translate_stream(self, lines: Iterable[str], **options: Any) -> Iterator[str]:
         """Translate lines as they come, a window at a time: input may be of any size.
 
-        Yields one translation for each line, in order; see `generate` for the options.
+        Yields one translation for each line, in order; see `translate` for the options.
         """
         for hypotheses in self.generate(lines, n_best=1, **options):
             yield hypotheses[0].text

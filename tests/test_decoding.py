@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxformer.beam import best_extensions, gnmt_length_penalty, power_length_penalty
-from jaxformer.config import EOS_ID, PAD_ID
+from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
 from jaxformer.decoding import beam_search, greedy_search, sample
 from jaxformer.search import log_normalizer, top_k
 
@@ -677,3 +677,28 @@ def test_wrong_shapes_of_what_is_asked():
         search_with(random_table(0), prefix=jnp.zeros((2, 4), jnp.int32))
     with pytest.raises(ValueError, match="no_repeat_ngram_size is -1"):
         search_with(random_table(0), options=(("no_repeat_ngram_size", -1),))
+
+
+@pytest.mark.parametrize("n_best", [None, 1])
+def test_what_is_not_finished_is_ranked_by_score_too(n_best):
+    """A bonus may put the most probable hypothesis last."""
+
+    def step_fn(tokens, first):
+        logits = jnp.array([-9.0, -9.0, -jnp.inf, 1.0, 0.9, 0.8])
+        started = jnp.where(first == -1, tokens, first)
+        first = jnp.where(tokens == BOS_ID, -1, started)
+        return jnp.broadcast_to(logits, (*tokens.shape, 6)), first
+
+    result = beam_search(
+        step_fn,
+        jnp.zeros((1, 3), jnp.int32),
+        batch_size=1,
+        beam_size=3,
+        max_length=2,
+        n_best=n_best,
+        bonus=lambda first: jnp.where(first == 3, -5.0, 0.0),
+        length_penalty=gnmt_length_penalty(0.0),
+    )
+    best_first = [[4, 3], [3, 3], [3, 4]]
+    assert result.sequences[0].tolist() == best_first[:n_best]
+    assert np.all(np.diff(result.scores[0]) <= 0)

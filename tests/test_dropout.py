@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxformer.dropout import Dropout, dropout
+from jaxformer.errors import UserError
 
 KEY = jax.random.key(3)
 
@@ -79,3 +80,12 @@ def test_the_module_needs_a_key_only_to_drop():
         Dropout(0.5).apply({}, x, deterministic=False)
     out = Dropout(0.5).apply({}, x, deterministic=False, rngs={"dropout": KEY})
     assert np.any(out == 0) and np.any(out == 2)
+
+
+def test_rates_at_the_ends():
+    x = jnp.ones(1 << 18)
+    assert np.array_equal(dropout(x, 0.0, jax.random.key(0)), x)
+    assert set(np.unique(dropout(x, 0.999999, jax.random.key(0)))) == {0.0, 65536.0}
+    for rate in (-0.1, 1.0, float("nan")):
+        with pytest.raises(UserError, match=r"a dropout rate is .*: give 0 up to"):
+            dropout(x, rate, jax.random.key(0))

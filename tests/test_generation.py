@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -294,6 +295,10 @@ def test_bfloat16_weights_are_cast_once():
     ("changes", "message"),
     [
         ({"beam_size": 0}, "beam_size is 0: give at least 1"),
+        ({"beam_size": 2.0}, "beam_size is 2.0: give a whole number"),
+        ({"n_best": True}, "n_best is True: give a whole number"),
+        ({"length_penalty": None}, "length_penalty is None: give a number"),
+        ({"sampling": "no"}, "sampling is 'no': give True or False"),
         ({"length_penalty": -1.0}, "length_penalty is -1.0: give at least 0"),
         ({"n_best": 5}, "n_best is 5: give 1 to 4, as many as there are beams"),
         ({"n_best": 0}, "n_best is 0: give at least 1"),
@@ -314,10 +319,29 @@ def test_bfloat16_weights_are_cast_once():
         ),
     ],
 )
-def test_impossible_options(changes, message):
+def test_impossible_options(monkeypatch, changes, message):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for who imports this
     with pytest.raises(UserError) as raised:
         GenerationConfig(**changes)
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"no_repeat_ngram_size": 2, "coverage_penalty": 0.2, "min_length_extra": 2},
+        {"no_repeat_ngram_size": 2, "sampling": True, "top_p": 0.9},
+    ],
+)
+def test_searches_promote_no_rank_and_stay_in_float32(options):
+    options = GenerationConfig(beam_size=2, max_length_extra=3, **options)
+    ids = jnp.ones((2, 3), jnp.int32)
+    keys = jax.random.split(jax.random.key(0), 2) if options.sampling else None
+    arguments = {"prefix": ids, "keys": keys}
+    with jax.numpy_rank_promotion("raise"), jax.enable_x64(True):
+        params = jax.tree.map(jnp.asarray, params_of())
+        found = jax.eval_shape(generate, (CONFIG,), (params,), ids, options, **arguments)
+    assert found.scores.dtype == jnp.float32
 
 
 def test_sampling_is_the_sampling_of_the_decoding_module():

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -232,3 +233,24 @@ def test_an_id_outside_the_vocabulary_is_no_number():
     out = module.apply(random_variables(module, ids), ids)
     np.testing.assert_array_equal(np.isnan(out).all(-1), [[False, True, False, True, True]])
     np.testing.assert_array_equal(np.isnan(out).any(-1), [[False, True, False, True, True]])
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        (PositionalEncoding, ["sinusoid"], "kind is 'sinusoid': choose one of sinusoidal, "),
+        (Residual, ["Post"], "norm is 'Post': choose one of post, pre"),
+        (FeedForward, [8, "tanh"], "activation is 'tanh': choose one of relu, gelu, "),
+    ],
+)
+def test_names_that_nothing_has_are_refused(monkeypatch, module, arguments, message):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for who imports this
+    method = "enter" if module is Residual else "__call__"
+    with pytest.raises(UserError, match=message):
+        module(*arguments).init(jax.random.key(0), jnp.ones((1, 2, 4)), method=method)
+
+
+def test_learned_positions_below_0_are_no_numbers():
+    module, x = PositionalEncoding("learned", 4), jnp.ones((1, 3, 2))
+    y = module.apply(module.init(jax.random.key(0), x), x, jnp.array([[3, -1, 0]]))
+    assert np.isnan(y[0, :, 0]).tolist() == [False, True, False]

@@ -4,10 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
 from jaxformer.config import PAD_ID
+from jaxformer.errors import UserError
 from jaxformer.losses import cross_entropy, cross_entropy_sums
 
 B, T, D, V = 3, 7, 5, 11
@@ -220,3 +222,22 @@ def test_a_label_that_is_no_id_is_noticed(label):
     loss, _ = cross_entropy(hidden, embedding, jnp.array([2, label, 0]))
     assert jnp.isnan(loss)
     assert jnp.isfinite(cross_entropy(hidden, embedding, jnp.array([2, 10, 0]))[0])
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (4, 4), (4, 2), (2,)])
+def test_labels_that_are_not_one_a_prediction_are_refused(monkeypatch, shape):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for who imports this
+    arguments = jnp.ones((2, 4, 8)), jnp.ones((5, 8)), jnp.ones(shape, jnp.int32)
+    with pytest.raises(UserError, match=r"labels are .*, predictions \[2, 4\]: give a label for"):
+        cross_entropy(*arguments)
+
+
+def test_no_tokens_have_no_loss():
+    sums = cross_entropy_sums(jnp.ones((0, 8)), jnp.ones((5, 8)), jnp.ones(0, jnp.int32))
+    assert [float(x) for x in sums] == [0, 0, 0]
+
+
+def test_a_bfloat16_table_has_a_bfloat16_gradient():
+    arguments = jnp.ones((2, 8), jnp.bfloat16), jnp.ones((5, 8), jnp.bfloat16), jnp.array([1, 2])
+    gradients = jax.grad(lambda *x: cross_entropy(*x)[0], argnums=(0, 1))(*arguments)
+    assert [x.dtype for x in gradients] == [jnp.bfloat16, jnp.bfloat16]

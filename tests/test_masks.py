@@ -1,12 +1,14 @@
 """Who may attend to whom, and where in its sentence a token stands."""
 
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxformer.config import PAD_ID
+from jaxformer.errors import UserError
 from jaxformer.masks import SegmentMask, causal_mask, padding_mask, pairs, segment_mask
 from jaxformer.positions import segment_positions, sinusoid
 
@@ -94,3 +96,11 @@ def test_sinusoid_of_packed_rows_is_that_of_each_sentence_alone():
     alone = sinusoid(jnp.arange(4), 6)
     np.testing.assert_array_equal(packed[:3], alone[:3])
     np.testing.assert_array_equal(packed[3:7], alone)
+
+
+@pytest.mark.parametrize("mask", [jnp.zeros((1, 1, 2, 2)), jnp.ones((2, 2), bool)])
+def test_what_is_no_mask_is_refused(monkeypatch, mask):
+    """Numbers to add to the scores would be read the other way round."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(UserError, match=r"a mask is .*: give booleans \[B, N, T, S\]"):
+        pairs(mask)

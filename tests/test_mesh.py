@@ -4,9 +4,11 @@ import re
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxformer.errors import UserError
 from jaxformer.schedules import warmup_inverse_sqrt
@@ -181,3 +183,28 @@ def test_names_do_nothing_without_rules_and_a_mesh():
 def test_rules_without_a_mesh_split_nothing():
     with nn.logical_axis_rules([("vocab_batch", "data")]):
         assert num_shards("vocab_batch") == 1
+
+
+def test_inside_shard_map_rules_are_for_the_axes_that_it_leaves():
+    """Each device works on its sentences by itself; the rules speak of the same axis."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    model, (source, target) = Transformer(CONFIG), jnp.full((2, 8, 5), 7)
+    params = model.init(KEY, source[:1], target[:1])
+
+    def loss(params, source, target):
+        return model.apply(params, source, target, target, method="loss").loss
+
+    def summed(*arguments):
+        return jax.lax.psum(loss(*arguments), "data")
+
+    by_hand = jax.shard_map(
+        summed,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec("data"), PartitionSpec("data")),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    expected = jax.value_and_grad(loss)(params, source, target)
+    with nn.logical_axis_rules([("batch", "data"), ("vocab_batch", "data")]):
+        found = jax.jit(jax.value_and_grad(by_hand))(params, source, target)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), found, expected)

@@ -756,3 +756,50 @@ def test_as_an_nnx_module():
     module = nnx.merge(graph, params, rngs)
     logits = nnx.jit(lambda module, *ids: module(*ids))(module, SOURCE, TARGET)
     assert_close(logits, logits_of(MODERN))
+
+
+class _Expert(nn.Module):
+    """A feed-forward network of somebody's own, with a loss, a variable and noise besides."""
+
+    @nn.compact
+    def __call__(self, x, *, deterministic=True):
+        calls = self.variable("statistics", "calls", lambda: jnp.zeros((), jnp.int32))
+        if not self.is_initializing():
+            calls.value += 1
+        self.sow("losses", "balance", jnp.mean(x))
+        return nn.Dense(x.shape[-1])(x) + jax.random.normal(self.make_rng("noise"), x.shape)
+
+
+class _ExpertLayer(EncoderLayer):
+    def setup(self):
+        super().setup()
+        self.expert = _Expert()
+
+    def __call__(self, x, mask=None, *, deterministic=True):
+        return x + self.expert(super().__call__(x, mask, deterministic=deterministic))
+
+
+class _ExpertEncoder(Encoder):
+    def setup(self):
+        self.layers = _ExpertLayer(self.config)
+
+
+def test_a_layer_of_ones_own_has_all_that_flax_has():
+    config = CONFIGS["paper"].replace(encoder_layers=3)
+    encoder, x = _ExpertEncoder(config), jnp.ones((1, 2, config.d_model))
+    key = jax.random.key(0)
+    variables = encoder.init({"params": key, "noise": key}, x)
+    del variables["losses"]
+    y, seen = encoder.apply(variables, x, rngs={"noise": key}, mutable=["losses", "statistics"])
+    assert y.shape == x.shape
+    (balance,) = jax.tree.leaves(seen["losses"])
+    assert balance.shape == (3,)
+    (calls,) = jax.tree.leaves(seen["statistics"])
+    assert calls.tolist() == [1, 1, 1]
+
+
+def test_parameters_are_float32_where_numbers_are_float64():
+    with jax.enable_x64(True):
+        ids = jnp.ones((1, 2), jnp.int32)
+        params = jax.eval_shape(Transformer(CONFIGS["imported"]).init, jax.random.key(0), ids, ids)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}

@@ -1,12 +1,13 @@
 """The command line: `python -m train fit CONFIG [--section.field VALUE …]` and friends."""
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import get_args
+from typing import NoReturn, get_args
 
 import jax
 
@@ -37,9 +38,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
+        again = ": run the same command again to go on" if options.command == _fit else ""
+        print(f"interrupted{again}", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
+
+
+def command() -> NoReturn:
+    """Be `python -m train`: `main`, and an end at once after Ctrl-C or SIGTERM.
+
+    A search that is under way goes on in its thread, and Python would wait for it.
+    """
+    status = main()
+    # One of several processes takes leave of the others, or they would fail.
+    if status > 128 and not jax.distributed.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError):  # closed, or nobody reads it
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ class Log:
         self._pending: list[dict[str, jax.Array]] = []
         self.restart_clock()
 
-    def timed(self, batches: Iterable[Any]) -> Iterator[Any]:
+    def timed(self, batches: Iterable[Any]) -> Generator[Any]:
         """Pass batches on and note how long they were waited for."""
         batches = iter(batches)
         while True:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxformer.errors import memory_errors
 from jaxformer.run import find_checkpoint, load_params
@@ -20,7 +21,7 @@ from train.lock import only_trainer
 from train.log import Log, check_finite, describe, examples
 from train.machine import describe_machine
 from train.metrics import MetricsWriter, bleu_metric, read_metrics
-from train.parallel import initialize_hosts, make_runner
+from train.parallel import agreed, initialize_hosts, make_runner
 from train.preemption import Preempted, Preemption
 from train.prefetch import prefetch
 from train.prepare import RunData, prepare
@@ -102,7 +103,12 @@ def _train(config: TrainConfig, run: Path) -> None:
             history = _validation_history(run, metric, start)
             evaluate_every = evaluate.every or batches.steps_per_epoch
             steps = range(start, config.steps)
-            if _out_of_patience(history, metric, evaluate.patience):
+
+            def out_of_patience() -> bool:
+                alone = _out_of_patience(history, metric, evaluate.patience)
+                return bool(agreed(np.array([alone]))[0])
+
+            if out_of_patience():
                 steps = range(0)
             ready = log.timed(prefetch(load, steps))
             for step, batch in zip(steps, ready, strict=True):
@@ -122,6 +128,8 @@ def _train(config: TrainConfig, run: Path) -> None:
                     quality, _ = scored["validation"]
                     writer.write(done, "validation", losses | quality.to_dict())
                     numbers = losses | {"bleu": quality.bleu.value, "chrf": quality.chrf.value}
+                    values = agreed(np.array(list(numbers.values())))
+                    numbers = dict(zip(numbers, values.tolist(), strict=True))
                     checkpoints.save(runner.to_save(state), numbers)
                     progress.message(
                         f"step {done:,}: validation loss {losses['loss']:.3f}  "
@@ -142,11 +150,12 @@ def _train(config: TrainConfig, run: Path) -> None:
                         "to go on"
                     )
                     raise Preempted
-                if evaluating and _out_of_patience(history, metric, evaluate.patience):
+                if evaluating and out_of_patience():
                     progress.message(
                         f"no better {metric} in {evaluate.patience} evaluations: stopping"
                     )
                     break
+            ready.close()  # or the thread would wait for more to be taken
 
             try:
                 preemption.stop_at_once()

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxformer.errors import UserError
@@ -66,6 +67,18 @@ def make_runner(config: TrainConfig, devices: Sequence[jax.Device] | None = None
     if parallel.strategy == "mesh":
         return MeshParallel(make_mesh(parallel, config.model, devices or jax.devices()))
     return DataParallel(tuple(devices) if devices else None)
+
+
+def agreed(values: np.ndarray) -> np.ndarray:
+    """Return process 0's array on all processes, which shall decide alike.
+
+    Floating-point results of hosts may differ in the last bit, and files they share be read at
+    different moments.
+    """
+    if jax.process_count() == 1:
+        return values
+    as_bytes = np.ascontiguousarray(values).view(np.uint8)  # or float64 would become float32
+    return np.asarray(multihost_utils.broadcast_one_to_all(as_bytes)).view(values.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,23 +15,23 @@ class Preempted(Exception):
 class Preemption:
     """Notices SIGTERM; use it in a `with` block, in the main thread.
 
-    With several processes one that is told is enough: JAX agrees with the others on a step that
-    none has passed.
+    With several processes one that is told is enough while they train: JAX agrees with the others
+    on a step that none has passed.
     """
 
     def __init__(self) -> None:
-        self._told = self._at_once = False
+        self._told = self._at_once = self._handling = False
         self._before: Any = None
 
     def __enter__(self) -> Self:
         # Among several processes JAX has its own handler, in place since they met.
         if jax.process_count() == 1:
-            self._before = signal.signal(signal.SIGTERM, self._notice)
+            self._handle()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._before)
+        if self._handling:  # what was there before, unless it was not Python's
+            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
     def reached(self, step: int) -> bool:
         """Whether to stop now that `step` is done; to be asked by all processes at every step."""
@@ -40,10 +40,16 @@ class Preemption:
         return multihost_utils.reached_preemption_sync_point(step)
 
     def stop_at_once(self) -> None:
-        """From now on raise `Preempted` where SIGTERM finds the program: all steps are saved."""
+        """From now on raise `Preempted` where SIGTERM finds this process: all steps are saved."""
         self._at_once = True
+        if not self._handling:
+            self._handle()
         if self._told:
             raise Preempted
+
+    def _handle(self) -> None:
+        self._handling = True
+        self._before = signal.signal(signal.SIGTERM, self._notice)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self._told = True

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,10 +44,15 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
       UserError: it cannot be written.
     """
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    # Whoever else writes it, on another host too, has a partial file of another name.
+    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
     with _writing(path):
-        partial.write_bytes(content)
-        os.replace(partial, path)
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager

@@ -14,16 +14,20 @@ from jaxformer.attention import MultiHeadAttention, attention_weights, dot_produ
 from jaxformer.beam import BeamSearch, gnmt_length_penalty, power_length_penalty
 from jaxformer.cache import DecoderCache, LayerCache
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID, PRESETS, UNK_ID, TransformerConfig
+from jaxformer.decoder import Decoder, DecoderLayer
 from jaxformer.decoding import beam_search, greedy_search, sample
 from jaxformer.dropout import Dropout, dropout
+from jaxformer.embedding import Embedding
+from jaxformer.encoder import Encoder, EncoderLayer
 from jaxformer.errors import UserError
+from jaxformer.feed_forward import FeedForward
 from jaxformer.generation import GenerationConfig, generate
 from jaxformer.generator import Generator
-from jaxformer.layers import Embedding, FeedForward, PositionalEncoding, Residual
 from jaxformer.linear import Linear, quantize
 from jaxformer.losses import LossSums, cross_entropy, cross_entropy_sums
 from jaxformer.masks import SegmentMask, causal_mask, padding_mask, segment_mask
-from jaxformer.positions import segment_positions, sinusoid
+from jaxformer.positions import PositionalEncoding, segment_positions, sinusoid
+from jaxformer.residual import Residual
 from jaxformer.results import Alignment, Explanation, Hypothesis, Score
 from jaxformer.sampling import Sampling
 from jaxformer.schedules import cooldown, warmup_inverse_sqrt
@@ -35,7 +39,7 @@ from jaxformer.scoring import (
 )
 from jaxformer.search import BeamResult
 from jaxformer.tokenizer import Tokenizer
-from jaxformer.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
+from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 
 __version__ = "0.1.0"

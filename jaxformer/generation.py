@@ -13,12 +13,13 @@ from jaxtyping import Array, Float, Int
 from jaxformer.beam import BeamSearch, gnmt_length_penalty, power_length_penalty
 from jaxformer.cache import DecoderCache
 from jaxformer.config import PAD_ID, TransformerConfig, check_choice, check_kinds
+from jaxformer.decoder import unstack_decoder
 from jaxformer.errors import UserError
 from jaxformer.linear import transpose_kernels
 from jaxformer.sampling import Sampling
 from jaxformer.scoring import speakable
 from jaxformer.search import BeamResult, Method, Search, Sentences, StepFn, run, take
-from jaxformer.transformer import Transformer, unstack_decoder
+from jaxformer.transformer import Transformer
 
 PenaltyForm = Literal["gnmt", "power"]
 

@@ -1,9 +1,13 @@
 """Positional encoding (§3.5) and the position of each token in a packed row."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from jaxformer.config import Positions, check_choice
+from jaxformer.errors import UserError
 
 
 def sinusoid(
@@ -40,3 +44,42 @@ def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     previous = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     starts = jnp.where(segment_ids != previous, index, 0)
     return index - jax.lax.cummax(starts, axis=1)
+
+
+class PositionalEncoding(nn.Module):
+    """Adds the sinusoid of §3.5, or learned vectors (Table 3 (E)), to embeddings.
+
+    Attributes:
+      kind: as `TransformerConfig.positions`.
+      max_length: positions that learned vectors exist for; sinusoids have no limit.
+    """
+
+    kind: Positions = "sinusoidal"
+    max_length: int = 1024
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "#B #T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Add the encoding of `positions`, by default 0 … T-1; past `max_length` learned ones NaN.
+
+        Raises:
+          UserError: T is more than `max_length` learned positions, or `kind` is unknown.
+        """
+        check_choice("kind", self.kind, Positions)
+        d_model = x.shape[-1]
+        if positions is None:
+            if self.kind == "learned" and x.shape[1] > self.max_length:
+                raise UserError(
+                    f"a sequence of {x.shape[1]} tokens is longer than max_length="
+                    f"{self.max_length} learned positions: shorten it or raise max_length"
+                )
+            positions = jnp.arange(x.shape[1])[None]
+        if self.kind == "learned":
+            normal = nn.initializers.normal(d_model**-0.5)
+            table = self.param("embedding", normal, (self.max_length, d_model), jnp.float32)
+            positions = jnp.where(positions < 0, self.max_length, positions)
+            encoding = jnp.take(table, positions, axis=0, mode="fill")
+        else:
+            encoding = sinusoid(positions, d_model, interleaved=self.kind == "sinusoidal")
+        return x + encoding.astype(x.dtype)

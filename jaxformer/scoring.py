@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxformer.config import BOS_ID, PAD_ID, TransformerConfig
 from jaxformer.errors import UserError
-from jaxformer.layers import PositionalEncoding
+from jaxformer.positions import PositionalEncoding
 from jaxformer.transformer import Transformer
 
 

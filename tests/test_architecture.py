@@ -17,8 +17,9 @@ ROOT = Path(__file__).parent.parent
 
 # The modules of jaxformer, leaves first; each with those that it may import.
 BASE = {"config", "errors"}
-PARTS = set("attention cache dropout flash layers linear losses masks positions".split())
-MODEL = BASE | PARTS | {"sharding"}
+PARTS = set("attention dropout feed_forward flash linear masks residual sharding".split())
+STACKS = BASE | PARTS | {"cache", "decoder", "encoder", "stack"}
+MODEL = STACKS | {"embedding", "losses", "positions"}
 FILES = BASE | {"files", "run", "tokenizer"}
 SEARCH = {"beam", "config", "constraints", "sampling", "search"}
 WITH_MODEL = MODEL | SEARCH | {"batching", "generation", "scoring", "transformer"}
@@ -33,22 +34,27 @@ MAY_IMPORT = {
     "sampling": {"config", "search"},
     "decoding": SEARCH,
     "batching": {"config"},
-    "dropout": set(),
+    "dropout": {"errors"},
     "fingerprint": set(),
     "sharding": set(),
-    "losses": {"config", "sharding"},
+    "losses": BASE | {"sharding"},
     "linear": set(),
-    "masks": {"config"},
-    "positions": set(),
+    "masks": BASE,
+    "positions": BASE,
     "schedules": {"errors"},
     "flash": {"config", "masks", "sharding"},
     "attention": {"config", "dropout", "flash", "linear", "masks", "sharding"},
-    "layers": BASE | {"dropout", "linear", "positions", "sharding"},
+    "embedding": {"linear", "sharding"},
+    "feed_forward": {"config", "dropout", "linear", "sharding"},
+    "residual": {"config", "dropout", "sharding"},
+    "stack": BASE | PARTS,
+    "encoder": STACKS - {"cache", "decoder"},
+    "decoder": STACKS - {"encoder"},
     "transformer": MODEL,
     "tokenizer": BASE,
     "run": FILES | {"fingerprint"},
     "results": set(),
-    "scoring": BASE | {"layers", "transformer"},
+    "scoring": BASE | {"positions", "transformer"},
     "generation": WITH_MODEL,
     "generator": WITH_MODEL,
     "translator": WITH_MODEL | FILES | {"generator", "results"},

@@ -8,8 +8,11 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from jaxformer.embedding import Embedding
 from jaxformer.errors import UserError
-from jaxformer.layers import Embedding, FeedForward, PositionalEncoding, Residual, layer_norm
+from jaxformer.feed_forward import FeedForward
+from jaxformer.positions import PositionalEncoding
+from jaxformer.residual import Residual, layer_norm
 
 B, T, D, F, V = 2, 5, 6, 11, 13
 

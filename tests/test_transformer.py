@@ -17,9 +17,13 @@ from flax import nnx
 
 from jaxformer.attention import MultiHeadAttention
 from jaxformer.config import BOS_ID, PAD_ID, PRESETS, TransformerConfig
-from jaxformer.layers import Embedding, FeedForward, PositionalEncoding
+from jaxformer.decoder import Decoder, DecoderLayer
+from jaxformer.embedding import Embedding
+from jaxformer.encoder import Encoder, EncoderLayer
+from jaxformer.feed_forward import FeedForward
 from jaxformer.linear import Linear
-from jaxformer.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
+from jaxformer.positions import PositionalEncoding
+from jaxformer.transformer import Transformer
 
 B, S, T, K = 6, 8, 6, 3
 

@@ -1,0 +1,174 @@
+"""The decoder (§3.1, Figure 1 on the right), of all positions at once or one by one."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxformer.cache import DecoderCache, LayerCache
+from jaxformer.config import TransformerConfig
+from jaxformer.masks import Mask
+from jaxformer.residual import layer_norm
+from jaxformer.stack import attention, feed_forward, output_gain, residual, run_stack
+
+
+class DecoderLayer(nn.Module):
+    """Masked self-attention, encoder-decoder attention, then the feed-forward network."""
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        gain = output_gain(3 * self.config.decoder_layers)
+        self.self_attention = attention(self.config, gain)
+        self.self_attention_residual = residual(self.config)
+        self.cross_attention = attention(self.config, gain)
+        self.cross_attention_residual = residual(self.config)
+        self.feed_forward = feed_forward(self.config, gain)
+        self.feed_forward_residual = residual(self.config)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        encoded: Float[Array, "B S D"],
+        self_mask: Mask | None = None,
+        cross_mask: Mask | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "B T D"]:
+        """Map [B, T, D] to [B, T, D] in view of the encoder's output [B, S, D]."""
+        y = self.self_attention_residual.enter(x)
+        y = self.self_attention(y, y, self_mask, deterministic=deterministic)
+        x = self.self_attention_residual.leave(x, y, deterministic=deterministic)
+        key, value = self.cross_attention.project_key_value(encoded)
+        return self._cross_attend_and_feed(x, key, value, cross_mask, deterministic)
+
+    def decode_step(
+        self,
+        x: Float[Array, "B K D"],
+        cache: LayerCache,
+        slots: Int[Array, "B K"],
+        self_mask: Bool[Array, "B 1 K P"],
+        cross_mask: Bool[Array, "B 1 1 S"],
+    ) -> tuple[Float[Array, "B K D"], LayerCache]:
+        """One position of each sentence, K beams; returns its output and the cache, written.
+
+        To both attentions the beams are K query positions of one row: they share the sentence,
+        and among all that the beams have written the mask shows each its own past.
+        """
+        y = self.self_attention_residual.enter(x)
+        cache = cache.write(*self.self_attention.project_key_value(y), slots)
+        y = self.self_attention.attend(y, *cache.self_key_value(), self_mask)
+        x = self.self_attention_residual.leave(x, y)
+        x = self._cross_attend_and_feed(x, *cache.cross_key_value(), cross_mask, deterministic=True)
+        return x, cache
+
+    def _cross_attend_and_feed(self, x, key, value, cross_mask, deterministic):
+        y = self.cross_attention_residual.enter(x)
+        y = self.cross_attention.attend(y, key, value, cross_mask, deterministic=deterministic)
+        x = self.cross_attention_residual.leave(x, y, deterministic=deterministic)
+        y = self.feed_forward_residual.enter(x)
+        y = self.feed_forward(y, deterministic=deterministic)
+        return self.feed_forward_residual.leave(x, y, deterministic=deterministic)
+
+
+class Decoder(nn.Module):
+    """A stack of decoder layers, with a final LayerNorm if they are pre-norm."""
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        self.layers = DecoderLayer(self.config)
+        if self.config.norm == "pre":
+            self.layer_norm = layer_norm(self.config.layer_norm_epsilon, self.config.dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        encoded: Float[Array, "B S D"],
+        self_mask: Mask | None = None,
+        cross_mask: Mask | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "B T D"]:
+        """Map [B, T, D] to [B, T, D], all positions at once."""
+
+        def layer(module, x):
+            return module(x, encoded, self_mask, cross_mask, deterministic=deterministic)
+
+        x = run_stack(self.config, self.layers, self.config.decoder_layers, layer, x)
+        return self.layer_norm(x) if self.config.norm == "pre" else x
+
+    def init_cache(
+        self,
+        encoded: Float[Array, "B S D"],
+        cross_mask: Bool[Array, "B 1 1 S"],
+        *,
+        beam_size: int,
+        num_slots: int,
+    ) -> DecoderCache:
+        """Project the encoder output to every layer's cross-attention keys and values, once."""
+
+        def layer_cache(layer: DecoderLayer) -> LayerCache:
+            key, value = layer.cross_attention.project_key_value(encoded)
+            return LayerCache.init(key, value, num_slots=num_slots)
+
+        layers: Any = tuple(
+            layer.apply(params, method=layer_cache) for layer, params in self._each_layer()
+        )
+        return DecoderCache.init(layers, cross_mask, beam_size=beam_size)
+
+    def decode_step(
+        self, x: Float[Array, "B K D"], cache: DecoderCache
+    ) -> tuple[Float[Array, "B K D"], DecoderCache]:
+        """Decode position `cache.index` of each sentence, of all its beams.
+
+        Sows, if asked, "cross_attention": the weights [B, N, K, S] of each layer.
+        """
+        cache, slots = cache.begin_position()
+        self_mask, layers = cache.past[:, None], []
+        for (layer, params), past in zip(self._each_layer(), cache.layers, strict=True):
+            (x, past), sown = layer.apply(
+                params,
+                x,
+                past,
+                slots,
+                self_mask,
+                cache.cross_mask,
+                method="decode_step",
+                mutable="intermediates",
+            )
+            layers.append(past)
+            (weights,) = sown["intermediates"]["cross_attention"]["attention_weights"]
+            self.sow("intermediates", "cross_attention", weights)
+        cache = dataclasses.replace(cache, layers=tuple(layers), index=cache.index + 1)
+        return (self.layer_norm(x) if self.config.norm == "pre" else x), cache
+
+    def _each_layer(self) -> Iterator[tuple[DecoderLayer, dict]]:
+        """Each layer as a module of its own, with its variables.
+
+        Decoding is a loop of its own, with a cache to update, and does not want the layers in
+        another: it unrolls them.
+        """
+        stacked = self.variables["params"]["layers"]
+        if not isinstance(stacked, tuple):
+            stacked = _unstack(stacked)
+        for params in stacked:
+            yield DecoderLayer(self.config, parent=None), {"params": params}
+
+
+def unstack_decoder(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a `Transformer` with those of each decoder layer apart.
+
+    `init_cache` and `decode_step` take either form. Inside a compiled loop this one saves them
+    from slicing [L, …] arrays at each step, as XLA does not move a slice out of a loop.
+    """
+    layers = params["decoder"]["layers"]
+    return {**params, "decoder": {**params["decoder"], "layers": _unstack(layers)}}
+
+
+def _unstack(layers: Any) -> tuple[Any, ...]:
+    leaves, structure = jax.tree.flatten(layers)
+    return tuple(jax.tree.unflatten(structure, layer) for layer in zip(*leaves, strict=True))

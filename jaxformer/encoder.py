@@ -1,0 +1,66 @@
+"""The encoder (§3.1, Figure 1 on the left)."""
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from jaxformer.config import TransformerConfig
+from jaxformer.masks import Mask
+from jaxformer.residual import layer_norm
+from jaxformer.stack import attention, feed_forward, output_gain, residual, run_stack
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention, then the feed-forward network, each inside its residual connection."""
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        gain = output_gain(2 * self.config.encoder_layers)
+        self.self_attention = attention(self.config, gain)
+        self.self_attention_residual = residual(self.config)
+        self.feed_forward = feed_forward(self.config, gain)
+        self.feed_forward_residual = residual(self.config)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        mask: Mask | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "B S D"]:
+        """Map [B, S, D] to [B, S, D]; `mask` says which positions see which."""
+        y = self.self_attention_residual.enter(x)
+        y = self.self_attention(y, y, mask, deterministic=deterministic)
+        x = self.self_attention_residual.leave(x, y, deterministic=deterministic)
+        y = self.feed_forward_residual.enter(x)
+        y = self.feed_forward(y, deterministic=deterministic)
+        return self.feed_forward_residual.leave(x, y, deterministic=deterministic)
+
+
+class Encoder(nn.Module):
+    """A stack of encoder layers, with a final LayerNorm if they are pre-norm.
+
+    Works on vectors, not ids: embeddings and positions are the `Transformer`'s.
+    """
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        self.layers = EncoderLayer(self.config)
+        if self.config.norm == "pre":
+            self.layer_norm = layer_norm(self.config.layer_norm_epsilon, self.config.dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        mask: Mask | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "B S D"]:
+        """Map [B, S, D] to [B, S, D]."""
+
+        def layer(module, x):
+            return module(x, mask, deterministic=deterministic)
+
+        x = run_stack(self.config, self.layers, self.config.encoder_layers, layer, x)
+        return self.layer_norm(x) if self.config.norm == "pre" else x

@@ -133,7 +133,8 @@ def _add_model(command: argparse.ArgumentParser, batch_tokens: str) -> None:
         "--checkpoint",
         action="append",
         metavar="NAME",
-        help="average, best, last or a step; by default the first of these that is there; "
+        help="average, best, last or a step; by default the average, unless training went on "
+        "after it; then the first of the others that is there; "
         "given several times: an ensemble",
     )
     command.add_argument(

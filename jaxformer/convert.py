@@ -54,7 +54,8 @@ def add_convert(commands: Any) -> None:
         "--checkpoint",
         metavar="NAME",
         help="of a trained model: average, best, last or a step "
-        "(default: the first of these that is there)",
+        "(default: the average, unless training went on after it; then the first of the others "
+        "that is there)",
     )
     ctranslate2 = convert.add_argument_group("with --to ctranslate2")
     ctranslate2.add_argument(

@@ -274,15 +274,9 @@ def check_same_arrays(saved: dict[str, str], wanted: dict[str, str], path: Path)
 
 
 def save_params(run: str | Path, step: int, params: Mapping[str, Any]) -> None:
-    """Write a checkpoint of parameters alone: nested dictionaries of arrays.
+    """Write a checkpoint of parameters alone: nested dictionaries of arrays."""
+    import orbax.checkpoint as ocp
 
-    Raises:
-      UserError: orbax is not installed.
-    """
-    try:
-        import orbax.checkpoint as ocp
-    except ImportError as error:
-        raise UserError("writing a checkpoint needs orbax: pip install orbax-checkpoint") from error
     path = Path(run).absolute() / CHECKPOINTS_DIR / str(step)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         writer.save(path, args=ocp.args.Composite(**{PARAMS: ocp.args.StandardSave(params)}))
@@ -292,15 +286,12 @@ def read_arrays(path: Path) -> dict[str, Any]:
     """Return the pytree of arrays that orbax saved in the directory `path`, as numpy arrays.
 
     Raises:
-      UserError: orbax is not installed, or the directory is incomplete or damaged.
+      UserError: the directory is incomplete or damaged.
     """
-    try:
-        import jax
-        import numpy as np
-        import orbax.checkpoint as ocp
-        from etils import epath
-    except ImportError as error:
-        raise UserError("reading a checkpoint needs orbax: pip install orbax-checkpoint") from error
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+    from etils import epath
 
     # The bare handler, unlike orbax's checkpointers, waits for no other process.
     handler = ocp.PyTreeCheckpointHandler()

@@ -1,6 +1,9 @@
 """The encoder-decoder Transformer (§3, Figure 1)."""
 
+from typing import Any
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -23,6 +26,12 @@ def _not_padding(ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
 def _positions(segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"] | None:
     """Those that restart in each packed sentence; None, the plain 0 … T-1, without packing."""
     return None if segment_ids is None else segment_positions(segment_ids)
+
+
+def parameter_shapes(config: TransformerConfig) -> dict[str, Any]:
+    """The parameters of a `Transformer` as `jax.ShapeDtypeStruct`s; nothing is drawn."""
+    key, ids = jax.eval_shape(jax.random.key, 0), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(Transformer(config).init, key, ids, ids)["params"]
 
 
 class Transformer(nn.Module):

@@ -36,7 +36,7 @@ from jaxformer.scoring import (
 )
 from jaxformer.search import BeamResult
 from jaxformer.tokenizer import Tokenizer
-from jaxformer.transformer import Transformer
+from jaxformer.transformer import parameter_shapes
 
 # Lines that are read, sorted by length and translated together: enough to fill batches with
 # sentences of like length, few enough that memory stays flat and output soon begins.
@@ -209,7 +209,8 @@ class Translator:
     ) -> list[Score]:
         """Log-probability of each target as the translation of its source.
 
-        The numbers are those that `generate` ranks by, if it finds the same pieces.
+        The numbers are the `log_prob`s that `generate` gives, if it finds the same pieces; it ranks
+        by these over the length penalty.
 
         Args:
           sources, targets: sentences and their translations, the model's own or not.
@@ -504,9 +505,7 @@ def _load_tokenizers(run: str | Path, config: TransformerConfig) -> tuple[Tokeni
 
 def _parameters_of(config: TransformerConfig) -> dict[str, str]:
     """The arrays of a model, by path."""
-    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    model = Transformer(config.replace(quantized=False))
-    return _shapes(jax.eval_shape(model.init, jax.random.key(0), ids, ids)["params"])
+    return _shapes(parameter_shapes(config.replace(quantized=False)))
 
 
 def _shapes(params: Any) -> dict[str, str]:

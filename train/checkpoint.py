@@ -25,7 +25,6 @@ from jaxformer.run import (
     METRICS,
     OPTIMIZER,
     PARAMS,
-    best_step,
     check_same_arrays,
     checkpoint_steps,
     describe_arrays,
@@ -147,11 +146,6 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Return the step of the last checkpoint, None if there is none."""
         return self._manager.latest_step()
-
-    def best_step(self) -> int | None:
-        """Return the step of the best evaluated checkpoint, None if none was evaluated."""
-        self.wait()
-        return best_step(self._run)
 
     def save(self, state: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Start to save `state` as the checkpoint of `state.step`; does nothing if there is one.

@@ -230,7 +230,7 @@ class TrainConfig:
     steps: int = 100_000
     """optimizer steps"""
     accumulate: int = 1
-    """parts a device splits its batch into, to use less memory; the result is the same"""
+    """parts a device splits its batch into, to use less memory; it changes only dropout's noise"""
     seed: int = 0
     """of initialisation, data order and dropout"""
     log_every: int = 50

@@ -132,11 +132,9 @@ def describe(config: TrainConfig, params: Any, batches: Batches, start: int) -> 
     )
 
 
-def examples(
-    sources: list[str], hypotheses: list[str], references: list[str], count: int = 5
-) -> Iterator[str]:
-    """Yield a few translations, evenly spread."""
-    for index in range(0, len(sources), max(1, len(sources) // count))[:count]:
+def examples(sources: list[str], hypotheses: list[str], references: list[str]) -> Iterator[str]:
+    """Yield five translations, evenly spread."""
+    for index in range(0, len(sources), max(1, len(sources) // 5))[:5]:
         yield (
             f"\nsource     {sources[index]}\noutput     {hypotheses[index]}\n"
             f"reference  {references[index]}"

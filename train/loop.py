@@ -44,8 +44,7 @@ def fit(config: TrainConfig) -> Path:
     with (
         only_trainer(run) if jax.process_index() == 0 else nullcontext(),
         memory_errors(
-            "lower data.batch_tokens, or raise accumulate or set model.remat, which change nothing "
-            "in the result"
+            "lower data.batch_tokens, or raise accumulate or set model.remat, which train the same"
         ),
     ):
         _train(config, run)

@@ -29,7 +29,6 @@ def bleu(
     references: Sequence[str],
     *,
     tokenize: str = "13a",
-    lowercase: bool = False,
 ) -> Score:
     """Return the corpus BLEU of detokenised translations (Papineni et al. 2002; Post 2018).
 
@@ -38,15 +37,14 @@ def bleu(
       references: one reference a sentence, in the same order.
       tokenize: sacreBLEU's tokenizer: "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", …;
         "none" for text that is tokenised already.
-      lowercase: compare without case.
 
     Raises:
       UserError: the counts differ or are 0, or the tokenizer does not exist or cannot be loaded.
     """
-    return _score(bleu_metric(tokenize, lowercase=lowercase), hypotheses, references)
+    return _score(bleu_metric(tokenize), hypotheses, references)
 
 
-def bleu_metric(tokenize: str, *, lowercase: bool = False) -> Any:
+def bleu_metric(tokenize: str) -> Any:
     """Return sacreBLEU's BLEU, whose tokenizer is loaded by then.
 
     Raises:
@@ -59,7 +57,7 @@ def bleu_metric(tokenize: str, *, lowercase: bool = False) -> Any:
         raise UserError(f"sacreBLEU has no tokenizer {tokenize!r}: choose one of {choices}")
     try:
         # force: no warning about text that looks tokenised, which "none" asks for.
-        return BLEU(tokenize=tokenize, lowercase=lowercase, force=tokenize == "none")
+        return BLEU(tokenize=tokenize, force=tokenize == "none")
     except (ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"sacreBLEU's tokenizer {tokenize!r} cannot be used: {reason}") from error
@@ -151,12 +149,8 @@ class MetricsWriter:
         self._written = {(record["step"], record["split"]) for record in records}
         self._start = time.monotonic() - max((record["time"] for record in records), default=0.0)
         if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError as error:
-                raise UserError(
-                    "TensorBoard events need tensorboardX: pip install tensorboardX"
-                ) from error
+            from tensorboardX import SummaryWriter
+
             # TensorBoard hides what an interrupted run wrote from purge_step on. The suffix keeps
             # two runs that start in the same second from writing to the same file.
             self._events = SummaryWriter(

@@ -15,7 +15,7 @@ from jaxformer.heatmap import alignment_lines
 from jaxformer.page import details, page, script_note, section, table
 from jaxformer.pictures import can_draw, say_where
 from jaxformer.run import read_model_config
-from jaxformer.transformer import Transformer
+from jaxformer.transformer import parameter_shapes
 from train.arguments import refuse
 from train.curves import Chart, Line, png, svg
 from train.history import PARTS, History
@@ -277,8 +277,7 @@ def _sample(sample: Sample, title: str) -> str:
 
 def parameter_counts(config: TransformerConfig) -> dict[str, int]:
     """Parameters of each module of a model, all layers of a stack together."""
-    ids = jax.ShapeDtypeStruct((1, 2), "int32")
-    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), ids, ids)["params"]
+    shapes = parameter_shapes(config)
     counts: dict[str, int] = {}
     for path, leaf in jax.tree.leaves_with_path(shapes):
         names = [key.key for key in path]

@@ -92,7 +92,7 @@ def to_ctranslate2(
     try:
         from ctranslate2.specs.model_spec import ACCEPTED_MODEL_TYPES
     except ImportError as error:
-        raise UserError('the export needs CTranslate2: pip install "jaxformer[interop]"') from error
+        raise UserError("the export needs CTranslate2: pip install ctranslate2") from error
     if quantization not in (None, *ACCEPTED_MODEL_TYPES):
         raise UserError(
             f"quantization is {quantization!r}: choose one of {', '.join(ACCEPTED_MODEL_TYPES)}"

@@ -131,7 +131,7 @@ def to_marian(run: str | Path, directory: str | Path, checkpoint: str | int | No
     try:
         from safetensors.numpy import save_file
     except ImportError as error:
-        raise UserError('the export needs safetensors: pip install "jaxformer[interop]"') from error
+        raise UserError("the export needs safetensors: pip install safetensors") from error
     check_free(directory)
     config = read_model_config(run)
     check_expressible(config, Path(run) / CONFIG_FILE)

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -13,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxformer.config import TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.positions import sinusoid
-from jaxformer.transformer import Transformer
+from jaxformer.transformer import parameter_shapes
 
 Tensors = dict[str, np.ndarray]
 
@@ -70,9 +69,7 @@ class _Leaf(NamedTuple):
 
 
 def _layer_leaves(config: TransformerConfig) -> Iterator[_Leaf]:
-    model = Transformer(config.replace(attention_bias=True))  # Marian's have them always
-    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), ids, ids)["params"]
+    shapes = parameter_shapes(config.replace(attention_bias=True))  # Marian's have them always
     for path, leaf in flatten_dict(shapes).items():
         if path[0] not in ("encoder", "decoder"):
             continue
@@ -235,9 +232,7 @@ def read_tensors(directory: Path) -> tuple[Path, Tensors]:
     try:
         return path, read(path)
     except ImportError as error:
-        raise UserError(
-            f'{path} needs {error.name}: pip install torch, or "jaxformer[interop]" for safetensors'
-        ) from error
+        raise UserError(f"{path} needs {error.name}: pip install {error.name}") from error
     except Exception as error:  # zipfile, pickle, torch and safetensors each have their own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -4,7 +4,8 @@
 
 The directory holds
 
-- `beam_search.bin` and `greedy_search.bin`: source_ids [B, S] -> sequences [B, K, T] and scores;
+- `beam_search.bin` and `greedy_search.bin`: source_ids [B, S] -> sequences [B, N, T], N the
+  `n_best` or K, and scores;
 - `encode.bin`, then `decode_step.bin` token by token: the same in steps, for a search of one's own;
 - `params.npz`, the parameters, their first argument; the others are passed by name;
 - `manifest.json`: every function's inputs and outputs, and the special ids;
@@ -100,7 +101,7 @@ def to_stablehlo(
     try:
         importlib.import_module("flatbuffers")  # jax.export writes with it
     except ImportError as error:
-        raise UserError('the export needs flatbuffers: pip install "jaxformer[interop]"') from error
+        raise UserError("the export needs flatbuffers: pip install flatbuffers") from error
     search = GenerationConfig(**options)
     if search.sampling:
         raise UserError("sampling cannot be exported: leave it out, or sample with decode_step")
@@ -221,7 +222,7 @@ def _describe(program: export.Exported) -> dict[str, Any]:
 
 
 def _shapes(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON, {"cache": {"index": {"shape": [], "dtype": "int32"}}}; open sizes are strings."""
+    """As JSON, {"tokens": {"shape": ["batch", 4], "dtype": "int32"}}; open sizes are strings."""
     return {
         name: _shapes(array)
         if isinstance(array, Mapping)

@@ -27,7 +27,7 @@ class Packing(NamedTuple):
       pairs: rows of the corpus, int64 [packed pairs].
       offsets: int64 [rows + 1].
       source_length, target_length: positions of a row, eos counted.
-      source_fill, target_fill: share of the positions that hold a token.
+      target_fill: share of the target positions that hold a token.
       empty: the pairs left out because a side has no token, int64.
       too_long: the pairs left out because they fit no row, int64.
     """
@@ -36,7 +36,6 @@ class Packing(NamedTuple):
     offsets: np.ndarray
     source_length: int
     target_length: int
-    source_fill: float
     target_fill: float
     empty: np.ndarray
     too_long: np.ndarray
@@ -136,12 +135,11 @@ def choose_source_length(
     target_length: int,
     *,
     seed: int,
-    fill: float = 0.97,
 ) -> int:
-    """Return the shortest source row, a multiple of 8, that leaves target rows as full as `fill`.
+    """Return the shortest source row, a multiple of 8, that leaves target rows 97 % full.
 
-    At most one pair in a thousand is lost to it. Where no source row is long enough for `fill`, as
-    with a handful of pairs, it comes within half a percent of what the longest would reach.
+    At most one pair in a thousand is lost to it. Where no source row is long enough, as with a
+    handful of pairs, it comes within half a percent of what the longest would reach.
     """
     sample = shuffle(len(source_lengths), seed)[:100_000]
     sample = sample[target_lengths[sample] <= target_length]
@@ -153,7 +151,7 @@ def choose_source_length(
 
     even = source.sum() / max(1, target.sum()) * target_length  # both sides run full at once
     longest = _round_up(max(2 * even, source.max(initial=0)))
-    goal = min(fill, 0.995 * target_fill(longest))
+    goal = min(0.97, 0.995 * target_fill(longest))
     shortest = _round_up(max(goal * even, np.quantile(source, 0.999)))
     for length in range(shortest, longest, _MULTIPLE):
         if target_fill(length) >= goal:
@@ -194,7 +192,6 @@ def _packing(
         offsets=np.concatenate([[0], np.cumsum(counts)]),
         source_length=source_length,
         target_length=target_length,
-        source_fill=float(source_lengths[pairs].sum() / (rows * source_length)),
         target_fill=float(target_lengths[pairs].sum() / (rows * target_length)),
         empty=empty,
         too_long=too_long,

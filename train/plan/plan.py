@@ -14,9 +14,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxformer.config import TransformerConfig
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig
+from jaxformer.generation import GenerationConfig, longest
 from train.benchmark.flops import decode_step_flops, train_flops
 from train.config import TrainConfig
 from train.parallel import make_runner
@@ -184,7 +183,7 @@ def _decode_record(config: TrainConfig, machine: Machine) -> dict[str, Any]:
         length_penalty=evaluate.length_penalty,
         length_penalty_form=evaluate.length_penalty_form,
     )
-    room = _room(config.model, options)
+    room = longest((config.model,), options, SOURCE_LENGTH)
     record: dict[str, Any] = {
         "plan": "decode",
         "machine": f"1 x {machine.devices[0].device_kind}",
@@ -218,11 +217,6 @@ def _decode_record(config: TrainConfig, machine: Machine) -> dict[str, Any]:
 def _times(terms: dict[str, float]) -> dict[str, Any]:
     bound_by = max(terms, key=terms.__getitem__)
     return {"roofline_seconds": terms, "step_seconds": terms[bound_by], "bound_by": bound_by}
-
-
-def _room(model: TransformerConfig, options: GenerationConfig) -> int:
-    room = options.max_length(SOURCE_LENGTH)
-    return min(room, model.max_length) if model.positions == "learned" else room
 
 
 def _layout(config: TrainConfig, devices: int) -> str:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, generate
-from jaxformer.transformer import Transformer
+from jaxformer.transformer import Transformer, parameter_shapes
 from train.config import TrainConfig
 from train.parallel import make_runner
 from train.plan.collectives import Collective, collectives
@@ -147,12 +147,12 @@ def decode_program(
     """
     began = time.perf_counter()
     here = jax.sharding.SingleDeviceSharding(machine.devices[0])
-    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    init = Transformer(config.model).init
-    params = jax.eval_shape(init, jax.eval_shape(jax.random.key, 0), ids, ids)["params"]
     params, sources = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-        (params, jax.ShapeDtypeStruct((sentences, source_length), jnp.int32)),
+        (
+            parameter_shapes(config.model),
+            jax.ShapeDtypeStruct((sentences, source_length), jnp.int32),
+        ),
     )
     compiled = _refusals(
         lambda: generate.lower((config.model,), (params,), sources, options).compile()

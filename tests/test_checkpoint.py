@@ -2,7 +2,6 @@ import json
 import resource
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 

@@ -17,7 +17,7 @@ from jaxformer.config import Precision
 from jaxformer.convert import add_convert
 from jaxformer.errors import UserError, memory_errors
 from jaxformer.inspection import add_inspect
-from jaxformer.terminal import Progress, ShowDefaults, check_open, write_line
+from jaxformer.terminal import Progress, ShowDefaults, check_open, drop_output, write_line
 
 if TYPE_CHECKING:
     from jaxformer.results import Alignment
@@ -33,14 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     options = _parser().parse_args(arguments)
     try:
-        with memory_errors("lower --batch-tokens or --beam-size"):
+        with memory_errors("lower --batch-tokens, or shorten the longest line"):
             options.command(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # The reader has gone, as in `… | head`. Python would complain again when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has gone, as in `… | head`
+        drop_output()
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -26,6 +26,11 @@ def check_open(*names: str) -> None:
             raise UserError(f"{name} is closed: connect it to a file, a pipe or a terminal")
 
 
+def drop_output() -> None:
+    """Send what is still to be written nowhere, or Python would complain again when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def write_line(text: str) -> None:
     """Write a line to standard output, at once and whole: Ctrl-C waits until it is out."""
     interrupted = []

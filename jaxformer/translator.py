@@ -420,17 +420,19 @@ class Translator:
         """
         first = self.source_tokenizer.pieces(ids[:1])
         code = ids[:1] if first and first[0].startswith(">>") and first[0].endswith("<<") else []
-        while len(ids) > limit:
+        begin, before = 0, list[int]()  # of the part; what goes before its ids
+        while len(before) + len(ids) - begin > limit:
+            part = before + ids[begin : begin + limit + 1 - len(before)]
             starts = [
                 i
-                for i, piece in enumerate(self.source_tokenizer.pieces(ids[: limit + 1]))
+                for i, piece in enumerate(self.source_tokenizer.pieces(part))
                 if i > len(code) and piece.startswith("▁")
             ]
             cut = starts[-1] if starts else limit
-            yield ids[:cut]
-            ids = code + ids[cut:]
-        if ids:
-            yield ids
+            yield part[:cut]
+            begin, before = begin + cut - len(before), code
+        if begin < len(ids):
+            yield before + ids[begin:]
 
     def _search(
         self,

@@ -1,6 +1,8 @@
 """`python -m train`: every wrong input ends in one clear line and status 1."""
 
+import errno
 import json
+import sys
 
 import jax
 import pytest
@@ -272,3 +274,16 @@ def test_evaluate_writes_no_output_where_it_cannot(capsys, run, tmp_path):
     (tmp_path / "file").write_text("")
     line = error_of(capsys, "evaluate", run, "--output", tmp_path / "file" / "out.txt")
     assert "cannot write" in line
+
+
+def test_a_full_disk_under_standard_output_is_one_line(folder, tmp_path, monkeypatch, capsys):
+    def evaluate(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("train.evaluate.evaluate_run", evaluate)
+    monkeypatch.setattr("train.cli.drop_output", lambda: None)
+    line = error_of(capsys, "evaluate", str(tmp_path))
+    assert line == "error: cannot write standard output: No space left on device"
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["evaluate", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("error: stdout is closed: connect it to a file")

@@ -93,7 +93,13 @@ def test_a_preset_has_random_words_and_translations_of_one_length(monkeypatch):
         DecodeBenchmark("toy", vocab_size=40, sentences=5, length=6, beam_size=2, rounds=1)
     )
     assert record["sentences"] == 5
-    assert record["tokens"] == 5 * (6 + 1)  # eos is counted, though never said
+    assert record["tokens"] == 5 * 6  # one a step
+    for changes, message in (
+        ({"length": 1}, "--length is 1: give at least 2"),
+        ({"source": "x"}, "toy is a preset, which knows no words: leave out --source"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(benchmark_decode(DecodeBenchmark("toy", **changes)))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +110,12 @@ def test_a_preset_has_random_words_and_translations_of_one_length(monkeypatch):
             "needs --source FILE, the sentences to translate; without it give a preset: tiny, base",
         ),
         ({"source": "nowhere"}, "cannot read nowhere"),
-        ({"rounds": 0}, "rounds is 0: give at least 1"),
+        ({"rounds": 0}, "--rounds is 0: give at least 1"),
+        ({"sentences": -1}, "--sentences is -1: give at least 0"),
+        ({"batch_tokens": 0}, "--batch-tokens is 0: give at least 1"),
+        ({"peer_batches": (32, 0)}, r"--peer-batches are \(32, 0\): give at least 1"),
+        ({"source": "/dev/null"}, "/dev/null has no sentence"),
+        ({"source": "/dev/null", "profile": "/proc/x"}, "cannot write /proc/x/trace"),
     ],
 )
 def test_wrong_arguments(run, changes, message):

@@ -170,7 +170,11 @@ def number_of_parameters(variables):
         ({"steps": 0}, "steps is 0: give at least 1"),
         ({"rounds": 0}, "rounds is 0: give at least 1"),
         ({"peers": ("keras",)}, "unknown peer 'keras': choose torch, torch-compile, marian"),
-        ({"peers": ("marian",)}, "Marian is measured in training, on a corpus: give --corpus"),
+        ({"peers": ("marian",)}, "Marian is only measured in training, on a corpus: train"),
+        ({"batch": (2, 0)}, "--batch is 0: give at least 1"),
+        ({"length": (-1,)}, "--length is -1: give at least 1"),
+        ({"vocab_sizes": (4,)}, "vocab_size is 4: give at least 5"),
+        ({"profile": "/proc/x"}, "cannot write /proc/x/trace"),
     ],
 )
 def test_wrong_settings(changes, message):
@@ -185,6 +189,23 @@ def test_peers_refuse_what_they_cannot_do():
         settings = StepBenchmark("train", configuration, devices=(1,), peers=(peer,), batch=(2,))
         with pytest.raises(UserError, match=message):
             list(benchmark_steps(settings))
+    for changes in ({"positions": "learned"}, {"head_dim": 3}, {"attention_dropout": 0.1}):
+        other = dataclasses.replace(CONFIGURATION, model=MODEL.replace(**changes))
+        settings = StepBenchmark("train", other, devices=(1,), peers=("flax-plain",), batch=(2,))
+        (name,) = changes
+        with pytest.raises(UserError, match=rf"model\.{name} is .*, which flax-plain has not here"):
+            list(benchmark_steps(settings))
+
+
+def test_what_was_measured_before_an_error_is_shown(monkeypatch, capsys):
+    def benchmark_steps(settings):
+        yield from measured(rounds=1, steps=1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.benchmark.steps.benchmark_steps", benchmark_steps)
+    assert main(["benchmark", "train", "tiny"]) == 130
+    printed = capsys.readouterr()
+    assert "target tokens/s" in printed.out and printed.err == "interrupted\n"
 
 
 def test_marian_is_asked_for_the_same_and_its_log_is_read(batches, tmp_path, monkeypatch):

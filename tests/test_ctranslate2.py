@@ -233,9 +233,13 @@ def test_what_is_there_stays(run, tmp_path):
 
 
 def test_an_empty_directory_is_filled(run, tmp_path):
-    (tmp_path / "ct2").mkdir()
+    """And not replaced: it may be a link, or where something is mounted."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "ct2").symlink_to("there")
     to_ctranslate2(run, tmp_path / "ct2")
-    assert ctranslate2.contains_model(str(tmp_path / "ct2"))
+    assert ctranslate2.contains_model(str(tmp_path / "there"))
+    assert (tmp_path / "ct2").is_symlink()
+    assert not [path for path in (tmp_path / "there").iterdir() if path.name.startswith(".")]
 
 
 def test_a_broken_run_leaves_nothing_behind(run, tmp_path):

@@ -92,6 +92,14 @@ def test_one_long_sentence_makes_batches_smaller_instead_of_larger(run, tmp_path
         assert evaluator._batches.rows_per_batch == rows
 
 
+def test_a_sentence_that_would_fill_all_memory_is_refused(run, tmp_path):
+    (tmp_path / "huge.en").write_text("red\n" + "red " * 10_000 + "\n")
+    (tmp_path / "huge.de").write_text("rot\n" * 2)
+    files = str(tmp_path / "huge.en"), str(tmp_path / "huge.de")
+    with pytest.raises(UserError, match=r"sentence 2 of .* has 10,001 tokens, more than 10,000"):
+        evaluate_run(run, files=files)
+
+
 def test_a_run_scores_afterwards_as_it_did_in_training(run):
     at_150 = evaluate_run(str(run), split="validation", checkpoint="150", beam_size=1)
     validation = record(run, "validation")

@@ -34,6 +34,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 load_file = pytest.importorskip("safetensors.numpy").load_file
 save_file = pytest.importorskip("safetensors.numpy").save_file
+save_torch = pytest.importorskip("safetensors.torch").save_file
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)  # for models this small, more only wait for one another
@@ -418,6 +419,26 @@ def test_files_of_older_versions(shared, tmp_path):
     torch.save(state, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"shared\.weight and .*lm_head\.weight differ, but config"):
         from_marian(folder, tmp_path / "other")
+
+
+@pytest.mark.parametrize("form", ["shards", "bfloat16", "bfloat16 pickle"])
+def test_other_files_that_transformers_writes(shared, tmp_path, form):
+    folder = tmp_path / "theirs"
+    shutil.copytree(shared.folder, folder, ignore=shutil.ignore_patterns("model.safetensors"))
+    expected = load_params(shared.run)
+    if form == "shards":
+        shared.model.save_pretrained(folder, max_shard_size="20KB")
+        assert not (folder / "model.safetensors").exists()
+    else:
+        state = {name: x.bfloat16() for name, x in shared.model.state_dict().items()}
+        if form == "bfloat16":
+            tensors = {name: state[name] for name in load_file(shared.folder / "model.safetensors")}
+            save_torch(tensors, folder / "model.safetensors")
+        else:
+            torch.save(state, folder / "pytorch_model.bin")
+        expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), expected)
+    from_marian(folder, tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path / "run"), expected)
 
 
 def test_half_precision_files_stay_half_precision(shared, tmp_path):

@@ -149,6 +149,11 @@ def test_another_bad_line_is_reported(tmp_path):
     write_steps(tmp_path, 10)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write("<<<<<<< HEAD\n")
+    for line in ("5", "null", '{"step": null, "split": "train", "time": 0}', '{"split": "train"}'):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / "metrics.jsonl").write_text(f"{line}\n")
+        with pytest.raises(UserError, match=r"metrics.jsonl:1 is no record of a step and a split"):
+            read_metrics(tmp_path / "other")
     with pytest.raises(UserError, match=r"metrics.jsonl:2 is not JSON"):
         MetricsWriter(tmp_path, start_step=10)
 

@@ -187,6 +187,10 @@ def test_what_is_no_run_is_left_alone(folder, tmp_path):
     with pytest.raises(UserError, match=r"has version None, .*; choose another --run"):
         prepare(small_config(folder, run=str(tmp_path)))
     assert (tmp_path / "config.json").read_text() == '{"model_type": "marian"}'
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "checkpoints" / "60").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"has checkpoints but no config\.json: restore it"):
+        prepare(small_config(folder, run=str(tmp_path)))
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -13,8 +14,9 @@ import jax
 
 from jaxformer.compilation import keep_compiled_programs
 from jaxformer.config import Precision
-from jaxformer.errors import UserError
+from jaxformer.errors import UserError, memory_errors
 from jaxformer.generation import PenaltyForm
+from jaxformer.terminal import check_open, drop_output
 from train.arguments import config_names, load_config, override, refuse
 from train.benchmark.command import add_benchmark
 from train.metrics import has_ended
@@ -28,15 +30,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = _parser().parse_known_args(arguments)
     keep_compiled_programs()
     try:
-        options.command(options, overrides)
+        check_open("stdout")
+        with memory_errors("shorten the longest sentences, or use a device with more"):
+            options.command(options, overrides)
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Preempted:  # what runs us shall see that it is not done, and begin it again
         return 128 + signal.SIGTERM
     except BrokenPipeError:  # the reader has gone, as in `… --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        drop_output()
+        print(f"error: cannot write standard output: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         again = ": run the same command again to go on" if options.command == _fit else ""
         print(f"interrupted{again}", file=sys.stderr)

@@ -27,10 +27,23 @@ from train.metrics import Score, bleu, bleu_metric, chrf
 from train.parallel import DataParallel, Runner
 from train.step import make_eval_step
 
+# Tokens of a sentence: attention of 8 heads takes 3 GB.
+_LONGEST = 10_000
 
-def check_positions(model: TransformerConfig, corpus: EncodedCorpus) -> None:
-    """Raise `UserError` if a sentence reaches past the last of learned positions."""
+
+def check_lengths(model: TransformerConfig, corpus: EncodedCorpus) -> None:
+    """Raise `UserError` if a sentence is too long to be scored.
+
+    It reaches past the last of learned positions, or attention to it would fill all memory.
+    """
     longest = max(int(side.lengths.max()) for side in (corpus.source, corpus.target))
+    if longest > _LONGEST:
+        rows = [int(side.lengths.argmax()) for side in (corpus.source, corpus.target)]
+        row = max(rows, key=lambda row: corpus.source.lengths[row] + corpus.target.lengths[row])
+        raise UserError(
+            f"sentence {row + 1} of those that are scored has {longest:,} tokens, more than "
+            f"{_LONGEST:,}: split it or leave it out"
+        )
     if model.num_positions is not None and longest > model.num_positions:
         raise UserError(
             f"the longest sentence has {longest} tokens but model.max_length is "
@@ -198,7 +211,7 @@ def evaluate_run(
     )
     losses: dict[str, float] = {}
     if not model.quantized:
-        check_positions(model, corpus)
+        check_lengths(model, corpus)
         losses = LossEvaluator(
             Transformer(model),
             corpus,

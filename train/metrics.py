@@ -98,9 +98,15 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number} is not JSON: delete the line") from error
+        kinds: dict[str, Any] = {"step": int, "split": str, "time": (int, float)}
+        if not isinstance(record, dict) or not all(
+            isinstance(record.get(name), kind) for name, kind in kinds.items()
+        ):
+            raise UserError(f"{path}:{number} is no record of a step and a split: delete the line")
+        records.append(record)
     return records
 
 

@@ -28,7 +28,7 @@ from train.data.mixture import Mixture
 from train.data.packing import choose_source_length, pack
 from train.data.sources import load_extra, load_split
 from train.data.tokenizer import learn_tokenizers
-from train.evaluate import check_positions
+from train.evaluate import check_lengths
 
 if TYPE_CHECKING:
     import datasets
@@ -87,7 +87,7 @@ def prepare(config: TrainConfig) -> RunData:
     corpora = [_segmentations(config, dataset, tokenizers) for dataset in training]
     validation = encode_corpus(pairs["validation"], *tokenizers, config.data.cache_dir)
     batches = make_batches(config, corpora)
-    check_positions(config.model, validation)
+    check_lengths(config.model, validation)
     _check_packed_positions(config, batches)
     parts = jax.device_count() * config.accumulate
     rows = -(-batches.rows_per_batch // parts) * parts
@@ -152,6 +152,10 @@ def _check_same_run(config: TrainConfig, run: Path) -> None:
     that failed at its start takes a configuration that is mended. What is no run is left alone.
     """
     if not (run / CONFIG_FILE).exists():
+        if checkpoint_steps(run):
+            raise UserError(
+                f"{run} has checkpoints but no {CONFIG_FILE}: restore it, or choose another --run"
+            )
         return
     try:
         if not checkpoint_steps(run):

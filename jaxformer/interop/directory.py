@@ -29,12 +29,18 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
     path = Path(directory).absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # On the same file system, so that it can be renamed into place.
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        # An empty directory that is there may be a link, a mount, or where a shell stands: it is
+        # filled and not replaced.
+        inside = path if path.is_dir() else path.parent
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=inside) as scratch:
             partial = Path(scratch) / path.name
             partial.mkdir()
             yield partial
-            partial.replace(path)  # an empty directory that was there gives way
+            if inside != path:
+                partial.replace(path)
+            else:
+                for made in partial.iterdir():
+                    made.replace(path / made.name)
     except OSError as error:
         raise UserError(
             f"cannot write {directory}: {error.strerror or error}; choose another directory"

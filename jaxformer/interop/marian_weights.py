@@ -1,5 +1,6 @@
 """Marian's tensors: reading them, and ours from and to them."""
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -105,7 +106,7 @@ def import_params(
         if name not in left:
             raise UserError(f"{path} has no tensor {name}: download the model again")
         tensor = left.pop(name)
-        if tensor.shape != shape or tensor.dtype.kind != "f":
+        if tensor.shape != shape or not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise UserError(
                 f"{path} has {name} as {tensor.dtype.name} {list(tensor.shape)}, config.json means "
                 f"float {list(shape)}: use the files of one model"
@@ -222,6 +223,8 @@ def read_tensors(directory: Path) -> tuple[Path, Tensors]:
     path = directory / "model.safetensors"
     if path.is_file():
         read = _read_safetensors
+    elif (path := directory / "model.safetensors.index.json").is_file():
+        read = _read_shards
     elif (path := directory / "pytorch_model.bin").is_file():
         read = _read_pickle
     else:
@@ -246,8 +249,20 @@ def _read_safetensors(path: Path) -> Tensors:
     return load_file(path)
 
 
+def _read_shards(index: Path) -> Tensors:
+    files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    tensors: Tensors = {}
+    for file in files:
+        tensors |= _read_safetensors(index.with_name(file))
+    return tensors
+
+
 def _read_pickle(path: Path) -> Tensors:
     import torch
 
     tensors = torch.load(path, map_location="cpu", weights_only=True)
-    return {name: tensor.numpy() for name, tensor in tensors.items()}
+    return {
+        # numpy has no bfloat16
+        name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        for name, tensor in tensors.items()
+    }

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import os
 import tempfile
 from typing import TYPE_CHECKING, Any
@@ -123,7 +124,7 @@ def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
     from train.benchmark.report import NOTHING_TO_DRAW, keep_records, plot, steps_table
 
     if options.plot is not None:
-        swept = options.config, options.batch, options.length, options.vocab_size, options.devices
+        swept = options.batch, options.length, options.vocab_size, options.devices
         if max(len(values or ()) for values in swept) < 2:
             raise UserError(NOTHING_TO_DRAW)
         check_picture(options.plot)
@@ -133,15 +134,14 @@ def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
 
     # What was compiled before would make compiling look free.
     jax.config.update("jax_enable_compilation_cache", False)
-    records = keep_records(
-        options.output,
-        (
-            record
-            for name in options.config
-            for record in benchmark_steps(_step_benchmark(options, name, overrides))
-        ),
-    )
-    print(steps_table(records))
+    benchmarks = [_step_benchmark(options, name, overrides) for name in options.config]
+    records: list[dict[str, Any]] = []
+    try:
+        measured = itertools.chain.from_iterable(map(benchmark_steps, benchmarks))
+        records.extend(keep_records(options.output, measured))
+    finally:  # after Ctrl-C or an error: what has been measured
+        if records:
+            print(steps_table(records))
     if options.plot is not None:
         plot(options.plot, records)
 
@@ -194,5 +194,6 @@ def _benchmark_decode(options: argparse.Namespace, overrides: list[str]) -> None
     names = [field.name for field in dataclasses.fields(DecodeBenchmark)]
     values = {name: getattr(options, name) for name in names}
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    records = keep_records(options.output, benchmark_decode(DecodeBenchmark(**values | lists)))
+    measured = benchmark_decode(DecodeBenchmark(**values | lists))
+    records = list(keep_records(options.output, measured))
     print(decode_table(records))

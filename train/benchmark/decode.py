@@ -32,6 +32,7 @@ from jaxformer.config import (
     TransformerConfig,
 )
 from jaxformer.errors import UserError
+from jaxformer.files import check_writable
 from jaxformer.run import save_params, save_tokenizers, write_config
 from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import Transformer
@@ -91,8 +92,22 @@ def benchmark_decode(settings: DecodeBenchmark) -> Iterator[dict[str, Any]]:
     Raises:
       UserError: the run, the file or the peer cannot be used.
     """
-    if settings.rounds < 1:
-        raise UserError(f"rounds is {settings.rounds}: give at least 1")
+    at_least = {"rounds": 1, "sentences": 0, "batch_tokens": 1, "beam_size": 1}
+    if settings.run in PRESETS:
+        # One token of a source is its eos; of a vocabulary four are special.
+        at_least |= {"length": 2, "vocab_size": 8}
+    for name, least in at_least.items():
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: give at least {least}")
+    if min(settings.peer_batches, default=0) < 1:
+        raise UserError(f"--peer-batches are {settings.peer_batches}: give at least 1")
+    if settings.run in PRESETS and settings.source is not None:
+        raise UserError(
+            f"{settings.run} is a preset, which knows no words: leave out --source, or give a run"
+        )
+    if settings.profile is not None:
+        check_writable(Path(settings.profile) / "trace")
     with tempfile.TemporaryDirectory() as scratch:
         run, fixed = settings.run, None
         if settings.run in PRESETS:
@@ -115,7 +130,7 @@ def benchmark_decode(settings: DecodeBenchmark) -> Iterator[dict[str, Any]]:
                     engines[f"{settings.peer} {kind}"] = processes.enter_context(
                         in_a_process(_peer, settings, run, kind, scratch, fixed)
                     )
-            yield from _measure(engines, lines, settings, translators)
+            yield from _measure(engines, lines, settings, translators, fixed)
 
 
 def _timed(translate: Translate, lines: Sequence[str]) -> tuple[list[str], float]:
@@ -128,6 +143,7 @@ def _measure(
     lines: list[str],
     settings: DecodeBenchmark,
     translators: dict[str, Translator],
+    fixed: int | None,
 ) -> Iterator[dict[str, Any]]:
     outputs, first_seconds, programs = {}, {}, {}
     for name, engine in engines.items():
@@ -146,7 +162,10 @@ def _measure(
     for name in engines:
         ours = translators.get(name)
         median = statistics.median(seconds[name])
-        tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch(outputs[name]))
+        if fixed is None:
+            tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch(outputs[name]))
+        else:  # whatever text an engine makes of them
+            tokens = fixed * len(lines)
         pairs = zip(seconds[name], seconds[first], strict=True)
         ratios = [this / best for this, best in pairs]
         same = sum(map(str.__eq__, outputs[name], outputs[first])) / len(lines)
@@ -242,7 +261,9 @@ def _read_lines(settings: DecodeBenchmark) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {settings.source}: {error}") from error
     lines = text.split("\n")[: settings.sentences or None]
-    return [line for line in lines if line.strip()]
+    if sentences := [line for line in lines if line.strip()]:
+        return sentences
+    raise UserError(f"{settings.source} has no sentence: give a text file, a sentence a line")
 
 
 def _word(index: int) -> str:

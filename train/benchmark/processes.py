@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
@@ -48,6 +49,7 @@ def in_a_process(build: Callable[..., Callable], *arguments: Any) -> Iterator[Ca
 
 
 def _serve(connection: Connection, build: Callable[..., Callable], arguments: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the other, and that ends this
     jax.config.update("jax_platforms", "cpu")  # a GPU and its memory are the other engine's
     try:
         function = build(*arguments)

@@ -1,7 +1,7 @@
 """Results of benchmarks: a table for people, JSON lines for programs, a picture of a sweep."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +146,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def keep_records(path: str | None, records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Collect records as they are made, and append each at once to a file of JSON lines, if any.
+def keep_records(path: str | None, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Pass records on as they are made, each appended at once to a file of JSON lines, if any.
 
     A long sweep may be stopped, and what cannot be written fails before the work.
 
@@ -155,16 +155,15 @@ def keep_records(path: str | None, records: Iterable[dict[str, Any]]) -> list[di
       UserError: the file cannot be written.
     """
     if path is None:
-        return list(records)
-    kept = []
+        yield from records
+        return
     try:
         with open(path, "a", encoding="utf-8", buffering=1) as file:
             for record in records:
                 file.write(json.dumps(record) + "\n")
-                kept.append(record)
+                yield record
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
-    return kept
 
 
 #: What a sweep can vary and be drawn over, and how the axis is called.

@@ -17,13 +17,15 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxformer.config import DType
+from jaxformer.config import UNK_ID, DType
 from jaxformer.errors import UserError
+from jaxformer.files import check_writable
 from train.benchmark.compiles import count_compiles
 from train.benchmark.our_step import OurStep
 from train.benchmark.peaks import (
@@ -87,23 +89,43 @@ def benchmark_steps(settings: StepBenchmark) -> Iterator[dict[str, Any]]:
         if peer not in PEERS:
             raise UserError(f"unknown peer {peer!r}: choose {', '.join(PEERS)}")
         if peer == "marian" and (settings.batches is None or settings.kind != "train"):
-            raise UserError("Marian is measured in training, on a corpus: give --corpus")
+            raise UserError("Marian is only measured in training, on a corpus: train --corpus")
+        _check_peer(peer, settings)
+    cases = list(_cases(settings))  # what is impossible is said before anything is measured
+    if settings.profile is not None:
+        check_writable(Path(settings.profile) / "trace")
     device = jax.local_devices()[0]
     bandwidth = memory_bandwidth(device)
     peaks: dict[str, float] = {}
-    for case in _cases(settings):
+    for case in cases:
         dtype = case.model.dtype
         if dtype not in peaks:
             peaks[dtype] = matmul_peak(dtype, device)
         devices = separate_devices(jax.local_devices()[: case.devices])
-        if devices > 1 and settings.peers:
-            raise UserError(f"a peer has one device and we have {devices}: give --devices 1")
         yield from _measure(settings, case, peaks[dtype] * devices, bandwidth * devices)
+
+
+def _check_peer(peer: str, settings: StepBenchmark) -> None:
+    """Raise `UserError` if a peer would do other work than ours."""
+    model = settings.config.model
+    wanted: dict[str, tuple] = {
+        "head_dim": (None, model.d_model // model.num_heads),
+        "value_dim": (None, model.query_key_dim),
+        "positions": ("sinusoidal",),
+    }
+    if settings.kind == "train" and peer not in ("torch", "torch-compile"):
+        wanted |= {"attention_dropout": (0.0,), "activation_dropout": (0.0,)}
+    for name, values in wanted.items():
+        if getattr(model, name) not in values:
+            raise UserError(
+                f"model.{name} is {getattr(model, name)!r}, which {peer} has not here: leave it "
+                "as it is by default, or the peer out"
+            )
 
 
 def _cases(settings: StepBenchmark) -> Iterator[Case]:
     model = settings.config.model
-    available = jax.local_device_count()
+    available, accumulate = jax.local_device_count(), settings.config.accumulate
     shapes = [(batch, n, n) for n, batch in itertools.product(settings.length, settings.batch)]
     if settings.batches is not None:
         packing = settings.batches.packing
@@ -117,11 +139,23 @@ def _cases(settings: StepBenchmark) -> Iterator[Case]:
         if not 1 <= devices <= available:
             raise UserError(f"{devices} devices are asked for, {available} are here")
         batch, source, target = shape
+        if devices > 1 and separate_devices(jax.local_devices()[:devices]) > 1 and settings.peers:
+            raise UserError(f"a peer has one device and we have {devices}: give --devices 1")
+        for name, value, least in (("batch", batch, 1), ("length", target, 1)):
+            if value < least:
+                raise UserError(f"--{name} is {value}: give at least {least}")
+        if vocab_size <= UNK_ID + 1:
+            raise UserError(
+                f"vocab_size is {vocab_size}: give at least 5, four of them are special"
+            )
         if settings.batches is not None:
-            parts = devices * settings.config.accumulate
+            parts = devices * accumulate
             batch = -(-batch // parts) * parts  # completed with empty rows, as in training
-        elif batch % devices:
-            raise UserError(f"{batch} rows cannot be split over {devices} devices")
+        elif batch % (parts := devices * (accumulate if settings.kind == "train" else 1)):
+            raise UserError(
+                f"{batch} rows cannot be split over {devices} devices"
+                + (f" x {accumulate} parts (accumulate)" if parts > devices else "")
+            )
         changed = model.replace(dtype=dtype, vocab_size=vocab_size)
         yield Case(changed, batch, source, target, devices)
 

@@ -111,6 +111,7 @@ def _learn(
                 eos_id=EOS_ID,
                 unk_id=UNK_ID,
                 byte_fallback=False,
+                max_sentence_length=1 << 20,  # bytes; longer ones are left out without a word
                 minloglevel=2,  # errors only, and those are raised
             )
         except RuntimeError as error:
@@ -150,6 +151,8 @@ def _explain(error: str, vocab_size: int, side: str) -> str:
         limit = f"more than the {side} text can fill; the largest possible is {match[1]}"
     elif match := re.search(r"smaller than required_chars. \d+ vs (\d+)", error):
         limit = f"too few for its characters alone; the {side} text needs at least {match[1]}"
+    elif "sentences_.empty()" in error or "all_chars_count" in error:
+        return f"the {side} text is blank: nothing to learn a vocabulary from"
     else:
         return f"sentencepiece cannot learn {vocab_size} pieces from the {side} text: {error}"
     return f"model.vocab_size={vocab_size} is {limit}"

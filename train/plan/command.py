@@ -64,7 +64,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
     from train.plan.plan import plan
 
     machines = [tpu_machine(name) for name in options.topology] or [present_machine()]
-    records = keep_records(options.output, plan(config, machines, options.rows_per_device))
+    records = list(keep_records(options.output, plan(config, machines, options.rows_per_device)))
     print(plan_tables(records, machines))
     if options.plot is not None:
         plot_plan(options.plot, records)

@@ -3,7 +3,6 @@
 import dataclasses
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -55,12 +54,9 @@ class LayerCache:
         def update(past, new):
             return past.at[jnp.arange(slots.shape[0])[:, None], :, slots].set(new, mode="drop")
 
-        # The barrier keeps XLA from fusing the update into what reads it and then, as both the
-        # old and the new array are wanted, copying the cache at every step.
-        self_key, self_value = jax.lax.optimization_barrier(
-            (update(self.self_key, key), update(self.self_value, value))
+        return dataclasses.replace(
+            self, self_key=update(self.self_key, key), self_value=update(self.self_value, value)
         )
-        return dataclasses.replace(self, self_key=self_key, self_value=self_value)
 
     def self_key_value(self) -> tuple[Float[Array, "B P N H"], Float[Array, "B P N Hv"]]:
         """All slots, whosever they are."""

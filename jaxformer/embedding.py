@@ -15,6 +15,11 @@ class Embedding(nn.Module):
     The table [V, D] starts as N(0, 1/D): times √D the inputs have unit variance, and as softmax
     weights it gives logits of unit variance. Scale and initialisation belong together.
 
+    Attributes:
+      vocab_size, d_model: V and D.
+      dtype: of the vectors and of the product that makes logits; the table is float32.
+      quantized: whether the table is int8.
+
     With `quantized` the table is int8 and has a scale [V], as `quantize` makes them. Beside a table
     of floats there may be a copy, "transposed" [D, V]: on CPU the logits of a few tokens take a
     third of the time with it, and those of more what `kernel_first` takes.

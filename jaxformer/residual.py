@@ -18,6 +18,12 @@ class Residual(nn.Module):
 
         y = sublayer(residual.enter(x))
         x = residual.leave(x, y)
+
+    Attributes:
+      norm: where the LayerNorm stands, see above.
+      dropout_rate: on the sub-layer's output.
+      epsilon: added to the variance.
+      dtype: of the result; statistics are float32.
     """
 
     norm: Norm = "post"

@@ -155,9 +155,10 @@ def large_run(run, reports):
         line = json.dumps(template) + "\n"
         for step, value in zip(steps, noise, strict=True):
             values = ('"LOSS"', f"{3 + value:.6f}"), ('"STEP"', str(step))
+            record = line
             for name, number in (*values, ('"TIME"', f"{0.036 * step:.3f}")):
-                line_now = (line if name == '"LOSS"' else line_now).replace(name, number)
-            file.write(line_now)
+                record = record.replace(name, number)
+            file.write(record)
     return run
 
 

@@ -249,11 +249,11 @@ def _read_safetensors(path: Path) -> Tensors:
     return load_file(path)
 
 
-def _read_shards(index: Path) -> Tensors:
-    files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+def _read_shards(path: Path) -> Tensors:
+    files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
     tensors: Tensors = {}
     for file in files:
-        tensors |= _read_safetensors(index.with_name(file))
+        tensors |= _read_safetensors(path.with_name(file))
     return tensors
 
 

@@ -296,7 +296,7 @@ def test_what_the_machine_has_no_room_for(translator, monkeypatch, capsys):
     assert main(["translate", "RUN"]) == 1
     assert capsys.readouterr().err == (
         "error: too little memory on the device: Out of memory allocating 9 bytes.; "
-        "lower --batch-tokens or --beam-size\n"
+        "lower --batch-tokens, or shorten the longest line\n"
     )
 
 

@@ -44,7 +44,8 @@ from train.checkpoint_items import (
 State = TypeVar("State")
 
 # What orbax logs it either handles itself or also raises, here to end as one line.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 class _Keep(policies.PreservationPolicy):

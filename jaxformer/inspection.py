@@ -22,7 +22,7 @@ from jaxformer.heatmap import (
 )
 from jaxformer.page import page, script_note, scrolling, section, table
 from jaxformer.results import Explanation
-from jaxformer.terminal import ShowDefaults
+from jaxformer.terminal import ShowDefaults, write_line
 
 _READ = {
     "Encoder self-attention": "A row is a piece of the source, and shows what it looks at.",
@@ -180,7 +180,7 @@ def _inspect(options: argparse.Namespace) -> None:
     keep_compiled_programs()
     translator = Translator.load(options.run, options.checkpoint)
     explanation = translator.explain(options.sentence, seed=options.seed, **search)
-    print(explanation.hypotheses[0].text)
+    write_line(explanation.hypotheses[0].text)
     drawing = can_draw()
     index = write_inspection(
         explanation.words() if options.words else explanation,

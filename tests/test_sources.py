@@ -101,6 +101,20 @@ def test_csv_field_may_span_lines(data):
     assert pairs_of(load_split(replace(data, test=("t.csv",)), "test")) == [("a\nb", 'ㄱ "ㄴ"')]
 
 
+def test_a_csv_field_may_be_a_document(data):
+    write(data, "t.csv", f"en,ko\r\n{'a ' * 100_000},ㄱ\r\n")
+    ((source, _),) = pairs_of(load_split(replace(data, test=("t.csv",)), "test"))
+    assert len(source) == 200_000
+
+
+def test_parquet_text_that_is_not_utf8(data):
+    broken = pa.array([b"a", b"\xff"], pa.binary()).view(pa.string())
+    table = pa.table({"en": broken, "ko": ["ㄱ", "ㄴ"]})
+    pq.write_table(table, Path(data.path, "t.parquet"))
+    with pytest.raises(UserError, match=r"t\.parquet cannot be read as text \(.*\): write it as"):
+        load_split(replace(data, test=("t.parquet",)), "test")
+
+
 NESTED = [{"translation": {"en": en, "ko": ko}, "n": 5} for en, ko in PAIRS]
 
 

@@ -133,7 +133,7 @@ def import_params(
         if (name := f"model.{stack}.embed_positions.weight") in left:
             positions = jnp.arange(config.max_length)
             expected = np.asarray(sinusoid(positions, config.d_model, interleaved=False))
-            if not np.allclose(take(name, expected.shape), expected, rtol=0, atol=1e-3):
+            if not np.allclose(take(name, expected.shape), expected, rtol=0, atol=4e-3):  # bfloat16
                 raise UserError(f"{path}: {name} is no sinusoid, which cannot be imported")
 
     for leaf in _layer_leaves(config):

@@ -96,6 +96,7 @@ def _tsv_rows(path: Path) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(1 << 30)  # a document may be a sentence
     reader = csv.reader((line + "\n" for line in read_lines(path)), strict=True)
     try:
         yield from _name_fields(path, ((reader.line_num, fields) for fields in reader if fields))

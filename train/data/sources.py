@@ -126,7 +126,14 @@ def _local(data: "DataConfig", names: tuple[str, ...]) -> "datasets.Dataset":
         last = [_last_name(column, data) for column in (data.source, data.target)]
         if set(last) <= set(dataset.column_names):
             data = dataclasses.replace(data, source=last[0], target=last[1])
-        return _select_columns(dataset, data, str(paths[0]))
+        selected = _select_columns(dataset, data, str(paths[0]))
+        try:
+            selected.data.validate(full=True)
+        except ValueError as error:  # as `pyarrow.ArrowInvalid` is
+            raise UserError(
+                f"{paths[0]} cannot be read as text ({_first_line(error)}): write it as UTF-8"
+            ) from error
+        return selected
     if len(paths) == 1 and paths[0].suffix in table_suffixes:
         pairs = pair_table_rows(
             existing(paths[0]), data.source, data.target, last_names=bool(data.dataset)

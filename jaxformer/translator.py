@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxformer.batching import batches, pad
-from jaxformer.config import BOS_ID, EOS_ID, Precision, TransformerConfig
+from jaxformer.config import BOS_ID, EOS_ID, Precision, TransformerConfig, check_choice
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, fewest_positions
 from jaxformer.generator import Generator
@@ -115,6 +115,8 @@ class Translator:
         checkpoints: Sequence[str | int | None] = (
             [checkpoint] if checkpoint is None or isinstance(checkpoint, str | int) else checkpoint
         )
+        if dtype is not None:
+            check_choice("dtype", dtype, Precision)
         members, tokenizers = [], []
         for directory in runs:
             config = read_model_config(directory)

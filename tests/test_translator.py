@@ -6,6 +6,7 @@ import random
 import shutil
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -463,3 +464,9 @@ def test_a_tokenizer_of_another_model_is_refused(run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"tokenizer has 100 pieces and the model 70: copy"):
         Translator.load(tmp_path)
+
+
+def test_a_dtype_that_is_none_is_refused(run, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for who imports this
+    with pytest.raises(UserError, match="dtype is 'float8': choose one of float32, bfloat16, int8"):
+        Translator.load(run, dtype="float8")

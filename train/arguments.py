@@ -80,7 +80,11 @@ def override(config: TrainConfig, arguments: Sequence[str], prog: str) -> TrainC
         field = argument[2:].partition("=")[0].replace("-", "_")
         if field not in known and field != "help":
             near = difflib.get_close_matches(field, known, n=1)
-            hint = f"did you mean --{near[0]}?" if near else "--help lists all fields"
+            hint = (
+                f"did you mean --{near[0]}?"
+                if near
+                else "python -m train fit CONFIG --help lists all"
+            )
             raise UserError(f"no field --{field}: {hint}")
     output = io.StringIO()
     try:
@@ -110,4 +114,7 @@ def _first_sentence(box: str) -> str:
     rules = [i for i, line in enumerate(lines) if line.startswith(("---", "───"))]
     end = rules[1] if len(rules) > 1 else len(lines)
     message = " ".join(lines[rules[0] + 1 : end] if rules else lines)
-    return message.removeprefix("Error parsing ").rstrip(".") + ": see --help"
+    return (
+        message.removeprefix("Error parsing ").rstrip(".")
+        + ": see python -m train fit CONFIG --help"
+    )

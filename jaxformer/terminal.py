@@ -1,6 +1,7 @@
 """Whole lines to standard output, how fast they come to standard error, and help."""
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -33,6 +34,11 @@ def drop_output() -> None:
 
 def write_line(text: str) -> None:
     """Write a line to standard output, at once and whole: Ctrl-C waits until it is out."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except io.UnsupportedOperation:  # a stream of Python's own, as a notebook has
+        print(text, flush=True)
+        return
     interrupted = []
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -42,7 +48,7 @@ def write_line(text: str) -> None:
     try:
         data = memoryview(text.encode() + b"\n")
         while data:
-            data = data[os.write(sys.stdout.fileno(), data) :]
+            data = data[os.write(descriptor, data) :]
     except BrokenPipeError:
         raise
     except OSError as error:

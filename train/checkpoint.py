@@ -44,8 +44,9 @@ from train.checkpoint_items import (
 State = TypeVar("State")
 
 # What orbax logs it either handles itself or also raises, here to end as one line.
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).setLevel(logging.CRITICAL)
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+# Of several reads that fail one is raised; asyncio would tell of the others.
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 class _Keep(policies.PreservationPolicy):

@@ -36,10 +36,10 @@ def check_lengths(model: TransformerConfig, corpus: EncodedCorpus) -> None:
 
     It reaches past the last of learned positions, or attention to it would fill all memory.
     """
-    longest = max(int(side.lengths.max()) for side in (corpus.source, corpus.target))
+    lengths = np.maximum(corpus.source.lengths, corpus.target.lengths)
+    row = int(lengths.argmax())
+    longest = int(lengths[row])
     if longest > _LONGEST:
-        rows = [int(side.lengths.argmax()) for side in (corpus.source, corpus.target)]
-        row = max(rows, key=lambda row: corpus.source.lengths[row] + corpus.target.lengths[row])
         raise UserError(
             f"sentence {row + 1} of those that are scored has {longest:,} tokens, more than "
             f"{_LONGEST:,}: split it or leave it out"

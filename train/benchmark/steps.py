@@ -139,7 +139,7 @@ def _cases(settings: StepBenchmark) -> Iterator[Case]:
         if not 1 <= devices <= available:
             raise UserError(f"{devices} devices are asked for, {available} are here")
         batch, source, target = shape
-        if devices > 1 and separate_devices(jax.local_devices()[:devices]) > 1 and settings.peers:
+        if settings.peers and separate_devices(jax.local_devices()[:devices]) > 1:
             raise UserError(f"a peer has one device and we have {devices}: give --devices 1")
         for name, value, least in (("batch", batch, 1), ("length", target, 1)):
             if value < least:

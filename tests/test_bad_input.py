@@ -14,6 +14,7 @@ from small_run import small_config, trained_run, write_corpus
 from train.arguments import config_names, load_config, override
 from train.cli import main
 from train.config import TrainConfig, flatten
+from train.evaluate import _write_lines
 from train.loop import fit
 from train.preemption import Preempted
 from train.prepare import prepare
@@ -287,3 +288,19 @@ def test_a_full_disk_under_standard_output_is_one_line(folder, tmp_path, monkeyp
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["evaluate", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("error: stdout is closed: connect it to a file")
+
+
+def test_a_standard_output_without_some_letters(tmp_path, monkeypatch):
+    """Shows them escaped; what it is given as a file is UTF-8 all the same."""
+    text = "Straße\n"
+    with open(tmp_path / "shown", "w", encoding="ascii") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+
+        def evaluate(*_, **__):
+            print(text, end="")
+            _write_lines(tmp_path / "shown", [text.strip()])
+            raise UserError("enough")
+
+        monkeypatch.setattr("train.evaluate.evaluate_run", evaluate)
+        assert main(["evaluate", str(tmp_path)]) == 1
+    assert (tmp_path / "shown").read_bytes() == b"Stra\\xdfe\n" + text.encode()

@@ -1,9 +1,15 @@
 """`python -m train`: see `train.cli`."""
 
+import signal
+import sys
+
 from train.huge_pages import restart_with_huge_pages
 
 if __name__ == "__main__":
     restart_with_huge_pages()
-    from train.cli import command  # not before: it would be imported twice
+    try:
+        from train.cli import command  # not before: it would be imported twice
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
     command()

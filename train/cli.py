@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import io
 import json
 import os
 import signal
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_compiled_programs()
     try:
         check_open("stdout")
+        if isinstance(sys.stdout, io.TextIOWrapper):  # letters that it lacks end no training
+            sys.stdout.reconfigure(errors="backslashreplace")
         with memory_errors("shorten the longest sentences, or use a device with more"):
             options.command(options, overrides)
         sys.stdout.flush()

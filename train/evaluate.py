@@ -234,7 +234,8 @@ def _write_lines(path: Path, lines: Sequence[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError, ValueError):  # what stands for a terminal may be no file
             if path.exists() and os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno())):
-                print(text, end="")
+                sys.stdout.flush()
+                sys.stdout.buffer.write(text.encode())
                 return
         path.write_text(text, encoding="utf-8")
     except OSError as error:

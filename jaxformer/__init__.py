@@ -35,6 +35,7 @@ from jaxformer.scoring import (
     AttentionMaps,
     attention_alignment,
     attention_maps,
+    shift_right,
     token_log_probs,
 )
 from jaxformer.search import BeamResult
@@ -99,6 +100,7 @@ __all__ = [
     "sample",
     "segment_mask",
     "segment_positions",
+    "shift_right",
     "sinusoid",
     "token_log_probs",
     "warmup_inverse_sqrt",

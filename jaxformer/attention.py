@@ -10,7 +10,7 @@ from jaxformer.config import FlashAttention
 from jaxformer.dropout import Dropout
 from jaxformer.flash import flash_kernel
 from jaxformer.linear import Linear
-from jaxformer.masks import Mask, pairs
+from jaxformer.masks import Mask, dense_mask
 from jaxformer.sharding import constrain
 
 
@@ -23,7 +23,7 @@ def attention_weights(
 
     A query that may attend to nothing gets weights of zero, not NaN and not an average.
     """
-    mask = pairs(mask)
+    mask = dense_mask(mask)
     # Heads first, or einsum would pick an order of operands that XLA multiplies slowly on CPU.
     query = jnp.swapaxes(query * query.shape[-1] ** -0.5, 1, 2)
     key = jnp.swapaxes(key, 1, 2)

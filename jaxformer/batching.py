@@ -6,6 +6,7 @@ from itertools import groupby
 import numpy as np
 
 from jaxformer.config import PAD_ID
+from jaxformer.errors import UserError
 
 #: Rows a device for all that are fewer, so that shapes are few; but 4 and 1 have their own.
 SMALLEST = 16
@@ -53,7 +54,12 @@ def num_rows(waiting: int, batch_tokens: int, length: int, devices: int = 1) -> 
     """Rows for sentences of a length: as many as wait or as `batch_tokens` allow.
 
     They are 1, 4 or `SMALLEST` times a power of two for each device, fewer if these are too many.
+
+    Raises:
+      UserError: `batch_tokens` is below 1.
     """
+    if batch_tokens < 1:
+        raise UserError(f"batch_tokens is {batch_tokens}: give at least 1")
     full = batch_tokens // length // devices
     full = SMALLEST << (full // SMALLEST).bit_length() - 1 if full >= SMALLEST else max(1, full)
     waiting = -(-waiting // devices)

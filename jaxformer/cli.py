@@ -16,7 +16,7 @@ from jaxformer.compilation import keep_compiled_programs
 from jaxformer.config import Precision
 from jaxformer.convert import add_convert
 from jaxformer.errors import UserError, memory_errors
-from jaxformer.inspection import add_inspect
+from jaxformer.pages.inspection import add_inspect
 from jaxformer.terminal import Progress, ShowDefaults, check_open, drop_output, write_line
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _translate(options: argparse.Namespace) -> None:
 
 
 def _links(alignment: "Alignment | None") -> str:
-    words = [] if alignment is None else alignment.words()
+    words = [] if alignment is None else alignment.word_links()
     return "\t" + " ".join(f"{source}-{target}" for source, target in words)
 
 

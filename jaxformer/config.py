@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import numbers
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, Literal, get_args
+from collections.abc import Hashable, Mapping
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from jaxformer.errors import UserError
 
@@ -20,20 +24,16 @@ DType = Literal["float32", "bfloat16"]
 FlashAttention = Literal["auto", "cudnn", "pallas", "none"]
 Precision = Literal[DType, "int8"]
 
-_CHOICES = {
-    "norm": Norm,
-    "activation": Activation,
-    "embeddings": Embeddings,
-    "positions": Positions,
-    "dtype": DType,
-    "flash_attention": FlashAttention,
-}
+_LARGEST = 2**31 - 1  # as int32 can hold
 
-_KINDS: Mapping[str, tuple[type, str]] = {
-    "int": (numbers.Integral, "a whole number"),
-    "float": (numbers.Real, "a number"),
-    "bool": (bool, "True or False"),
-}
+_KINDS: Mapping[Any, tuple[type, str]] = MappingProxyType(
+    {
+        int: (numbers.Integral, "a whole number"),
+        float: (numbers.Real, "a number"),
+        bool: (bool, "True or False"),
+        str: (str, "a text"),
+    }
+)
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
@@ -42,19 +42,55 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
         raise UserError(f"{name} is {value!r}: choose one of {', '.join(get_args(choices))}")
 
 
-def check_kinds(config: Any, prefix: str = "") -> None:
-    """Raise `UserError` for a field of a dataclass that is no whole number, number or bool.
+def check_fields(config: Any, prefix: str = "") -> None:
+    """Raise `UserError` for a field of a frozen dataclass that is not of its declared type.
 
-    As far as it says that it is one, or one or None.
+    Numbers of numpy become Python's, and lists tuples.
     """
-    for field in dataclasses.fields(config):
-        declared = field.type.__name__ if isinstance(field.type, type) else str(field.type)
-        kind, _, optional = declared.partition(" | ")
-        value = getattr(config, field.name)
-        if kind in _KINDS and not (optional and value is None):
-            wanted, description = _KINDS[kind]
-            if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-                raise UserError(f"{prefix}{field.name} is {value!r}: give {description}")
+    for name, hint in _hints(config.__class__).items():
+        given = getattr(config, name)
+        value = _plain(given)
+        if get_origin(hint) is Literal:
+            check_choice(f"{prefix}{name}", value, hint)
+        elif not _is_of(value, hint):
+            raise UserError(f"{prefix}{name} is {given!r}: give {_described(hint)}")
+        elif isinstance(value, int) and abs(value) > _LARGEST:
+            raise UserError(f"{prefix}{name} is {given!r}: give at most {_LARGEST:,}")
+        if value is not given:
+            object.__setattr__(config, name, value)
+
+
+@functools.lru_cache
+def _hints(config: Hashable) -> dict[str, Any]:
+    return get_type_hints(config)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type: `_is_of(("a", 1), tuple[str, ...])` is False."""
+    if isinstance(hint, UnionType):
+        return any(_is_of(value, choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_of(item, get_args(hint)[0]) for item in value)
+    if isinstance(value, bool):
+        return hint is bool
+    wanted, _ = _KINDS.get(hint, (hint, ""))
+    return isinstance(value, wanted)
+
+
+def _described(hint: Any) -> str:
+    if isinstance(hint, UnionType):
+        return " or ".join(map(_described, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return f"several, each {_described(get_args(hint)[0])}"
+    if hint in _KINDS:
+        return _KINDS[hint][1]
+    return "None" if hint is NoneType else f"a {hint.__name__}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +167,10 @@ class TransformerConfig:
     scan_layers: bool = False
 
     def __post_init__(self) -> None:
-        check_kinds(self, "TransformerConfig.")
-        for name, choices in _CHOICES.items():
-            check_choice(f"TransformerConfig.{name}", getattr(self, name), choices)
+        if not isinstance(self.dtype, str):
+            with contextlib.suppress(TypeError):  # jnp.bfloat16, as other modules are given it
+                object.__setattr__(self, "dtype", np.dtype(self.dtype).name)
+        check_fields(self, "TransformerConfig.")
         for name in ("d_model", "d_ff", "num_heads", "encoder_layers", "decoder_layers"):
             if getattr(self, name) < 1:
                 self._reject(name, "give at least 1")
@@ -155,7 +192,7 @@ class TransformerConfig:
             self._reject("d_model", "give an even number: sinusoids come in sine, cosine pairs")
         if self.max_length < 2:
             self._reject("max_length", "give at least 2, a token and eos")
-        if not self.layer_norm_epsilon > 0.0:
+        if not 0.0 < self.layer_norm_epsilon < 1.0:
             self._reject("layer_norm_epsilon", "give a small positive number such as 1e-6")
         if self.embeddings == "shared" and self.source_vocab_size not in (None, self.vocab_size):
             self._reject(

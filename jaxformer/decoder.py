@@ -12,22 +12,20 @@ from jaxformer.cache import DecoderCache, LayerCache
 from jaxformer.config import TransformerConfig
 from jaxformer.masks import Mask
 from jaxformer.residual import layer_norm
-from jaxformer.stack import attention, feed_forward, output_gain, residual, run_stack
+from jaxformer.stack import Layer, output_gain, run_stack
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Layer):
     """Masked self-attention, encoder-decoder attention, then the feed-forward network."""
-
-    config: TransformerConfig
 
     def setup(self) -> None:
         gain = output_gain(3 * self.config.decoder_layers)
-        self.self_attention = attention(self.config, gain)
-        self.self_attention_residual = residual(self.config)
-        self.cross_attention = attention(self.config, gain)
-        self.cross_attention_residual = residual(self.config)
-        self.feed_forward = feed_forward(self.config, gain)
-        self.feed_forward_residual = residual(self.config)
+        self.self_attention = self.make_attention(gain)
+        self.self_attention_residual = self.make_residual()
+        self.cross_attention = self.make_attention(gain)
+        self.cross_attention_residual = self.make_residual()
+        self.feed_forward = self.make_feed_forward(gain)
+        self.feed_forward_residual = self.make_residual()
 
     def __call__(
         self,
@@ -75,12 +73,18 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A stack of decoder layers, with a final LayerNorm if they are pre-norm."""
+    """A stack of decoder layers, with a final LayerNorm if they are pre-norm.
+
+    Attributes:
+      config: of the model.
+      layer_type: what its layers are; a subclass may make parts of its own, see `stack.Layer`.
+    """
 
     config: TransformerConfig
+    layer_type: type[DecoderLayer] = DecoderLayer
 
     def setup(self) -> None:
-        self.layers = DecoderLayer(self.config)
+        self.layers = self.layer_type(self.config)
         if self.config.norm == "pre":
             self.layer_norm = layer_norm(self.config.layer_norm_epsilon, self.config.dtype)
 
@@ -95,10 +99,10 @@ class Decoder(nn.Module):
     ) -> Float[Array, "B T D"]:
         """Map [B, T, D] to [B, T, D], all positions at once."""
 
-        def layer(module, x):
-            return module(x, encoded, self_mask, cross_mask, deterministic=deterministic)
+        def apply_layer(layer, x):
+            return layer(x, encoded, self_mask, cross_mask, deterministic=deterministic)
 
-        x = run_stack(self.config, self.layers, self.config.decoder_layers, layer, x)
+        x = run_stack(self.config, self.layers, self.config.decoder_layers, apply_layer, x)
         return self.layer_norm(x) if self.config.norm == "pre" else x
 
     def init_cache(
@@ -156,7 +160,7 @@ class Decoder(nn.Module):
         if not isinstance(stacked, tuple):
             stacked = _unstack(stacked)
         for params in stacked:
-            yield DecoderLayer(self.config, parent=None), {"params": params}
+            yield self.layers.clone(parent=None, name=None), {"params": params}
 
 
 def unstack_decoder(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,20 +6,18 @@ from jaxtyping import Array, Float
 from jaxformer.config import TransformerConfig
 from jaxformer.masks import Mask
 from jaxformer.residual import layer_norm
-from jaxformer.stack import attention, feed_forward, output_gain, residual, run_stack
+from jaxformer.stack import Layer, output_gain, run_stack
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(Layer):
     """Self-attention, then the feed-forward network, each inside its residual connection."""
-
-    config: TransformerConfig
 
     def setup(self) -> None:
         gain = output_gain(2 * self.config.encoder_layers)
-        self.self_attention = attention(self.config, gain)
-        self.self_attention_residual = residual(self.config)
-        self.feed_forward = feed_forward(self.config, gain)
-        self.feed_forward_residual = residual(self.config)
+        self.self_attention = self.make_attention(gain)
+        self.self_attention_residual = self.make_residual()
+        self.feed_forward = self.make_feed_forward(gain)
+        self.feed_forward_residual = self.make_residual()
 
     def __call__(
         self,
@@ -41,12 +39,17 @@ class Encoder(nn.Module):
     """A stack of encoder layers, with a final LayerNorm if they are pre-norm.
 
     Works on vectors, not ids: embeddings and positions are the `Transformer`'s.
+
+    Attributes:
+      config: of the model.
+      layer_type: what its layers are; a subclass may make parts of its own, see `stack.Layer`.
     """
 
     config: TransformerConfig
+    layer_type: type[EncoderLayer] = EncoderLayer
 
     def setup(self) -> None:
-        self.layers = EncoderLayer(self.config)
+        self.layers = self.layer_type(self.config)
         if self.config.norm == "pre":
             self.layer_norm = layer_norm(self.config.layer_norm_epsilon, self.config.dtype)
 
@@ -59,8 +62,8 @@ class Encoder(nn.Module):
     ) -> Float[Array, "B S D"]:
         """Map [B, S, D] to [B, S, D]."""
 
-        def layer(module, x):
-            return module(x, mask, deterministic=deterministic)
+        def apply_layer(layer, x):
+            return layer(x, mask, deterministic=deterministic)
 
-        x = run_stack(self.config, self.layers, self.config.encoder_layers, layer, x)
+        x = run_stack(self.config, self.layers, self.config.encoder_layers, apply_layer, x)
         return self.layer_norm(x) if self.config.norm == "pre" else x

@@ -14,9 +14,12 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def memory_errors(advice: str) -> Iterator[None]:
-    """Raise `UserError`, with advice, where JAX says that a device has too little memory."""
+    """Raise `UserError`, with advice, where a device or this machine has too little memory."""
     try:
         yield
+    except MemoryError as error:
+        reason = str(error) or "no more to be had"
+        raise UserError(f"too little memory: {reason}; {advice}") from error
     except RuntimeError as error:  # as `jax.errors.JaxRuntimeError` is
         reason = " ".join(str(error).split())
         if not reason.startswith("RESOURCE_EXHAUSTED"):

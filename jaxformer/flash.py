@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxformer.config import FlashAttention
-from jaxformer.masks import Mask, SegmentMask, pairs
+from jaxformer.masks import Mask, SegmentMask, dense_mask
 from jaxformer.sharding import num_shards
 
 # The TPU's kernel works on squares of so many queries and keys.
@@ -78,7 +78,7 @@ def _pallas_can(lengths: tuple[int, int], width: int, mask: Mask | None) -> bool
 
 
 def _cudnn(query, key, value, mask):
-    allowed = pairs(mask)
+    allowed = dense_mask(mask)
     if allowed is None:
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     # To a query that sees nothing, the gradient of cuDNN's is NaN: let it see all, and forget it.
@@ -115,7 +115,7 @@ def _pallas(query, key, value, mask):
         causal = mask.causal
         # Padding is segment 0, which nobody sees: not even padding, as the kernel would have it.
         segments = tpu.SegmentIds(mask.query, jnp.where(mask.key == 0, -1, mask.key))
-        sees = jnp.any(mask.pairs(), axis=-1)[:, 0, :, None, None]
+        sees = jnp.any(mask.dense(), axis=-1)[:, 0, :, None, None]
     out = tpu.flash_attention(
         *(jnp.swapaxes(x, 1, 2) for x in (query, key, value)),
         segment_ids=segments,

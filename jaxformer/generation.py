@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxformer.beam import BeamSearch, gnmt_length_penalty, power_length_penalty
 from jaxformer.cache import DecoderCache
-from jaxformer.config import PAD_ID, TransformerConfig, check_choice, check_kinds
+from jaxformer.config import PAD_ID, TransformerConfig, check_fields
 from jaxformer.decoder import unstack_decoder
 from jaxformer.errors import UserError
 from jaxformer.linear import transpose_kernels
@@ -69,7 +69,7 @@ class GenerationConfig:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        check_kinds(self)
+        check_fields(self)
         at_least = {
             "beam_size": 1,
             "n_best": 1,
@@ -80,14 +80,13 @@ class GenerationConfig:
             "min_length_ratio": 0,
             "min_length_extra": 0,
             "no_repeat_ngram_size": 0,
-            "temperature": 0,
             "top_k": 1,
         }
         for name, minimum in at_least.items():
             value = getattr(self, name)
             if value is not None and not value >= minimum:
                 raise UserError(f"{name} is {value}: give at least {minimum}")
-            if value is not None and name not in ("temperature", "top_k") and value > _MOST:
+            if value is not None and name != "top_k" and value > _MOST:
                 raise UserError(f"{name} is {value}: give at most {_MOST:,}")
             if value == math.inf:
                 raise UserError(f"{name} is {value}: give a number")
@@ -95,9 +94,10 @@ class GenerationConfig:
             raise UserError(
                 f"n_best is {self.n_best}: give 1 to {self.beam_size}, as many as there are beams"
             )
+        if self.temperature != 0 and not 1e-30 <= self.temperature <= 1e30:  # by float32
+            raise UserError(f"temperature is {self.temperature}: give 0, or 1e-30 to 1e30")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}: give more than 0, at most 1")
-        check_choice("length_penalty_form", self.length_penalty_form, PenaltyForm)
         drawn = ("temperature", "top_k", "top_p")
         searched = (
             "length_penalty",
@@ -121,6 +121,19 @@ class GenerationConfig:
     def max_length(self, source_length: int) -> int:
         """T: the most tokens a hypothesis of a source of this many tokens can have."""
         return math.floor(self.max_length_ratio * source_length) + self.max_length_extra
+
+    def min_length(self, source_length: int) -> int:
+        """The fewest tokens that a hypothesis of it can have, if T are not fewer."""
+        return math.floor(self.min_length_ratio * source_length) + self.min_length_extra
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "GenerationConfig":
+        """Those of keyword arguments; raises `UserError` for one that is none."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise UserError(f"there is no option {name!r}: choose one of {', '.join(known)}")
+        return cls(**options)
 
 
 class State(NamedTuple):
@@ -304,14 +317,15 @@ def begin(
             )
         )
     lengths = jnp.sum(source_ids != PAD_ID, axis=1, dtype=jnp.int32)
+    most = longest(configs, options, source_ids.shape[1])
 
-    def limit(ratio: float, extra: int) -> Array:
-        limits = jnp.floor(ratio * lengths.astype(jnp.float32)).astype(jnp.int32) + extra
-        most = longest(configs, options, source_ids.shape[1])
-        return jnp.where(lengths > 0, jnp.minimum(limits, most), 0)
+    def limits(of: Callable[[int], int]) -> Array:
+        """Of each sentence; of each length by the rule itself, which float32 would round."""
+        each = [0] + [min(of(length), most) for length in range(1, source_ids.shape[1] + 1)]
+        return jnp.array(each, jnp.int32)[lengths]
 
-    max_lengths = limit(options.max_length_ratio, options.max_length_extra)
-    at_least = jnp.minimum(limit(options.min_length_ratio, options.min_length_extra), max_lengths)
+    max_lengths = limits(options.max_length)
+    at_least = jnp.minimum(limits(options.min_length), max_lengths)
     sentences = Sentences(
         max_lengths=max_lengths,
         min_lengths=at_least if options.min_length_ratio or options.min_length_extra else None,

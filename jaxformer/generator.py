@@ -157,7 +157,9 @@ class Generator:
 
         def start(chosen: list[int], length: int, all_room: bool) -> list[tuple[int, Future]]:
             devices = len(self._devices)
-            tokens = batch_tokens or devices * self._tokens_at_once(options, length)
+            tokens = batch_tokens
+            if tokens is None:
+                tokens = devices * self._tokens_at_once(options, length)
             rows = num_rows(len(chosen), tokens, length, devices) // devices
             encoded = min(rows, _ENCODED) if self._on_cpu else rows
             room_of = self._all_room if all_room else self._usual_room

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8
 
+from jaxformer.errors import UserError
+
 
 class Linear(nn.Module):
     """x W + b over the last axes of x.
@@ -189,7 +191,15 @@ def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
     learned positions stay.
 
         config, params = config.replace(quantized=True), quantize(params)
+
+    Raises:
+      UserError: they are quantized already.
     """
+
+    def to_int8(matrix: Any, input_axes: tuple[int, ...]) -> tuple[Array, Array]:
+        if matrix.dtype == jnp.int8:
+            raise UserError("the parameters are int8 already: give those that were trained")
+        return quantize_matrix(jnp.asarray(matrix), input_axes)
 
     def walk(path: tuple[str, ...], node: Any) -> Any:
         if not isinstance(node, Mapping):
@@ -198,11 +208,9 @@ def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
         node = {name: walk((*path, name), child) for name, child in node.items()}
         if "kernel" in node:
             axes = range(layers, node["kernel"].ndim - _output_axes(path[-1]))
-            kernel = jnp.asarray(node["kernel"])
-            node["kernel"], node["scale"] = quantize_matrix(kernel, tuple(axes))
+            node["kernel"], node["scale"] = to_int8(node["kernel"], tuple(axes))
         if path and "embedding" in node and not path[-1].endswith("positions"):
-            table = jnp.asarray(node["embedding"])
-            node["embedding"], node["scale"] = quantize_matrix(table, (1,))
+            node["embedding"], node["scale"] = to_int8(node["embedding"], (1,))
         return node
 
     return walk((), params)

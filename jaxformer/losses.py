@@ -50,6 +50,9 @@ def cross_entropy(
 
     Returns:
       loss_sum (nats) and weight_sum (tokens), float32 scalars.
+
+    Raises:
+      UserError: labels of another shape, or ε or `chunk_size` out of range.
     """
     sums = cross_entropy_sums(
         hidden, embedding, labels, label_smoothing=label_smoothing, chunk_size=chunk_size
@@ -68,7 +71,14 @@ def cross_entropy_sums(
     """Like `cross_entropy`, with the unsmoothed loss beside the smoothed one.
 
     Only `loss` carries gradients: `nll` is there to be reported.
+
+    Raises:
+      UserError: as for `cross_entropy`.
     """
+    if not 0.0 <= label_smoothing < 1.0:
+        raise UserError(f"label_smoothing is {label_smoothing}: give 0 up to below 1")
+    if chunk_size < 1:
+        raise UserError(f"chunk_size is {chunk_size}: give at least 1")
     if hidden.shape[:-1] != labels.shape:
         raise UserError(
             f"labels are {list(labels.shape)}, predictions {list(hidden.shape[:-1])}: give a label "

@@ -44,12 +44,12 @@ class SegmentMask:
       causal: whether a query sees no later key.
     """
 
-    # As nodes of a tree such fields hold whatever its leaves are made into.
+    # Any: transformations of trees put shapes or shardings in their place.
     query: Any
     key: Any
     causal: bool = struct.field(pytree_node=False, default=False)
 
-    def pairs(self) -> Bool[Array, "B 1 T S"]:
+    def dense(self) -> Bool[Array, "B 1 T S"]:
         """Spell it out."""
         mask = segment_mask(self.query, self.key)
         return mask & causal_mask(self.query.shape[1]) if self.causal else mask
@@ -58,14 +58,14 @@ class SegmentMask:
 Mask: TypeAlias = Bool[Array, "#B #N #T #S"] | SegmentMask
 
 
-def pairs(mask: Mask | None) -> Bool[Array, "#B #N #T #S"] | None:
+def dense_mask(mask: Mask | None) -> Bool[Array, "#B #N #T #S"] | None:
     """Return the boolean array, whichever form the mask has.
 
     Raises:
       UserError: it has another, such as numbers to add to the scores.
     """
     if isinstance(mask, SegmentMask):
-        return mask.pairs()
+        return mask.dense()
     if mask is not None and (mask.dtype != bool or mask.ndim != 4):
         raise UserError(
             f"a mask is {mask.dtype}{list(mask.shape)}: give booleans [B, N, T, S], True where a "

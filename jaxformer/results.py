@@ -34,7 +34,7 @@ class Alignment(NamedTuple):
     target_tokens: list[str]  # T pieces, eos last
     weights: np.ndarray  # [T, S], rows sum to 1
 
-    def words(self) -> list[tuple[int, int]]:
+    def word_links(self) -> list[tuple[int, int]]:
         """The source word that each target word looked at most, as (source, target) from 0."""
         _, source = _words(self.source_tokens[:-1])
         _, target = _words(self.target_tokens[:-1])
@@ -88,7 +88,7 @@ class Explanation:
         yield "Masked decoder self-attention", self.decoder_self_attention, read, read
         yield "Encoder-decoder attention", self.cross_attention, written, source
 
-    def words(self) -> "Explanation":
+    def joined(self) -> "Explanation":
         """The same with words in the place of their pieces.
 
         A word is looked at as much as all its pieces together, and looks where they look on

@@ -51,7 +51,8 @@ class Sampling:
     def __post_init__(self) -> None:
         top_k, top_p = self.top_k, self.top_p
         require(self.num_samples >= 1, "num_samples", self.num_samples, "use 1 or more")
-        require(self.temperature >= 0, "temperature", self.temperature, "use 0 (greedy) or more")
+        fits = self.temperature == 0 or 1e-30 <= self.temperature <= 1e30  # as float32 can divide
+        require(fits, "temperature", self.temperature, "use 0 (greedy), or 1e-30 to 1e30")
         require(top_k is None or top_k >= 1, "top_k", top_k, "use 1 or more, or None for all")
         require(
             top_p is None or 0 < top_p <= 1, "top_p", top_p, "use more than 0, at most 1, or None"

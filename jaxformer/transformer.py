@@ -9,10 +9,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxformer.cache import DecoderCache
 from jaxformer.config import PAD_ID, TransformerConfig
-from jaxformer.decoder import Decoder
+from jaxformer.decoder import Decoder, DecoderLayer
 from jaxformer.dropout import Dropout
 from jaxformer.embedding import Embedding
-from jaxformer.encoder import Encoder
+from jaxformer.encoder import Encoder, EncoderLayer
 from jaxformer.losses import LossSums, cross_entropy_sums
 from jaxformer.masks import SegmentMask, padding_mask
 from jaxformer.positions import PositionalEncoding, segment_positions
@@ -46,9 +46,15 @@ class Transformer(nn.Module):
     ids say which token belongs to which pair: 1, 2, … and 0 for padding; positions then restart
     and no attention crosses from one pair to another. With `deterministic=False` dropout is on and
     `apply` needs `rngs={"dropout": key}`.
+
+    Attributes:
+      config: all that fixes its function, but for these:
+      encoder_layer, decoder_layer: as `layer_type` of `Encoder` and `Decoder`.
     """
 
     config: TransformerConfig
+    encoder_layer: type[EncoderLayer] = EncoderLayer
+    decoder_layer: type[DecoderLayer] = DecoderLayer
 
     def setup(self) -> None:
         config = self.config
@@ -70,8 +76,8 @@ class Transformer(nn.Module):
         self.source_positions = PositionalEncoding(config.positions, config.max_length)
         self.target_positions = PositionalEncoding(config.positions, config.max_length)
         self.dropout = Dropout(config.dropout)
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = Encoder(config, self.encoder_layer)
+        self.decoder = Decoder(config, self.decoder_layer)
 
     @nn.nowrap
     def _embedding(self, vocab_size: int) -> Embedding:

@@ -112,6 +112,8 @@ class Translator:
             says what is missing.
         """
         runs = [run] if isinstance(run, str | Path) else list(run)
+        if not runs or checkpoint == []:
+            raise UserError("there is no run or checkpoint to load: name at least one")
         checkpoints: Sequence[str | int | None] = (
             [checkpoint] if checkpoint is None or isinstance(checkpoint, str | int) else checkpoint
         )
@@ -176,20 +178,21 @@ class Translator:
           few_shapes: compile a program for all lines that are not much shorter than the longest,
             where otherwise there is one or two for each doubling of the length.
           seed: of the noise, if `sampling`; a line's follows from this and its number alone.
-          warn: called with a message that names the line if a line is longer than
-            `config.max_length` pieces and so translated in parts.
+          warn: called with a message that names the line, if it is longer than
+            `config.max_length` pieces and so translated in parts, or has no translation.
           **options: fields of `GenerationConfig`, `beam_size=4` and `n_best=None` among them.
 
         Yields:
           `n_best` hypotheses for each line, by default all `beam_size`, best first or as they were
-          drawn, fewer if no more exist; in order. An empty line has one, empty.
+          drawn, fewer if no more exist; in order. An empty line has one, empty; so has one for
+          which none exists, of score -inf.
 
         Raises:
           UserError: an option is impossible, or prefixes are not as many as lines; when the first
             is asked for.
         """
         _refuse_one_string(lines, prefixes)
-        search = GenerationConfig(**options)
+        search = GenerationConfig.of(options)
         pairs = _with_prefixes(lines, prefixes)
         first_line = 1
         while window := list(islice(pairs, _WINDOW)):
@@ -197,7 +200,13 @@ class Translator:
             found: list[list[list[Hypothesis]]] = [[] for _ in window]
             results = self._search(parts, search, batch_tokens, few_shapes, seed)
             for part, result in zip(parts, results, strict=True):
-                found[part.line].append(self._hypotheses(result))
+                hypotheses = self._hypotheses(result)
+                if hypotheses[0].score == -np.inf:
+                    warn(
+                        f"line {first_line + part.line}: no translation that the options allow has "
+                        "a probability above 0; it stays empty"
+                    )
+                found[part.line].append(hypotheses)
             yield from map(_join, found)
             first_line += len(window)
 
@@ -328,7 +337,7 @@ class Translator:
                 f"the sentence has {len(ids)} pieces, more than the model's {limit}: give a part"
             )
         source = [*ids, EOS_ID]
-        part, search = _Part(0, ids, [], (1, 0)), GenerationConfig(**options)
+        part, search = _Part(0, ids, [], (1, 0)), GenerationConfig.of(options)
         (result,) = self._search([part], search, len(source), few_shapes=False, seed=seed)
         first = map(int, result.sequences[0][: result.lengths[0]])
         target = [token for token in first if token != EOS_ID]
@@ -471,11 +480,11 @@ class Translator:
                 hypotheses.append(
                     Hypothesis(text, float(score), float(log_prob), pieces, tokens, finished)
                 )
-        return hypotheses
+        return hypotheses or [Hypothesis("", -np.inf, -np.inf, [], [], False)]
 
 
 def _refuse_one_string(*sides: Iterable[str] | None) -> None:
-    """Or a string would be translated letter by letter."""
+    """Raise `UserError` if one is a string, which would be translated letter by letter."""
     if any(isinstance(side, str) for side in sides):
         raise UserError("one string was given where there may be several: put it into a list")
 

@@ -265,7 +265,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(
     monkeypatch, tmp_path, capsys
 ):
     monkeypatch.setattr("train.benchmark.steps.benchmark_steps", None)
-    monkeypatch.setattr("jaxformer.pictures.can_draw", lambda: True)
+    monkeypatch.setattr("jaxformer.pages.pictures.can_draw", lambda: True)
     (tmp_path / "file").touch()
     for arguments, message in (
         ([], "nothing to draw: give --batch, --length"),
@@ -274,7 +274,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(
         plot = ["--plot", str(tmp_path / "file" / "sweep.png")]
         assert main(["benchmark", "train", "tiny", *arguments, *plot]) == 1
         assert message in capsys.readouterr().err
-    monkeypatch.setattr("jaxformer.pictures.can_draw", lambda: False)
+    monkeypatch.setattr("jaxformer.pages.pictures.can_draw", lambda: False)
     assert main(["benchmark", "train", "tiny", "--batch", "1,2", *plot]) == 1
     assert "no picture without matplotlib" in capsys.readouterr().err
 

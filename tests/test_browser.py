@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from jaxformer.inspection import inspection_page
+from jaxformer.pages.inspection import inspection_page
 from jaxformer.results import Alignment, Explanation, Hypothesis
 from recorded_run import write_recorded_run
 from train import report
@@ -134,7 +134,7 @@ def found(tmp_path_factory):
         patch.setattr(report, "can_draw", lambda: False)
         pages = {
             "inspection": inspection_page(explanation()),
-            "words": inspection_page(explanation().words()),
+            "words": inspection_page(explanation().joined()),
             "report": write_report(runs[:1], folder / "a").read_text(encoding="utf-8"),
             "comparison": write_report(runs, folder / "b").read_text(encoding="utf-8"),
         }

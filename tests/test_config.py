@@ -5,6 +5,7 @@ import json
 import re
 from typing import get_args
 
+import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from jaxformer import config as config_module
 from jaxformer.config import PRESETS, TransformerConfig
 from jaxformer.errors import UserError
-from train.config import TrainConfig
+from train.config import DataConfig, EvaluateConfig, ParallelConfig, TrainConfig
 
 NAN = float("nan")
 
@@ -126,7 +127,38 @@ def test_round_trip_through_json(name):
 def test_values_of_another_kind(field, value, message):
     with pytest.raises(UserError, match=re.escape(f"TransformerConfig.{message}")):
         TransformerConfig(**{field: value})
-    assert TransformerConfig(d_model=np.int64(64), head_dim=None, dropout=0).d_model == 64
+
+
+def test_values_of_numpy_and_jax_become_those_of_json():
+    config = TransformerConfig(
+        d_model=np.int64(64), dropout=np.float32(0.25), remat=np.True_, dtype=jnp.bfloat16
+    )
+    assert config == TransformerConfig(d_model=64, dropout=0.25, remat=True, dtype="bfloat16")
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    data = DataConfig(train=["a", "b"], weights=[np.float64(0.5)])
+    assert (data.train, data.weights) == (("a", "b"), (0.5,))
+    with pytest.raises(UserError, match=r"dtype is .*: choose one of float32, bfloat16"):
+        TransformerConfig(dtype=jnp.float16)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (EvaluateConfig, {"metric": "BLEU"}, "evaluate.metric is 'BLEU': choose one of bleu, "),
+        (DataConfig, {"batch_tokens": 2048.0}, "data.batch_tokens is 2048.0: give a whole number"),
+        (DataConfig, {"train": "train"}, "data.train is 'train': give several, each a text"),
+        (TrainConfig, {"accumulate": 1.5}, "accumulate is 1.5: give a whole number"),
+        (TrainConfig, {"model": {}}, "model is {}: give a TransformerConfig"),
+        (
+            ParallelConfig,
+            {"coordinator": "1234", "processes": 2, "process": 0},
+            "'1234': give HOST",
+        ),
+    ],
+)
+def test_a_configuration_file_in_python_is_checked_as_well(section, values, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        section(**values)
 
 
 @pytest.mark.parametrize(
@@ -134,12 +166,15 @@ def test_values_of_another_kind(field, value, message):
     [
         ({"data": "x"}, "data is 'x': it has fields of its own"),
         ({"evaluate": None}, "evaluate is None: it has fields of its own"),
-        ({"data": {"target_length": "32"}}, "data.target_length is '32': give int"),
-        ({"data": {"weights": [1, "a"]}}, "data.weights is (1, 'a'): give tuple[float, ...]"),
-        ({"data": {"path": 3}}, "data.path is 3: give str | None"),
-        ({"data": {"joint_vocabulary": 1}}, "data.joint_vocabulary is 1: give bool"),
-        ({"steps": True}, "steps is True: give int"),
-        ({"evaluate": {"metric": "ter"}}, "metric is 'ter': give Literal['bleu', 'chrf', 'loss']"),
+        ({"data": {"target_length": "32"}}, "data.target_length is '32': give a whole number"),
+        ({"data": {"weights": [1, "a"]}}, "data.weights is [1, 'a']: give several, each a number"),
+        ({"data": {"path": 3}}, "data.path is 3: give a text or None"),
+        ({"data": {"joint_vocabulary": 1}}, "data.joint_vocabulary is 1: give True or False"),
+        ({"steps": True}, "steps is True: give a whole number"),
+        (
+            {"evaluate": {"metric": "ter"}},
+            "evaluate.metric is 'ter': choose one of bleu, chrf, loss",
+        ),
     ],
 )
 def test_sections_of_another_kind(section, message):

@@ -14,10 +14,10 @@ import pytest
 
 from jaxformer.cli import main
 from jaxformer.errors import UserError
-from jaxformer.heatmap import describe_head, png, shades
-from jaxformer.inspection import inspection_page
-from jaxformer.page import script_note
-from jaxformer.pictures import draw_explanation, fonts_for
+from jaxformer.pages.heatmap import describe_head, png, shades
+from jaxformer.pages.inspection import inspection_page
+from jaxformer.pages.page import script_note
+from jaxformer.pages.pictures import draw_explanation, fonts_for
 from jaxformer.positions import sinusoid
 from jaxformer.results import Alignment
 from jaxformer.transformer import Transformer
@@ -103,7 +103,7 @@ def test_learned_positions_are_shown(tmp_path):
 
 
 def test_words_are_looked_at_as_much_as_their_pieces(explanation):
-    words = explanation.words()
+    words = explanation.joined()
     assert words.source_tokens == [*LINE.split(), "</s>"]
     assert words.decoder_tokens[0] == "<s>"
     for (_, joined, queries, keys), (_, pieces, _, _) in zip(
@@ -289,7 +289,7 @@ def test_pngs_name_letters_that_no_font_has(explanation, tmp_path, capsys, monke
 
 def test_a_long_sentence_makes_no_larger_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    from jaxformer.pictures import _draw_maps
+    from jaxformer.pages.pictures import _draw_maps
 
     weights = np.random.default_rng(0).random((2, 8, 300, 280), np.float32)
     pieces = [f"piece {n}" for n in range(300)]

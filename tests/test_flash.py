@@ -60,7 +60,7 @@ def assert_attends_like_weights(kernel, mask):
         error, usual = np.linalg.norm(ours - same), np.linalg.norm(theirs - same)
         assert error < 1.5 * usual < 0.02 * np.linalg.norm(same)
     if mask is not None:
-        unseeing = ~np.any(mask.pairs(), axis=-1)[:, 0]
+        unseeing = ~np.any(mask.dense(), axis=-1)[:, 0]
         assert not np.any(found[0][unseeing]) and not np.any(found[1][unseeing])
 
 

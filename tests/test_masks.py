@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jaxformer.config import PAD_ID
 from jaxformer.errors import UserError
-from jaxformer.masks import SegmentMask, causal_mask, padding_mask, pairs, segment_mask
+from jaxformer.masks import SegmentMask, causal_mask, dense_mask, padding_mask, segment_mask
 from jaxformer.positions import segment_positions, sinusoid
 
 
@@ -51,10 +51,10 @@ def test_segment_mask_keeps_segments_apart_and_padding_alone(query_lengths, key_
 def test_a_segment_mask_is_spelled_out_where_a_kernel_has_no_use_for_it():
     ids = jnp.array([segment_row([2, 3]), segment_row([13])])
     spelled_out = segment_mask(ids, ids)
-    np.testing.assert_array_equal(pairs(SegmentMask(ids, ids)), spelled_out)
-    causal = pairs(SegmentMask(ids, ids, causal=True))
+    np.testing.assert_array_equal(dense_mask(SegmentMask(ids, ids)), spelled_out)
+    causal = dense_mask(SegmentMask(ids, ids, causal=True))
     np.testing.assert_array_equal(causal, np.tril(spelled_out))
-    assert pairs(spelled_out) is spelled_out and pairs(None) is None
+    assert dense_mask(spelled_out) is spelled_out and dense_mask(None) is None
 
 
 @settings(max_examples=25)
@@ -103,4 +103,4 @@ def test_what_is_no_mask_is_refused(monkeypatch, mask):
     """Numbers to add to the scores would be read the other way round."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(UserError, match=r"a mask is .*: give booleans \[B, N, T, S\]"):
-        pairs(mask)
+        dense_mask(mask)

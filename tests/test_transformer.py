@@ -783,14 +783,9 @@ class _ExpertLayer(EncoderLayer):
         return x + self.expert(super().__call__(x, mask, deterministic=deterministic))
 
 
-class _ExpertEncoder(Encoder):
-    def setup(self):
-        self.layers = _ExpertLayer(self.config)
-
-
 def test_a_layer_of_ones_own_has_all_that_flax_has():
     config = CONFIGS["paper"].replace(encoder_layers=3)
-    encoder, x = _ExpertEncoder(config), jnp.ones((1, 2, config.d_model))
+    encoder, x = Encoder(config, _ExpertLayer), jnp.ones((1, 2, config.d_model))
     key = jax.random.key(0)
     variables = encoder.init({"params": key, "noise": key}, x)
     del variables["losses"]
@@ -800,6 +795,32 @@ def test_a_layer_of_ones_own_has_all_that_flax_has():
     assert balance.shape == (3,)
     (calls,) = jax.tree.leaves(seen["statistics"])
     assert calls.tolist() == [1, 1, 1]
+
+
+class _GatedEncoderLayer(EncoderLayer):
+    def make_feed_forward(self, output_gain):
+        return FeedForward(7, "swiglu", output_gain=output_gain)
+
+
+class _GatedDecoderLayer(DecoderLayer):
+    def make_feed_forward(self, output_gain):
+        return FeedForward(5, "swiglu", output_gain=output_gain)
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_layers_with_parts_of_ones_own_decode_as_they_train(norm):
+    config = CONFIGS["paper"].replace(norm=norm)
+    model = Transformer(config, _GatedEncoderLayer, _GatedDecoderLayer)
+    source_ids, target_ids = SOURCE[:2], TARGET[:2, :T]
+    params = model.init(jax.random.key(0), source_ids, target_ids)["params"]
+    for stack, width in (("encoder", 7), ("decoder", 5)):
+        kernel = params[stack]["layers"]["feed_forward"]["hidden"]["kernel"]
+        assert width in kernel.shape
+    tokens = np.repeat(target_ids.T[..., None], K, axis=2)
+    beams = np.tile(np.arange(K, dtype=np.int32), (T, 2, 1))
+    logits, _ = decode(model, params, source_ids, tokens, beams)
+    full = model.apply({"params": params}, source_ids, target_ids)
+    assert_close(logits[:, :, 1], np.swapaxes(full, 0, 1))
 
 
 def test_parameters_are_float32_where_numbers_are_float64():

@@ -347,7 +347,7 @@ def test_alignments(translator):
         shape = len(alignment.target_tokens), len(alignment.source_tokens)
         assert alignment.weights.shape == shape
         np.testing.assert_allclose(alignment.weights.sum(1), 1.0, rtol=1e-5)
-        words = alignment.words()
+        words = alignment.word_links()
         assert [t for _, t in words] == list(range(len(target.split())))
         assert all(0 <= s < len(source.split()) for s, _ in words)
 
@@ -389,8 +389,8 @@ def test_words_are_aligned_by_the_sum_of_their_pieces():
         ["▁x", "▁y", "z", "</s>"],
         np.array([[0.2, 0.3, 0.4, 0.1], [0, 0, 0.3, 0.7], [0.2, 0, 0.1, 0.7], [0, 0, 0, 1]]),
     )
-    assert alignment.words() == [(0, 0), (1, 1)]
-    assert module.Alignment(["</s>"], ["▁x", "</s>"], np.ones((2, 1))).words() == []
+    assert alignment.word_links() == [(0, 0), (1, 1)]
+    assert module.Alignment(["</s>"], ["▁x", "</s>"], np.ones((2, 1))).word_links() == []
 
 
 def test_pairs_are_needed(translator):

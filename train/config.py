@@ -6,11 +6,11 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
-from jaxformer.config import TransformerConfig
+from jaxformer.config import TransformerConfig, check_fields
 from jaxformer.errors import UserError
+from jaxformer.generation import GenerationConfig, PenaltyForm
 from jaxformer.run import CONFIG_FILE, read_config
 
 
@@ -62,6 +62,7 @@ class DataConfig:
     """where text and token ids are kept; by default in the cache of Hugging Face datasets"""
 
     def __post_init__(self) -> None:
+        check_fields(self, "data.")
         if self.source == self.target:
             raise UserError(f"data.source and data.target are both {self.source!r}: name two")
         if not 0.0 <= self.subword_dropout < 1.0:
@@ -77,15 +78,18 @@ class DataConfig:
             raise UserError(f"data.target_length is {self.target_length}: give at least 2")
         if self.source_length < 0 or self.source_length == 1:
             raise UserError(f"data.source_length is {self.source_length}: give at least 2, or 0")
-        if self.batch_tokens < 1:
-            raise UserError(f"data.batch_tokens is {self.batch_tokens}: give at least 1")
+        if self.batch_tokens < self.target_length:
+            raise UserError(
+                f"data.batch_tokens is {self.batch_tokens}: give at least a row of "
+                f"data.target_length={self.target_length}"
+            )
         if self.weights and len(self.weights) != 1 + len(self.extra):
             raise UserError(
                 f"data.weights has {len(self.weights)} numbers for {1 + len(self.extra)} training "
                 "corpora: give one for data.train, then one for each of data.extra"
             )
-        if not all(0.0 < weight < math.inf for weight in self.weights):
-            raise UserError(f"data.weights are {self.weights}: give numbers above 0")
+        if not all(1e-9 <= weight <= 1e9 for weight in self.weights):
+            raise UserError(f"data.weights are {self.weights}: give numbers above 0, to 1e9")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +111,7 @@ class OptimizerConfig:
     """largest norm of a step's gradient; 0 does not clip"""
 
     def __post_init__(self) -> None:
+        check_fields(self, "optimizer.")
         if self.warmup_steps < 1:
             raise UserError(f"optimizer.warmup_steps is {self.warmup_steps}: give at least 1")
         if self.cooldown_steps < 0:
@@ -114,7 +119,9 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}: give 0 up to below 1")
-        for name in ("epsilon", "weight_decay", "clip_norm"):
+        if not 0.0 < self.epsilon < math.inf:
+            raise UserError(f"optimizer.epsilon is {self.epsilon}: give more than 0")
+        for name in ("weight_decay", "clip_norm"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}: give at least 0")
         if self.peak_learning_rate is not None and not 0.0 < self.peak_learning_rate < math.inf:
@@ -139,18 +146,25 @@ class EvaluateConfig:
     """beams of the final evaluation"""
     length_penalty: float = 0.6
     """alpha of the length penalty"""
-    length_penalty_form: Literal["gnmt", "power"] = "gnmt"
+    length_penalty_form: PenaltyForm = "gnmt"
     """((5 + length) / 6)^alpha as in the paper, or length^alpha as in fairseq"""
     bleu_tokenize: str = "13a"
     """sacreBLEU's tokenizer; "none" for text that is tokenised already"""
 
     def __post_init__(self) -> None:
-        for name in ("beam_size", "validation_beam_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"evaluate.{name} is {getattr(self, name)}: give at least 1")
-        for name in ("every", "patience", "length_penalty"):
-            if not 0 <= getattr(self, name) < math.inf:
+        check_fields(self, "evaluate.")
+        for name in ("every", "patience"):
+            if getattr(self, name) < 0:
                 raise UserError(f"evaluate.{name} is {getattr(self, name)}: give at least 0")
+        for name in ("validation_beam_size", "beam_size"):
+            try:
+                GenerationConfig(
+                    beam_size=getattr(self, name),
+                    length_penalty=self.length_penalty,
+                    length_penalty_form=self.length_penalty_form,
+                )
+            except UserError as error:
+                raise UserError(f"evaluate.{str(error).replace('beam_size', name)}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +179,7 @@ class CheckpointConfig:
     """latest checkpoints to average when training ends (§6.1); 1 averages none"""
 
     def __post_init__(self) -> None:
+        check_fields(self, "checkpoint.")
         if self.keep_last < 1 or self.keep_best < 0 or self.average < 1:
             raise UserError(
                 f"checkpoint.keep_last is {self.keep_last}, keep_best {self.keep_best} and average "
@@ -195,6 +210,7 @@ class ParallelConfig:
     """with coordinator: which of them this is, from 0"""
 
     def __post_init__(self) -> None:
+        check_fields(self, "parallel.")
         for name in ("fsdp", "tensor"):
             if getattr(self, name) < 1:
                 raise UserError(f"parallel.{name} is {getattr(self, name)}: give at least 1")
@@ -209,7 +225,8 @@ class ParallelConfig:
                 "parallel.coordinator, parallel.processes and parallel.process go together: "
                 "give all three, or none where JAX finds the other hosts by itself"
             )
-        if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdecimal():
+        host, _, port = (self.coordinator or "host:0").rpartition(":")
+        if not host or not port.isdecimal():
             raise UserError(
                 f"parallel.coordinator is {self.coordinator!r}: give HOST:PORT, any free port of "
                 "the host of process 0"
@@ -245,8 +262,9 @@ class TrainConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed is {self.seed}: give 0 to 2^32 - 1")
+        check_fields(self)
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}: give at least 0")
         for name in ("steps", "accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
@@ -288,29 +306,8 @@ def _from_dict(cls: type, fields: Mapping[str, Any], prefix: str) -> Any:
             raise UserError(f"unknown field {prefix}{name}: choose one of {', '.join(hints)}")
         if dataclasses.is_dataclass(hints[name]):
             value = _from_dict(hints[name], value, f"{prefix}{name}.")
-        value = tuple(value) if isinstance(value, list) else value
-        if not _is_of(value, hints[name]):
-            raise UserError(f"{prefix}{name} is {value!r}: give {_described(hints[name])}")
         values[name] = value
     return cls(**values)
-
-
-def _described(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-
-
-def _is_of(value: Any, hint: Any) -> bool:
-    """Whether a value read from JSON is of a field's type: `_is_of(("a", 1), tuple[str, ...])`."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in arguments
-    if origin is UnionType:
-        return any(_is_of(value, argument) for argument in arguments)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_is_of(item, arguments[0]) for item in value)
-    if isinstance(value, bool) or hint is bool:
-        return isinstance(value, bool) and hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def flatten(config: Any, name: str = "") -> dict[str, Any]:

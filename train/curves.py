@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxformer.page import COLOURS
-from jaxformer.pictures import picture
+from jaxformer.pages.page import COLOURS
+from jaxformer.pages.pictures import picture
 
 _WIDTH, _HEIGHT = 420, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 8, 36

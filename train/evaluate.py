@@ -150,7 +150,7 @@ def score(
     )
 
 
-def decoder(
+def make_translate(
     translator: Translator, config: EvaluateConfig, *, beam_size: int
 ) -> Callable[[Sequence[str]], list[str]]:
     """Return the translation function that a configuration asks for."""
@@ -220,7 +220,9 @@ def evaluate_run(
             rows_per_batch=jax.device_count() * -(-4096 // data.target_length),
             runner=DataParallel(),
         )(translator.params)
-    hypotheses = decoder(translator, settings, beam_size=settings.beam_size)(pairs["source"][:])
+    hypotheses = make_translate(translator, settings, beam_size=settings.beam_size)(
+        pairs["source"][:]
+    )
     if output is not None:
         _write_lines(Path(output), hypotheses)
     quality = score(hypotheses, pairs["target"][:], bleu_tokenize=settings.bleu_tokenize)

@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxformer.errors import memory_errors
+from jaxformer.errors import UserError, memory_errors
 from jaxformer.run import find_checkpoint, load_params
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
-from train.evaluate import LossEvaluator, Quality, decoder, score
+from train.evaluate import LossEvaluator, Quality, make_translate, score
 from train.lock import only_trainer
 from train.log import Log, check_finite, describe, examples
 from train.machine import describe_machine
@@ -38,6 +38,8 @@ def fit(config: TrainConfig) -> Path:
         nan, or a device has too little memory.
       Preempted: SIGTERM came; what was done is saved.
     """
+    if not config.run:
+        raise UserError("run is empty: name the directory to train in")
     if config.distributed:
         initialize_hosts(config.parallel)
     run = Path(config.run)
@@ -205,7 +207,7 @@ def _evaluate(
 ) -> dict[str, tuple[Quality, list[str]]]:
     """Translate splits and score each; every process does all of it, on its own devices."""
     translator = Translator(config.model, params, data.source_tokenizer, data.target_tokenizer)
-    translate = decoder(translator, config.evaluate, beam_size=beam_size)
+    translate = make_translate(translator, config.evaluate, beam_size=beam_size)
     # All at once: the longest sentence of them all decides on the programs.
     lines = [line for split in splits for line in data.pairs[split]["source"][:]]
     translations = iter(translate(lines))

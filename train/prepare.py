@@ -41,6 +41,7 @@ _MAY_CHANGE = (
     "log_every",
     "distributed",
     "data.path",
+    "data.test",
     "data.cache_dir",
     "accumulate",
     "model.remat",
@@ -89,6 +90,11 @@ def prepare(config: TrainConfig) -> RunData:
     batches = make_batches(config, corpora)
     check_lengths(config.model, validation)
     _check_packed_positions(config, batches)
+    if config.accumulate > batches.rows_per_batch:
+        raise UserError(
+            f"accumulate is {config.accumulate}: give at most {batches.rows_per_batch}, the rows "
+            "of a batch"
+        )
     parts = jax.device_count() * config.accumulate
     rows = -(-batches.rows_per_batch // parts) * parts
     return RunData(pairs, *tokenizers, validation, batches, rows)

@@ -11,9 +11,9 @@ import jax
 from jaxformer.config import TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.files import write_text
-from jaxformer.heatmap import alignment_lines
-from jaxformer.page import details, page, script_note, section, table
-from jaxformer.pictures import can_draw, say_where
+from jaxformer.pages.heatmap import alignment_lines
+from jaxformer.pages.page import details, page, script_note, section, table
+from jaxformer.pages.pictures import can_draw, say_where
 from jaxformer.run import read_model_config
 from jaxformer.transformer import parameter_shapes
 from train.arguments import refuse

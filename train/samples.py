@@ -7,7 +7,7 @@ from jaxformer.results import Alignment
 from jaxformer.translator import Translator
 from train.config import read_train_config
 from train.data.sources import load_split
-from train.evaluate import decoder
+from train.evaluate import make_translate
 
 _TRANSLATED, _SHOWN = 200, 4
 
@@ -43,7 +43,7 @@ def best_and_worst(run: Path) -> tuple[list[Sample], list[Sample]]:
     pairs = pairs.select(chosen)
     sources, references = pairs["source"][:], pairs["target"][:]
     translator = Translator.load(run)
-    translate = decoder(translator, config.evaluate, beam_size=config.evaluate.beam_size)
+    translate = make_translate(translator, config.evaluate, beam_size=config.evaluate.beam_size)
     outputs = translate(sources)
     metric = CHRF()
     scores = [

@@ -102,7 +102,7 @@ def to_stablehlo(
         importlib.import_module("flatbuffers")  # jax.export writes with it
     except ImportError as error:
         raise UserError("the export needs flatbuffers: pip install flatbuffers") from error
-    search = GenerationConfig(**options)
+    search = GenerationConfig.of(options)
     if search.sampling:
         raise UserError("sampling cannot be exported: leave it out, or sample with decode_step")
     if batch_size is not None and batch_size < 1:

@@ -120,7 +120,7 @@ def _leave_memory_to_peers() -> None:
 def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.peer:
         _leave_memory_to_peers()
-    from jaxformer.pictures import check_picture
+    from jaxformer.pages.pictures import check_picture
     from train.benchmark.report import NOTHING_TO_DRAW, keep_records, plot, steps_table
 
     if options.plot is not None:

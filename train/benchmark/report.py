@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxformer.errors import UserError
-from jaxformer.pictures import picture
+from jaxformer.pages.pictures import picture
 
 Records = Sequence[dict[str, Any]]
 

@@ -121,7 +121,7 @@ def text_digest(dataset: "datasets.Dataset", folder: Path) -> bytes:
     To read all of a large corpus takes a while, so the digest is kept in `folder`, under the
     fingerprint by which `datasets` tells one state of its files from another.
     """
-    note = folder / f"digest-{dataset._fingerprint}"
+    note = folder / f"digest-{CACHE_VERSION}-{dataset._fingerprint}"
     if note.exists():
         return note.read_bytes()
     digest = hashlib.sha256(f"{CACHE_VERSION} {len(dataset)}".encode())

@@ -142,6 +142,11 @@ def _local(data: "DataConfig", names: tuple[str, ...]) -> "datasets.Dataset":
         if len(paths) == 1:
             columns = data.source, data.target
             paths = [Path(f"{paths[0]}.{_last_name(column, data)}") for column in columns]
+        elif table := next((p for p in paths if p.suffix in (*table_suffixes, ".parquet")), None):
+            raise UserError(
+                f"{table} is one of two files, but a table has both sides: give it alone, and "
+                "others in data.extra"
+            )
         pairs = pair_lines(existing(paths[0]), existing(paths[1]))
     return _stream_to_arrow(pairs, paths, data)
 

@@ -43,7 +43,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
         load_config(options.config), overrides, f"python -m train plan {options.config}"
     )
 
-    from jaxformer.pictures import check_picture
+    from jaxformer.pages.pictures import check_picture
     from train.benchmark.report import keep_records
     from train.plan.report import NOTHING_TO_DRAW, plan_tables, plot_plan
 

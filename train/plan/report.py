@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxformer.errors import UserError
-from jaxformer.pictures import picture
+from jaxformer.pages.pictures import picture
 from train.benchmark.report import aligned
 from train.plan.machines import Machine
 

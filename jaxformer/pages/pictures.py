@@ -27,7 +27,7 @@ def can_draw() -> bool:
 def check_picture(path: str | Path) -> None:
     """Raise `UserError` if `picture` can write no such file; change nothing."""
     if not can_draw():
-        raise UserError('no picture without matplotlib: pip install -e ".[plot]"')
+        raise UserError("no picture without matplotlib: pip install matplotlib")
     if Path(path).suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"cannot draw {path}: its name must end in .png, .svg or .pdf")
     check_writable(path)
@@ -35,7 +35,7 @@ def check_picture(path: str | Path) -> None:
 
 def say_where(index: Path, *, drawn: bool) -> None:
     """Say on standard error where a page was written, and what PNGs beside it need."""
-    without = "" if drawn else '; for PNGs too: pip install -e ".[plot]"'
+    without = "" if drawn else "; for PNGs too: pip install matplotlib"
     print(f"wrote {index}{without}", file=sys.stderr)
 
 

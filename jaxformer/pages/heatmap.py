@@ -13,7 +13,7 @@ from html import escape
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from jaxformer.page import scrolling, text_width
+from jaxformer.pages.page import scrolling, text_width
 from jaxformer.results import Alignment
 
 # The palette: shades of --heat from clear to full, then grey for what a query may not look at,

@@ -10,7 +10,7 @@ import numpy as np
 from jaxformer.arguments import add_search, search_of
 from jaxformer.errors import UserError
 from jaxformer.files import check_writable, write_text
-from jaxformer.heatmap import (
+from jaxformer.pages.heatmap import (
     alignment_lines,
     axes,
     describe_head,
@@ -20,7 +20,7 @@ from jaxformer.heatmap import (
     shades,
     signed_shades,
 )
-from jaxformer.page import page, script_note, scrolling, section, table
+from jaxformer.pages.page import page, script_note, scrolling, section, table
 from jaxformer.results import Explanation
 from jaxformer.terminal import ShowDefaults, write_line
 
@@ -57,7 +57,7 @@ def write_inspection(explanation: Explanation, folder: Path, *, pictures: bool =
     index = folder / "index.html"
     write_text(index, inspection_page(explanation))
     if pictures:
-        from jaxformer.pictures import draw_explanation
+        from jaxformer.pages.pictures import draw_explanation
 
         draw_explanation(explanation, folder)
     return index
@@ -87,7 +87,7 @@ def _alignment(explanation: Explanation) -> str:
     alignment = explanation.alignment
     words = alignment.joined()
     links = ", ".join(
-        f"{words.target_tokens[t]} ← {words.source_tokens[s]}" for s, t in alignment.words()
+        f"{words.target_tokens[t]} ← {words.source_tokens[s]}" for s, t in alignment.word_links()
     )
     rows, columns = alignment.target_tokens, alignment.source_tokens
     return section(
@@ -174,7 +174,7 @@ def _inspect(options: argparse.Namespace) -> None:
         raise UserError(f"SENTENCE is not UTF-8 at letter {error.start + 1}: mend it") from error
     check_writable(Path(options.output, "index.html"))
     from jaxformer.compilation import keep_compiled_programs
-    from jaxformer.pictures import can_draw, say_where
+    from jaxformer.pages.pictures import can_draw, say_where
     from jaxformer.translator import Translator
 
     keep_compiled_programs()
@@ -183,7 +183,7 @@ def _inspect(options: argparse.Namespace) -> None:
     write_line(explanation.hypotheses[0].text)
     drawing = can_draw()
     index = write_inspection(
-        explanation.words() if options.words else explanation,
+        explanation.joined() if options.words else explanation,
         Path(options.output),
         pictures=drawing,
     )

@@ -1,0 +1,1 @@
+"""What a model learned and looked at, to be seen: pages of one file, and pictures."""

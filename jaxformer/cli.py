@@ -17,7 +17,14 @@ from jaxformer.config import Precision
 from jaxformer.convert import add_convert
 from jaxformer.errors import UserError, memory_errors
 from jaxformer.pages.inspection import add_inspect
-from jaxformer.terminal import Progress, ShowDefaults, check_open, drop_output, write_line
+from jaxformer.terminal import (
+    Progress,
+    ShowDefaults,
+    begin_program,
+    check_open,
+    drop_output,
+    write_line,
+)
 
 if TYPE_CHECKING:
     from jaxformer.results import Alignment
@@ -29,8 +36,6 @@ _WINDOW = 256
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    if sys.stderr is None:  # closed: what is meant for it would be printed among translations
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     options = _parser().parse_args(arguments)
     try:
         with memory_errors("lower --batch-tokens, or shorten the longest line"):
@@ -51,6 +56,7 @@ def command() -> NoReturn:
 
     A search that is under way goes on in its thread, and Python would wait for it.
     """
+    begin_program()
     status = main()
     if status == 128 + signal.SIGINT:
         os._exit(status)  # whole lines are out: `write_line` flushes each

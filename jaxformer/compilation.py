@@ -12,6 +12,8 @@ def keep_compiled_programs() -> None:
     JAX_COMPILATION_CACHE_DIR names another directory, JAX_ENABLE_COMPILATION_CACHE=0 keeps nothing.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+        if not caches.is_absolute():  # nobody's home, as in a container without users
+            return
         jax.config.update("jax_compilation_cache_dir", str(caches / "jaxformer"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

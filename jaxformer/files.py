@@ -22,6 +22,8 @@ def write_text(path: Path, text: str, *, advice: str = "choose another place") -
         partial.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; {advice}") from error
+    except UnicodeEncodeError as error:  # a name that the shell gave is bytes that are no letters
+        raise UserError(f"cannot write {path}: it would not be UTF-8; {advice}") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()

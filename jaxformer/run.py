@@ -17,6 +17,7 @@ the optimizer state and without knowing the model, or how many devices or proces
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,20 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS_DIR = "checkpoints"
 AVERAGE = "average"
 PARAMS, OPTIMIZER, METRICS, INFO = "params", "optimizer", "metrics", "info"
+
+
+def check_name(run: str | Path) -> None:
+    """Raise `UserError` if checkpoints in this directory could not be read again.
+
+    orbax and tensorstore take some signs for patterns, and a URL for a folder here.
+    """
+    path = str(Path(run).absolute())
+    if re.match(r"\w+:/", str(run)):
+        raise UserError(f"{run} is no directory: give one, for example where a bucket is mounted")
+    if sign := next((sign for sign in "[]\\" if sign in path), None):
+        raise UserError(
+            f"{path} has a {sign!r}, and checkpoints could not be read: name it without"
+        )
 
 
 def write_config(run: str | Path, config: Mapping[str, Any]) -> None:
@@ -72,7 +87,7 @@ def read_config(run: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path}:{error.lineno} is not valid JSON: {error.msg}; restore the file"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}; restore the file") from error
     version = config.get("version") if isinstance(config, dict) else None
     if version != CONFIG_VERSION:
@@ -156,8 +171,14 @@ def evaluations(run: str | Path) -> dict[int, dict[str, Any]]:
         step: _read_json(directory / str(step) / METRICS / METRICS)
         for step in checkpoint_steps(run)
     }
-    needed = {"metric", "mode", "values"}
-    return {step: record for step, record in records.items() if needed <= record.keys()}
+    return {step: record for step, record in records.items() if _is_evaluation(record)}
+
+
+def _is_evaluation(record: dict[str, Any]) -> bool:
+    values = record.get("values")
+    named = isinstance(record.get("metric"), str) and record.get("mode") in ("min", "max")
+    numbers = isinstance(values, dict) and all(isinstance(x, int | float) for x in values.values())
+    return named and numbers
 
 
 def best_step(run: str | Path) -> int | None:
@@ -194,7 +215,8 @@ def find_checkpoint(run: str | Path, checkpoint: int | str | None = None) -> Pat
     if not steps and not average.is_dir():
         raise UserError(f"{run} has no checkpoint yet: train longer, or give another run")
     if checkpoint is None:
-        if average.is_dir() and _info(average).get("latest", -1) >= max(steps, default=0):
+        latest = _info(average).get("latest")
+        if average.is_dir() and isinstance(latest, int) and latest >= max(steps, default=0):
             return average
         best = best_step(run)
         return directory / str(max(steps) if best is None else best)
@@ -241,8 +263,10 @@ def is_intact(checkpoint: Path, item: str, tree: Any) -> bool:
     """
     from jaxformer.fingerprint import fingerprint
 
-    saved = _info(checkpoint).get("fingerprints", {}).get(item)
-    return saved is None or saved == fingerprint(tree)
+    saved = _info(checkpoint).get("fingerprints", {})
+    if not isinstance(saved, dict):
+        return False
+    return saved.get(item) is None or saved[item] == fingerprint(tree)
 
 
 def describe_arrays(tree: Any) -> dict[str, str]:
@@ -277,6 +301,7 @@ def save_params(run: str | Path, step: int, params: Mapping[str, Any]) -> None:
     """Write a checkpoint of parameters alone: nested dictionaries of arrays."""
     import orbax.checkpoint as ocp
 
+    check_name(run)
     path = Path(run).absolute() / CHECKPOINTS_DIR / str(step)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         writer.save(path, args=ocp.args.Composite(**{PARAMS: ocp.args.StandardSave(params)}))
@@ -301,7 +326,9 @@ def read_arrays(path: Path) -> dict[str, Any]:
         # Numpy arrays, because the devices that the checkpoint names may not be here.
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         return handler.restore(directory, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what damage can do to JSON and to arrays is raised as anything
         raise UserError(
             f"cannot read {path}: {reason(error)}; copy the checkpoint again or choose another"
         ) from error
@@ -323,7 +350,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """What was noted beside the arrays: {} if nothing was, or it cannot be read any more."""
     try:
         noted = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return noted if isinstance(noted, dict) else {}
 

@@ -20,6 +20,26 @@ class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if nothing else super()._get_help_string(action)
 
 
+def begin_program() -> None:
+    """Do what a program needs, and a library must not do for the process that it is part of."""
+    # Where a stream was closed, the next file that is opened would get what is meant for it.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    if sys.stderr is None:  # what is meant for it would be printed among translations
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if os.getpid() == 1:  # of a container: the kernel ends it for no signal that it does not handle
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
+    hook = sys.unraisablehook
+
+    def tell(unraisable: Any) -> None:
+        # Of several reads or writes that fail orbax raises one, and waits for none of the others.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = tell
+
+
 def check_open(*names: str) -> None:
     """Raise `UserError` if a stream of `sys`, such as "stdin", was closed before Python began."""
     for name in names:

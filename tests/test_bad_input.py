@@ -14,7 +14,7 @@ from small_run import small_config, trained_run, write_corpus
 from train.arguments import config_names, load_config, override
 from train.cli import main
 from train.config import TrainConfig, flatten
-from train.evaluate import _write_lines
+from train.evaluate import write_lines
 from train.loop import fit
 from train.preemption import Preempted
 from train.prepare import prepare
@@ -298,7 +298,7 @@ def test_a_standard_output_without_some_letters(tmp_path, monkeypatch):
 
         def evaluate(*_, **__):
             print(text, end="")
-            _write_lines(tmp_path / "shown", [text.strip()])
+            write_lines(tmp_path / "shown", [text.strip()])
             raise UserError("enough")
 
         monkeypatch.setattr("train.evaluate.evaluate_run", evaluate)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -21,15 +22,18 @@ from jaxformer.errors import UserError
 from jaxformer.run import (
     best_step,
     checkpoint_steps,
+    evaluations,
     find_checkpoint,
     load_params,
     load_tokenizers,
     read_config,
     read_model_config,
+    save_params,
     write_config,
 )
 from jaxformer.tokenizer import Tokenizer
 from train.checkpoint import Checkpoints
+from train.lock import only_trainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -156,7 +160,7 @@ def test_restore_by_step(tmp_path):
     save_all(tmp_path, [(make_state(step), {"loss": 1.0}) for step in (2, 9, 11)])
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.all_steps() == [2, 9, 11]
-        assert int(checkpoints.restore(make_state()).step) == checkpoints.latest_step() == 11
+        assert int(checkpoints.restore(make_state()).step) == checkpoints.all_steps()[-1] == 11
         assert int(checkpoints.restore(make_state(), step=9).step) == 9
         with pytest.raises(UserError, match=r"no checkpoint 5: choose one of \[2, 9, 11\]"):
             checkpoints.restore(make_state(), step=5)
@@ -350,6 +354,49 @@ def test_the_one_before_a_damaged_checkpoint_is_used(tmp_path, capsys, damage):
         assert (tmp_path / "checkpoints" / name).is_dir()
 
 
+def test_whatever_orbax_raises_is_damage(tmp_path, monkeypatch, capsys):
+    states = [make_state(step) for step in (1, 2)]
+    save_all(tmp_path, [(state, {"loss": 1.0}) for state in states])
+    restore = ocp.CheckpointManager.restore
+
+    def failing(manager, step, **options):
+        if step == 2:
+            raise Exception("Encountered error while reading array index")
+        return restore(manager, step, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", failing)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(states[0]).step == 1
+    assert "error while reading array index" in capsys.readouterr().err
+
+
+def test_notes_of_another_kind(tmp_path):
+    """What is beside the arrays may be damaged too; of another kind it counts for nothing."""
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(make_state(step), {"loss": float(step)})
+        checkpoints.save_average(checkpoints.average([1, 2])[0], [1, 2])
+    info = tmp_path / "checkpoints/average/info/metadata"
+    info.write_text('{"latest": null}')
+    assert find_checkpoint(tmp_path).name == "1"
+    for record in ('{"metric": [1], "mode": "min", "values": {}}', "[" * 100_000):
+        (tmp_path / "checkpoints/1/metrics/metrics").write_text(record)
+        assert list(evaluations(tmp_path)) == [2]
+    (tmp_path / "checkpoints/2/info/metadata").write_text('{"fingerprints": 3}')
+    with pytest.raises(UserError, match="is damaged"):
+        load_params(tmp_path, 2)
+
+
+@pytest.mark.parametrize("name", ["exp[1]", "a\\b", "gs://bucket/run"])
+def test_names_with_which_checkpoints_could_not_be_read(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"name it without|give one, for example where a bucket"):
+        save_params(name, 1, {"a": np.ones(2)})
+    with pytest.raises(UserError, match=r"name it without|give one, for example where a bucket"):
+        only_trainer(Path(name)).__enter__()
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_average_is_the_default_until_training_goes_on(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(make_state(1), {"loss": 2.0})
@@ -426,7 +473,7 @@ def test_no_checkpoint_yet(tmp_path):
         with pytest.raises(UserError, match="no checkpoint yet"):
             load_params(tmp_path, checkpoint)
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest_step() is None
+        assert checkpoints.all_steps() == []
         assert best_step(tmp_path) is None
         with pytest.raises(UserError, match="no checkpoint yet"):
             checkpoints.restore(make_state())

@@ -277,9 +277,25 @@ def test_closed_streams_are_said(translator, monkeypatch, capsys, name):
     assert not translator.loaded
 
 
-def test_a_closed_standard_error_puts_nothing_among_translations(translator, run_with, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", None)
-    assert run_with(b"one\n")[:2] == (0, b"ONE\n")
+def test_a_program_begins_with_all_its_streams():
+    """What is opened later gets no descriptor that somebody writes to; as PID 1 SIGTERM ends it."""
+    program = """if True:
+        import os, signal, sys
+        if sys.argv[1] == "1":
+            os.getpid = lambda: 1
+        from jaxformer.terminal import begin_program
+        begin_program()
+        assert os.open(os.devnull, os.O_RDONLY) > 2
+        print("said", file=sys.stderr)
+        signal.raise_signal(signal.SIGTERM)
+    """
+    for first, status in (("0", -signal.SIGTERM), ("1", 128 + signal.SIGTERM)):
+        done = subprocess.run(
+            ["/bin/sh", "-c", 'exec "$@" 0<&- 2>&-', "sh", sys.executable, "-c", program, first],
+            capture_output=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (status, b"", b"")
 
 
 def test_what_the_machine_has_no_room_for(translator, monkeypatch, capsys):

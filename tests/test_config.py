@@ -129,6 +129,7 @@ def test_values_of_another_kind(field, value, message):
         TransformerConfig(**{field: value})
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_values_of_numpy_and_jax_become_those_of_json():
     config = TransformerConfig(
         d_model=np.int64(64), dropout=np.float32(0.25), remat=np.True_, dtype=jnp.bfloat16

@@ -1,7 +1,9 @@
 """Loss and scores of a trained run, against the same by hand."""
 
+import errno
 import math
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jaxformer.translator import Translator
 from small_run import LEXICON, small_config, trained_run
 from train.data.corpus import encode_corpus
 from train.data.sources import load_split
-from train.evaluate import LossEvaluator, _write_lines, evaluate_run, score
+from train.evaluate import LossEvaluator, evaluate_run, score, write_lines
 from train.metrics import read_metrics
 from train.parallel import DataParallel
 
@@ -101,14 +103,14 @@ def test_a_sentence_that_would_fill_all_memory_is_refused(run, tmp_path):
 
 
 def test_a_run_scores_afterwards_as_it_did_in_training(run):
-    at_150 = evaluate_run(str(run), split="validation", checkpoint="150", beam_size=1)
+    at_150, _ = evaluate_run(str(run), split="validation", checkpoint="150", beam_size=1)
     validation = record(run, "validation")
     assert validation["step"] == 150
     for name in ("loss", "nll", "perplexity"):
         assert at_150[name] == pytest.approx(validation[name], rel=1e-4)
     for name in ("bleu", "chrf", "exact_match", "bleu_signature", "chrf_signature"):
         assert at_150[name] == validation[name]
-    averaged = evaluate_run(str(run))
+    averaged, _ = evaluate_run(str(run))
     for name in ("bleu", "chrf", "exact_match"):
         assert averaged[name] == record(run, "final_test")[name]
     parts = [load_params(run, step) for step in (100, 150)]
@@ -118,11 +120,9 @@ def test_a_run_scores_afterwards_as_it_did_in_training(run):
     )
 
 
-def test_settings_may_differ_from_the_runs(run, tmp_path):
-    output = tmp_path / "out.txt"
-    values = evaluate_run(str(run), beam_size=1, bleu_tokenize="char", output=str(output))
+def test_settings_may_differ_from_the_runs(run):
+    values, hypotheses = evaluate_run(str(run), beam_size=1, bleu_tokenize="char")
     assert "tok:char" in values["bleu_signature"]
-    hypotheses = output.read_text().splitlines()
     references = (run.parent / "test.de").read_text().splitlines()
     by_hand = score(hypotheses, references, bleu_tokenize="char")
     assert values["bleu"] == by_hand.bleu.value
@@ -132,11 +132,11 @@ def test_settings_may_differ_from_the_runs(run, tmp_path):
 
 
 def test_the_dtype_may_differ_from_the_runs(run):
-    whole = evaluate_run(str(run), beam_size=1)
-    half = evaluate_run(str(run), beam_size=1, dtype="bfloat16")
+    whole, _ = evaluate_run(str(run), beam_size=1)
+    half, _ = evaluate_run(str(run), beam_size=1, dtype="bfloat16")
     assert half["loss"] == pytest.approx(whole["loss"], rel=0.02)
     assert half["loss"] != whole["loss"]
-    eighth = evaluate_run(str(run), beam_size=1, dtype="int8")
+    eighth, _ = evaluate_run(str(run), beam_size=1, dtype="int8")
     assert "loss" not in eighth and eighth["chrf"] == pytest.approx(whole["chrf"], abs=10)
 
 
@@ -144,20 +144,36 @@ def test_files_need_no_data_of_the_run(run, tmp_path):
     for name in ("src", "ref"):
         (tmp_path / f"{name}.txt").write_text("red dogs\n\n")
     files = (str(tmp_path / "src.txt"), str(tmp_path / "ref.txt"))
-    values = evaluate_run(str(run), files=files, beam_size=1)
+    values, _ = evaluate_run(str(run), files=files, beam_size=1)
     # The empty line is translated and scored too.
     assert values["exact_match"] == 0.5
 
 
-def test_translations_stand_before_the_scores_where_both_are_printed(tmp_path, monkeypatch):
+def test_translations_stand_beside_the_scores_where_both_are_printed(tmp_path, monkeypatch):
     """As with `--output /dev/stdout > log`: writing in place would begin at the top of the log."""
     log = tmp_path / "log"
     with log.open("w", encoding="utf-8") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         print("before")
-        _write_lines(log, ["집에", "b"])
+        write_lines(log, ["집에", "b"])
         print("after")
     assert log.read_text(encoding="utf-8") == "before\n집에\nb\nafter\n"
+
+
+def test_lines_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    output = tmp_path / "out.txt"
+    output.write_text("before\n")
+
+    def write_some(self, text, **_):
+        with self.open("w") as file:
+            file.write(text[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_some)
+    with pytest.raises(UserError, match=r"cannot write .*out.txt: No space left on device"):
+        write_lines(output, ["a", "b"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out.txt"]
+    assert output.read_text() == "before\n"
 
 
 def test_exact_match():

@@ -1,5 +1,7 @@
 import csv
+import gzip
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxformer.errors import UserError
+from random_run import tokenizer
 from train.config import DataConfig
+from train.data.corpus import encode_corpus
 from train.data.sources import load_split
 
 # What breaks naive readers: separators inside sentences, quotes, words that look like no value.
@@ -55,6 +59,59 @@ def test_text_files_by_prefix_and_by_name(data, end, bom):
     by_prefix = load_split(replace(data, train=("news",)), "train")
     by_name = load_split(replace(data, test=("news.en", "news.ko")), "test")
     assert pairs_of(by_prefix) == pairs_of(by_name) == PAIRS
+
+
+def test_parquet_names_are_no_patterns(data):
+    for name, text in (("t[1].parquet", "right"), ("t1.parquet", "wrong"), ("t?.parquet", "?")):
+        table = pa.table({"en": [text], "ko": [text]})
+        pq.write_table(table, Path(data.path, name))
+    for name, text in (("t[1].parquet", "right"), ("t?.parquet", "?")):
+        assert pairs_of(load_split(replace(data, test=(name,)), "test")) == [(text, text)]
+
+
+def test_a_table_is_none_of_two_files(data):
+    write(data, "a.tsv", "en\tko\na\tb\n")
+    write(data, "b.txt", "x\n")
+    with pytest.raises(UserError, match=r"a\.tsv is one of two files, but a table has both sides"):
+        load_split(replace(data, train=("b.txt", "a.tsv")), "train")
+
+
+def test_what_is_no_file_of_text(data, tmp_path):
+    write(data, "a.ko", gzip.compress(b"x\n"))
+    write(data, "a.en", b"x\n")
+    with pytest.raises(UserError, match=r"a\.ko is compressed: unpack it"):
+        load_split(replace(data, train=("a",)), "train")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"pipe is no regular file: it is read more than once"):
+        load_split(replace(data, train=(str(tmp_path / "pipe"), "a.en")), "train")
+
+
+def test_damaged_files_of_the_cache(data, tmp_path):
+    """As a power cut can leave them: noticed, or made again; never taken for another's."""
+    pieces = tokenizer(60)
+    write_text(data, "a.en", "a.ko")
+    write_text(data, "b.ko", "b.en")
+    cache = tmp_path / "cache"
+    one, other = (load_split(replace(data, train=(name,)), "train") for name in "ab")
+    expected = [
+        encode_corpus(dataset, pieces, pieces, cache).source.lengths.tolist()
+        for dataset in (one, other)
+    ]
+    for file in cache.glob("digest-*"):
+        file.write_bytes(b"")
+    found = [
+        encode_corpus(dataset, pieces, pieces, cache).source.lengths.tolist()
+        for dataset in (one, other)
+    ]
+    assert found == expected
+    for file in cache.glob("ids-*.arrow"):
+        file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"ids-.*\.arrow is damaged .*: delete it"):
+        encode_corpus(one, pieces, pieces, cache)
+    for file in cache.glob("text-*.arrow"):
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match=r"text-.*\.arrow is damaged .*: delete it"):
+        load_split(replace(data, train=("a",)), "train")
 
 
 def test_absolute_names_need_no_path(data):

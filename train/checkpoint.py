@@ -31,6 +31,7 @@ from jaxformer.run import (
     evaluations,
     is_intact,
     load_params,
+    reason,
 )
 from train.checkpoint_items import (
     DamagedCheckpoint,
@@ -118,17 +119,21 @@ class Checkpoints:
             n=keep_best,
             keep_checkpoints_without_metrics=False,
         )
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=_Keep(keep_last, best),
-                best_fn=self._score,
-                best_mode=mode,
-                cleanup_tmp_directories=True,
-                # In the background, a directory that cannot be created makes the exit hang.
-                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-            ),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_Keep(keep_last, best),
+            best_fn=self._score,
+            best_mode=mode,
+            cleanup_tmp_directories=True,
+            # In the background, a directory that cannot be created makes the exit hang.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
+        try:
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except Exception as error:  # it reads what is beside the arrays
+            raise UserError(
+                f"cannot read {self.directory}: {reason(error)}; restore what is damaged there, or "
+                "choose another run directory"
+            ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -144,10 +149,6 @@ class Checkpoints:
         """Return the steps of those that were saved with metrics, ascending."""
         self.wait()
         return list(evaluations(self._run))
-
-    def latest_step(self) -> int | None:
-        """Return the step of the last checkpoint, None if there is none."""
-        return self._manager.latest_step()
 
     def save(self, state: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Start to save `state` as the checkpoint of `state.step`; does nothing if there is one.
@@ -238,12 +239,12 @@ class Checkpoints:
         self._manager.reload()
 
     def _set_unreadable_metrics_aside(self) -> None:
-        """Or orbax, which reads the metrics of all checkpoints, could not begin."""
+        """Rename what orbax, which reads the metrics of all checkpoints, could not begin with."""
         if jax.process_index() == 0:
             evaluated = evaluations(self._run)
             for step in checkpoint_steps(self._run):
                 folder = self.directory / str(step) / METRICS
-                if (folder / METRICS).is_file() and step not in evaluated:
+                if (folder / METRICS).exists() and step not in evaluated:
                     place = self._free_name(f"damaged-{METRICS}-{step}")
                     _warn(f"the metrics of checkpoint {step} cannot be read: now {place.name}")
                     folder.rename(place)

@@ -57,7 +57,9 @@ def reading(directory: Path) -> Iterator[None]:
     """Turn what can be wrong with a checkpoint that is read into a `DamagedCheckpoint`."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what damage can do to JSON and to arrays is raised as anything
+        if isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
         raise DamagedCheckpoint(
             f"cannot read checkpoint {directory}: {reason(error)}; "
             "delete it to go on from the one before"

@@ -8,16 +8,19 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
-from typing import NoReturn, get_args
+from pathlib import Path
+from typing import Any, NoReturn, get_args
 
 import jax
 
 from jaxformer.compilation import keep_compiled_programs
 from jaxformer.config import Precision
 from jaxformer.errors import UserError, memory_errors
+from jaxformer.files import check_writable
 from jaxformer.generation import PenaltyForm
-from jaxformer.terminal import check_open, drop_output
+from jaxformer.terminal import begin_program, check_open, drop_output
 from train.arguments import config_names, load_config, override, refuse
 from train.benchmark.command import add_benchmark
 from train.metrics import has_ended
@@ -32,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_compiled_programs()
     try:
         check_open("stdout")
+        _check_temporary_directory()
         if isinstance(sys.stdout, io.TextIOWrapper):  # letters that it lacks end no training
             sys.stdout.reconfigure(errors="backslashreplace")
         with memory_errors("shorten the longest sentences, or use a device with more"):
@@ -49,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno != errno.ENOSPC:
             raise
         drop_output()
-        print(f"error: cannot write standard output: {error.strerror}", file=sys.stderr)
+        where = error.filename or "standard output"
+        print(f"error: cannot write {where}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         again = ": run the same command again to go on" if options.command == _fit else ""
@@ -63,6 +68,7 @@ def command() -> NoReturn:
 
     A search that is under way goes on in its thread, and Python would wait for it.
     """
+    begin_program()
     status = main()
     # One of several processes takes leave of the others, or they would fail.
     if status > 128 and not jax.distributed.is_initialized():
@@ -71,6 +77,14 @@ def command() -> NoReturn:
                 stream.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _check_temporary_directory() -> None:
+    """Raise `UserError` if there is none, as in a read-only container: sacreBLEU wants one."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise UserError("no folder for temporary files can be written to: set TMPDIR") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,18 +163,25 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         for name in ("beam_size", "length_penalty", "length_penalty_form", "bleu_tokenize")
         if getattr(options, name) is not None
     }
-    from train.evaluate import evaluate_run
+    from train.evaluate import evaluate_run, write_lines
 
-    values = evaluate_run(
+    if options.output is not None:
+        check_writable(options.output)
+    values, translations = evaluate_run(
         options.run,
         split=options.split,
         files=options.source and (options.source, options.reference),
         checkpoint=options.checkpoint,
         dtype=options.dtype,
-        output=options.output,
         **changes,
     )
-    if options.json:
+    _show(values, as_json=options.json)
+    if options.output is not None:  # last: a disk that is full takes the scores from nobody
+        write_lines(Path(options.output), translations)
+
+
+def _show(values: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
         print(json.dumps(values))
         return
     if "loss" in values:

@@ -1,6 +1,5 @@
 """How good a model is: loss and perplexity, sacreBLEU and chrF of its translations."""
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -15,7 +14,7 @@ import numpy as np
 
 from jaxformer.config import Precision, TransformerConfig
 from jaxformer.errors import UserError
-from jaxformer.files import check_writable
+from jaxformer.files import write_text
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from train.config import DataConfig, EvaluateConfig, read_section
@@ -170,9 +169,8 @@ def evaluate_run(
     files: tuple[str, str] | None = None,
     checkpoint: str | None = None,
     dtype: Precision | None = None,
-    output: str | None = None,
     **changes: Any,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[str]]:
     """Translate and score a split of a run's own data, or two text files.
 
     Args:
@@ -180,22 +178,19 @@ def evaluate_run(
       split: "train", "validation" or "test" of the run's data; not looked at if `files` is given.
       files: source and reference text file.
       checkpoint, dtype: as for `Translator.load`.
-      output: file that the translations are written to, one a line.
       **changes: fields of `EvaluateConfig` to use instead of the run's.
 
     Returns:
       loss, nll, perplexity (a token, natural logarithm; not of int8, which has no loss), bleu,
-      chrf, exact_match and signatures.
+      chrf, exact_match and signatures; and the translations.
 
     Raises:
-      UserError: the run, the data or the output file cannot be used.
+      UserError: the run or the data cannot be used.
     """
     # An import has no sections of a training: what they would say is as it is by default.
     settings = dataclasses.replace(read_section(run, "evaluate"), **changes)
     data: DataConfig = read_section(run, "data")
     bleu_metric(settings.bleu_tokenize)
-    if output is not None:
-        check_writable(output)
     translator = Translator.load(run, checkpoint, dtype=dtype)
     model = translator.config
     if files is not None:
@@ -223,22 +218,32 @@ def evaluate_run(
     hypotheses = make_translate(translator, settings, beam_size=settings.beam_size)(
         pairs["source"][:]
     )
-    if output is not None:
-        _write_lines(Path(output), hypotheses)
     quality = score(hypotheses, pairs["target"][:], bleu_tokenize=settings.bleu_tokenize)
-    return losses | quality.to_dict()
+    return losses | quality.to_dict(), hypotheses
 
 
-def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    """Write lines in place, for the path may be a pipe; beside what is printed, if it is that."""
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Write a file whole or not at all; in place what is none, such as a pipe.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     text = "".join(f"{line}\n" for line in lines)
+    if not path.exists() or (path.is_file() and not _is_standard_output(path)):
+        write_text(path.resolve(), text)
+        return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError, ValueError):  # what stands for a terminal may be no file
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno())):
-                sys.stdout.flush()
-                sys.stdout.buffer.write(text.encode())
-                return
-        path.write_text(text, encoding="utf-8")
+        if _is_standard_output(path):  # beside what is printed, and not over it
+            sys.stdout.flush()
+            sys.stdout.buffer.write(text.encode())
+        else:
+            path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _is_standard_output(path: Path) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError):  # what stands for a terminal may be no file
+        return False

@@ -127,6 +127,10 @@ def _read(run: Path) -> "pa.Table":
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if missing := {"step", "split", "time"} - set(table.column_names):
         raise UserError(f"{path} has no {', '.join(sorted(missing))}: it is not of a training run")
+    for name in ("step", "time"):
+        if not np.all(np.isfinite(_numbers(table.column(name)))):
+            read_metrics(run)  # names the line
+            raise UserError(f"{path}: a {name} is no number; delete its line")
     return table
 
 

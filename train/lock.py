@@ -8,6 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from jaxformer.errors import UserError
+from jaxformer.run import check_name
 
 LOCK_FILE = ".lock"
 
@@ -22,6 +23,7 @@ def only_trainer(run: Path) -> Iterator[None]:
     Raises:
       UserError: another process holds the directory, or it cannot be written to.
     """
+    check_name(run)
     lock = FileLock(run / LOCK_FILE, fallback_to_soft=False)
     try:
         run.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from train.lock import only_trainer
 from train.log import Log, check_finite, describe, examples
 from train.machine import describe_machine
 from train.metrics import MetricsWriter, bleu_metric, read_metrics
-from train.parallel import agreed, initialize_hosts, make_runner
+from train.parallel import agreed, agreed_steps, initialize_hosts, make_runner
 from train.preemption import Preempted, Preemption
 from train.prefetch import prefetch
 from train.prepare import RunData, prepare
@@ -71,7 +71,7 @@ def _train(config: TrainConfig, run: Path) -> None:
         optimizer = make_optimizer(config.optimizer, schedule)
         init_rng, dropout_rng = jax.random.split(jax.random.key(config.seed))
         make_state = partial(create_state, model, optimizer, init_rng)
-        if checkpoints.latest_step() is None:
+        if not agreed_steps(checkpoints.all_steps()[-1:], 1):
             state = runner.create(make_state)
         else:
             saved = runner.abstract_state(jax.eval_shape(make_state))
@@ -181,7 +181,8 @@ def _finish(
     What is scored is what `Translator.load` finds: without an average the best checkpoint.
     """
     beam_size = config.evaluate.beam_size
-    averaged = checkpoints.evaluated_steps()[-config.checkpoint.average :]
+    most = config.checkpoint.average
+    averaged = agreed_steps(checkpoints.evaluated_steps()[-most:], most)
     if len(averaged) > 1:
         params, averaged = checkpoints.average(averaged)
         checkpoints.save_average(params, averaged)

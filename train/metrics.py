@@ -99,7 +99,7 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number} is not JSON: delete the line") from error
         kinds: dict[str, Any] = {"step": int, "split": str, "time": (int, float)}
         if not isinstance(record, dict) or not all(

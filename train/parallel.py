@@ -81,6 +81,13 @@ def agreed(values: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.broadcast_one_to_all(as_bytes)).view(values.dtype)
 
 
+def agreed_steps(steps: Sequence[int], most: int) -> list[int]:
+    """Return process 0's list of steps, `most` at most, on all processes."""
+    padded = np.full(most, -1)
+    padded[: len(steps)] = steps
+    return [step for step in agreed(padded).tolist() if step >= 0]
+
+
 @dataclasses.dataclass(frozen=True)
 class DataParallel:
     """`jax.pmap`: every device has all of the state, and takes its rows of the batch.

@@ -8,8 +8,12 @@ import jax
 from jax.experimental import multihost_utils
 
 
-class Preempted(Exception):
-    """Training was told to stop and has saved what it did; it is not done."""
+class Preempted(BaseException):
+    """Training was told to stop and has saved what it did; it is not done.
+
+    No `Exception`, as `KeyboardInterrupt` is none: where it is raised a file may be read, and what
+    is caught there is taken for damage.
+    """
 
 
 class Preemption:

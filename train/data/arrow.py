@@ -28,42 +28,61 @@ def cache_folder(cache_dir: str | Path | None) -> Path:
         from datasets.config import HF_DATASETS_CACHE
 
         cache_dir = Path(HF_DATASETS_CACHE) / "jaxformer"
-    folder = Path(cache_dir).expanduser()
+    folder = Path(os.path.expanduser(cache_dir))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make the cache folder {folder}: {error.strerror}; set data.cache_dir"
+            f"cannot make the cache folder {folder}: {error.strerror}; set data.cache_dir, or "
+            "HF_DATASETS_CACHE in the environment"
         ) from error
     return folder
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(
+    path: Path, content: bytes, *, advice: str = "make room, or set data.cache_dir"
+) -> None:
     """Write a small file in one move: whoever reads it meanwhile sees all of it or nothing.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: it cannot be written; `advice` says what to do then.
     """
     # Whoever else writes it, on another host too, has a partial file of another name.
     partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
-    with _writing(path):
+    with _writing(path, advice):
         try:
             partial.write_bytes(content)
-            os.replace(partial, path)
+            _move(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path, advice: str = "make room, or set data.cache_dir") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise `UserError` if a cache file is not what was written."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # as `pyarrow.ArrowInvalid` is
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"cannot write {path}: {reason}; make room, or set data.cache_dir"
+            f"{path} is damaged ({reason}): delete it, to have it made again"
         ) from error
+
+
+def _move(partial: Path, path: Path) -> None:
+    """Put a file in its place when all of it is on the disk: after a power cut it is whole."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def write_arrow(
@@ -89,14 +108,10 @@ def write_arrow(
             return
         try:
             with _writing(path):
-                file = pa.OSFile(str(partial), "wb")
-            with file, pa.ipc.new_stream(file, schema) as writer:
-                for batch in batches:
-                    record = pa.RecordBatch.from_pydict(dict(batch), schema=schema)
-                    with _writing(path):
-                        writer.write_batch(record)
-            with _writing(path):
-                os.replace(partial, path)
+                with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as out:
+                    for batch in batches:
+                        out.write_batch(pa.RecordBatch.from_pydict(dict(batch), schema=schema))
+                _move(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise

@@ -11,7 +11,14 @@ import numpy as np
 
 from jaxformer.config import EOS_ID
 from jaxformer.tokenizer import Tokenizer
-from train.data.arrow import CACHE_VERSION, cache_folder, locate_lists, write_arrow, write_file
+from train.data.arrow import (
+    CACHE_VERSION,
+    cache_folder,
+    locate_lists,
+    reading,
+    write_arrow,
+    write_file,
+)
 from train.data.sources import iterate
 from train.progress import Count
 
@@ -112,7 +119,11 @@ def encode_corpus(
     path = folder / f"ids-{name.hexdigest()[:20]}.arrow"
     ids = pa.list_(pa.int32())
     write_arrow(path, pa.schema({"source": ids, "target": ids}), batches())
-    return EncodedCorpus(path)
+    with reading(path):
+        corpus = EncodedCorpus(path)
+        if len(corpus) != len(dataset):
+            raise ValueError(f"{len(corpus)} pairs instead of {len(dataset)}")
+    return corpus
 
 
 def text_digest(dataset: "datasets.Dataset", folder: Path) -> bytes:
@@ -122,8 +133,8 @@ def text_digest(dataset: "datasets.Dataset", folder: Path) -> bytes:
     fingerprint by which `datasets` tells one state of its files from another.
     """
     note = folder / f"digest-{CACHE_VERSION}-{dataset._fingerprint}"
-    if note.exists():
-        return note.read_bytes()
+    if note.is_file() and len(known := note.read_bytes()) == hashlib.sha256().digest_size:
+        return known
     digest = hashlib.sha256(f"{CACHE_VERSION} {len(dataset)}".encode())
     columns = dataset.select_columns(["source", "target"]).with_format("arrow")
     for table in iterate(columns, _ROWS_PER_BATCH):

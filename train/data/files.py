@@ -24,6 +24,8 @@ def existing(path: Path) -> Path:
     """Return `path` if it is a file; otherwise the `UserError` tells which files are near."""
     if path.is_file():
         return path
+    if path.exists():
+        raise UserError(f"{path} is no regular file: it is read more than once, so give a file")
     if not path.parent.is_dir():
         raise UserError(f"no file {path}: there is no folder {path.parent}; check data.path")
     names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file())
@@ -49,6 +51,8 @@ def read_lines(path: Path) -> Iterator[str]:
             try:
                 line = raw.decode("utf-8")
             except UnicodeDecodeError as error:
+                if number == 1 and raw.startswith(b"\x1f\x8b"):
+                    raise UserError(f"{path} is compressed: unpack it, with gunzip") from error
                 raise UserError(
                     f"{path}:{number}: not UTF-8 (byte 0x{raw[error.start]:02x} at column "
                     f"{error.start + 1}); convert the file, for example with iconv"
@@ -137,6 +141,8 @@ def _parse_json(text: str, path: Path, first_line: int = 1) -> Any:
     except json.JSONDecodeError as error:
         number = first_line + error.lineno - 1
         raise UserError(f"{path}:{number}: not JSON ({error.msg}, column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond all measure
+        raise UserError(f"{path}:{first_line}: not to be read as JSON ({error})") from error
 
 
 _READERS = {".tsv": _tsv_rows, ".csv": _csv_rows, ".jsonl": _jsonl_rows, ".json": _json_rows}

@@ -7,6 +7,7 @@ streamed into an Arrow file, so that a corpus may be larger than memory.
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import pickle
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from jaxformer.errors import UserError
-from train.data.arrow import CACHE_VERSION, cache_folder, write_arrow
+from train.data.arrow import CACHE_VERSION, cache_folder, reading, write_arrow
 from train.data.files import Pair, existing, pair_lines, pair_table_rows, table_suffixes
 from train.progress import Count
 
@@ -165,7 +166,10 @@ def _parquet(path: Path, data: "DataConfig") -> "datasets.Dataset":
         pyarrow.parquet.read_schema(path)  # `datasets` would log a broken file before it raises
         with _quiet():
             return datasets.load_dataset(
-                "parquet", data_files=str(path), split="train", cache_dir=data.cache_dir
+                "parquet",
+                data_files=glob.escape(str(path)),
+                split="train",
+                cache_dir=data.cache_dir,
             )
     except (OSError, ValueError, DatasetsError) as error:
         reason = _first_line(error.__cause__ or error)
@@ -187,7 +191,7 @@ def _stream_to_arrow(
     arrow = cache_folder(data.cache_dir) / f"text-{name}.arrow"
     schema = pa.schema({"source": pa.string(), "target": pa.string()})
     write_arrow(arrow, schema, _columns(pairs, f"reading {paths[0].name}"))
-    with _quiet():
+    with _quiet(), reading(arrow):
         return datasets.Dataset.from_file(str(arrow))
 
 

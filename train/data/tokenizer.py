@@ -66,7 +66,7 @@ def learn_tokenizers(
     for file, tokenizer in zip(files, tokenizers, strict=True):
         path = Path(run) / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, tokenizer.model)
+        write_file(path, tokenizer.model, advice="make room, or choose another --run")
     return tokenizers[0], tokenizers[-1]
 
 
@@ -96,8 +96,13 @@ def _learn(
 
     model = io.BytesIO()
     with tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
-        rules.write(normalization_rules())
-        rules.flush()
+        try:
+            rules.write(normalization_rules())
+            rules.flush()
+        except OSError as error:
+            raise UserError(
+                f"cannot write {rules.name}: {error.strerror}; make room, or set TMPDIR"
+            ) from error
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=_sentences(corpora, columns),

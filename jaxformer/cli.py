@@ -32,13 +32,14 @@ if TYPE_CHECKING:
 
 # Lines that are printed, and aligned or scored, at a time.
 _WINDOW = 256
+_SMALLER = "lower --batch-tokens, or shorten the longest line"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        with memory_errors("lower --batch-tokens, or shorten the longest line"):
+        with memory_errors(options.if_memory_ends):
             options.command(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -108,7 +109,7 @@ def _add_translate(commands: Any) -> None:
         "as 0-0 1-2: source-target, from 0; nothing for a line that is translated in parts",
     )
     output.add_argument("--quiet", action="store_true", help="show no progress on standard error")
-    translate.set_defaults(command=_translate)
+    translate.set_defaults(command=_translate, if_memory_ends=_SMALLER)
 
 
 def _add_score(commands: Any) -> None:
@@ -127,7 +128,7 @@ def _add_score(commands: Any) -> None:
     score.add_argument(
         "--tokens", action="store_true", help="after it a tab and each piece with its own"
     )
-    score.set_defaults(command=_score)
+    score.set_defaults(command=_score, if_memory_ends=_SMALLER)
 
 
 def _add_model(command: argparse.ArgumentParser, batch_tokens: str) -> None:

@@ -77,7 +77,7 @@ def add_convert(commands: Any) -> None:
         default=argparse.SUPPRESS,
         help="translations returned of each sentence (default: as many as there are beams)",
     )
-    convert.set_defaults(command=_convert)
+    convert.set_defaults(command=_convert, if_memory_ends="convert on a machine with more")
 
 
 def _convert(options: argparse.Namespace) -> None:

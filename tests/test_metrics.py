@@ -12,8 +12,9 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxformer.errors import UserError
-from train.metrics import MetricsWriter, Score, bleu, chrf, read_metrics
+from train.metrics import MetricsWriter, read_metrics
 from train.progress import Count, Progress
+from train.scores import CorpusScore, bleu, chrf
 
 # ---------------------------------------------------------------------------------------------
 # Scores
@@ -49,7 +50,7 @@ def test_a_score_says_how_it_was_computed():
     assert tokenised.value < 100
     assert "|case:mixed|eff:no|tok:13a|smooth:exp|version:" in str(cased)
     assert "|tok:none|" in tokenised.signature
-    assert str(Score("BLEU", 41.0249, "nrefs:1")) == "BLEU 41.02 (nrefs:1)"
+    assert str(CorpusScore("BLEU", 41.0249, "nrefs:1")) == "BLEU 41.02 (nrefs:1)"
 
 
 @pytest.mark.parametrize("metric", [bleu, chrf])

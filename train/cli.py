@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_temporary_directory()
         if isinstance(sys.stdout, io.TextIOWrapper):  # letters that it lacks end no training
             sys.stdout.reconfigure(errors="backslashreplace")
-        with memory_errors("shorten the longest sentences, or use a device with more"):
+        with memory_errors("ask for less at once, or use a device with more"):
             options.command(options, overrides)
         sys.stdout.flush()
     except UserError as error:

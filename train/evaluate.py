@@ -22,8 +22,8 @@ from train.data.batches import Batches
 from train.data.corpus import EncodedCorpus, encode_corpus
 from train.data.packing import pack_in_order
 from train.data.sources import load_split
-from train.metrics import Score, bleu, bleu_metric, chrf
 from train.parallel import DataParallel, Runner
+from train.scores import CorpusScore, bleu, bleu_metric, chrf
 from train.step import make_eval_step
 
 # Tokens of a sentence: attention of 8 heads takes 3 GB.
@@ -119,8 +119,8 @@ class Quality:
       exact_match: share of translations equal to their reference, from 0 to 1.
     """
 
-    bleu: Score
-    chrf: Score
+    bleu: CorpusScore
+    chrf: CorpusScore
     exact_match: float
 
     def __str__(self) -> str:

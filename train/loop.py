@@ -20,12 +20,13 @@ from train.evaluate import LossEvaluator, Quality, make_translate, score
 from train.lock import only_trainer
 from train.log import Log, check_finite, describe, examples
 from train.machine import describe_machine
-from train.metrics import MetricsWriter, bleu_metric, read_metrics
+from train.metrics import MetricsWriter, read_metrics
 from train.parallel import agreed, agreed_steps, initialize_hosts, make_runner
 from train.preemption import Preempted, Preemption
 from train.prefetch import prefetch
 from train.prepare import RunData, prepare
 from train.progress import Progress
+from train.scores import bleu_metric
 from train.state import create_state, make_optimizer, make_schedule
 from train.step import Batch, make_train_step
 
@@ -109,6 +110,28 @@ def _train(config: TrainConfig, run: Path) -> None:
                 alone = _out_of_patience(history, metric, evaluate.patience)
                 return bool(agreed(np.array([alone]))[0])
 
+            def validate(params: Any, done: int) -> dict[str, float]:
+                """Write and show what the validation split says; return what all hosts go by."""
+                began = time.monotonic()
+                losses = validation_loss(params)
+                check_finite("validation loss", losses["loss"], done)
+                whole, beam_size = runner.whole(params), evaluate.validation_beam_size
+                scored = _evaluate(config, data, whole, ["validation"], beam_size)
+                quality, _ = scored["validation"]
+                writer.write(done, "validation", losses | quality.to_dict())
+                progress.message(
+                    f"step {done:,}: validation loss {losses['loss']:.3f}  "
+                    f"ppl {losses['perplexity']:.2f}  BLEU {quality.bleu.value:.2f}  "
+                    f"chrF {quality.chrf.value:.2f}  exact match {quality.exact_match:.1%}  "
+                    f"({time.monotonic() - began:.1f} s)"
+                )
+                if not history:
+                    for name in (quality.bleu, quality.chrf):
+                        progress.message(f"here {name.name} is {name.signature}")
+                numbers = losses | {"bleu": quality.bleu.value, "chrf": quality.chrf.value}
+                values = agreed(np.array(list(numbers.values())))
+                return dict(zip(numbers, values.tolist(), strict=True))
+
             if out_of_patience():
                 steps = range(0)
             ready = log.timed(prefetch(load, steps))
@@ -121,28 +144,10 @@ def _train(config: TrainConfig, run: Path) -> None:
                     log.flush(done)
                 progress.update(done)
                 if evaluating:
-                    began = time.monotonic()
-                    losses = validation_loss(state.params)
-                    check_finite("validation loss", losses["loss"], done)
-                    params, beam_size = runner.whole(state.params), evaluate.validation_beam_size
-                    scored = _evaluate(config, data, params, ["validation"], beam_size)
-                    quality, _ = scored["validation"]
-                    writer.write(done, "validation", losses | quality.to_dict())
-                    numbers = losses | {"bleu": quality.bleu.value, "chrf": quality.chrf.value}
-                    values = agreed(np.array(list(numbers.values())))
-                    numbers = dict(zip(numbers, values.tolist(), strict=True))
-                    checkpoints.save(runner.to_save(state), numbers)
-                    progress.message(
-                        f"step {done:,}: validation loss {losses['loss']:.3f}  "
-                        f"ppl {losses['perplexity']:.2f}  BLEU {quality.bleu.value:.2f}  "
-                        f"chrF {quality.chrf.value:.2f}  exact match {quality.exact_match:.1%}  "
-                        f"({time.monotonic() - began:.1f} s)"
-                    )
-                    if not history:
-                        for name in (quality.bleu, quality.chrf):
-                            progress.message(f"here {name.name} is {name.signature}")
+                    scores = validate(state.params, done)
+                    checkpoints.save(runner.to_save(state), scores)
+                    history.append(scores[metric])
                     log.restart_clock()
-                    history.append(numbers[metric])
                 if preemption.reached(done):
                     log.flush(done)  # raises if what is about to be saved is not finite
                     checkpoints.save(runner.to_save(state))

@@ -163,7 +163,7 @@ def add_inspect(commands: Any) -> None:
         "--output", metavar="DIR", default="inspection", help="folder for index.html and PNGs"
     )
     add_search(inspect.add_argument_group("search"), sampling=True)
-    inspect.set_defaults(command=_inspect)
+    inspect.set_defaults(command=_inspect, if_memory_ends="give a shorter sentence")
 
 
 def _inspect(options: argparse.Namespace) -> None:

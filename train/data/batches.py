@@ -9,7 +9,7 @@ from jaxformer.config import BOS_ID
 from train.data.corpus import EncodedCorpus, Sentences
 from train.data.packing import Packing, ranges, shuffle
 
-Batch = dict[str, np.ndarray]
+HostBatch = dict[str, np.ndarray]
 Packed = tuple[EncodedCorpus, Packing]
 
 
@@ -68,11 +68,11 @@ class Rows:
             for side in (corpus.source, corpus.target)
         )
 
-    def of_epoch(self, epoch: int, start: int, stop: int) -> Batch:
+    def of_epoch(self, epoch: int, start: int, stop: int) -> HostBatch:
         """Return the rows of an epoch from `start` to before `stop`, fewer where it ends."""
-        return self._lay_out(epoch, self._order(epoch)[start:stop])
+        return self._make_rows(epoch, self._order(epoch)[start:stop])
 
-    def onward(self, start: int, stop: int) -> list[Batch]:
+    def onward(self, start: int, stop: int) -> list[HostBatch]:
         """Return the rows from `start` to before `stop`, counted from 0 through all epochs.
 
         In pieces, one an epoch.
@@ -82,11 +82,11 @@ class Rows:
         places -= self._starts[segmentations]
         epochs = turns * len(self._segmentations) + segmentations
         return [
-            self._lay_out(epoch, self._order(epoch)[places[epochs == epoch]])
+            self._make_rows(epoch, self._order(epoch)[places[epochs == epoch]])
             for epoch in np.unique(epochs).tolist() or [0]
         ]
 
-    def _lay_out(self, epoch: int, rows: np.ndarray) -> Batch:
+    def _make_rows(self, epoch: int, rows: np.ndarray) -> HostBatch:
         corpus, packing = self._segmentation(epoch)
         counts = packing.offsets[rows + 1] - packing.offsets[rows]
         pairs = packing.pairs[ranges(packing.offsets[rows], counts)]
@@ -142,7 +142,7 @@ class Batches:
         self.steps_per_epoch = -(-len(self.parts[0]) // rows_per_batch)
         self.shares = [1.0]
 
-    def at(self, step: int, rows: slice = slice(None)) -> Batch:
+    def at(self, step: int, rows: slice = slice(None)) -> HostBatch:
         """Return batch `step`, counted from 0; of its rows only `rows`, one host's share.
 
         Rows from R on are empty: they complete a batch where R does not go into the devices.
@@ -153,7 +153,7 @@ class Batches:
         stop = min(stop, self.rows_per_batch)
         return _join(self._rows(step, min(start, stop), stop), height)
 
-    def _rows(self, step: int, start: int, stop: int) -> list[Batch]:
+    def _rows(self, step: int, start: int, stop: int) -> list[HostBatch]:
         """Return the rows of a batch from `start` to before `stop`, in pieces."""
         (rows,) = self.parts
         if rows.take_turns:
@@ -164,7 +164,7 @@ class Batches:
         return [rows.of_epoch(epoch, before + start, before + stop)]
 
 
-def _join(pieces: list[Batch], height: int) -> Batch:
+def _join(pieces: list[HostBatch], height: int) -> HostBatch:
     """Return the rows of all pieces, and empty ones up to `height`."""
     missing = height - sum(len(piece["labels"]) for piece in pieces)
     return {

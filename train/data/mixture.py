@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from train.data.batches import Batch, Batches, Packed, Rows
+from train.data.batches import Batches, HostBatch, Packed, Rows
 
 
 def divide(rows: int, weights: Sequence[float]) -> list[int]:
@@ -57,7 +57,7 @@ class Mixture(Batches):
             (len(self.parts[0]) - Fraction(1, 2)) / share / rows_per_batch
         )
 
-    def _rows(self, step: int, start: int, stop: int) -> list[Batch]:
+    def _rows(self, step: int, start: int, stop: int) -> list[HostBatch]:
         before = divide(step * self.rows_per_batch, self._weights)
         after = divide((step + 1) * self.rows_per_batch, self._weights)
         pieces, row = [], 0  # of the batch, where the rows of the next corpus begin

@@ -540,3 +540,24 @@ def test_tokenizers_are_joint_or_a_pair(tmp_path, monkeypatch, files, loaded):
     source, target = load_tokenizers(tmp_path)
     assert read == loaded
     assert (source is target) == (len(files) == 1)
+
+
+@pytest.mark.parametrize("name", ["2", "average"])
+def test_damaged_parameters_are_not_translated_with(tmp_path, name):
+    states = [replace(make_state(step), params=random_params(step)) for step in (1, 2)]
+    save_all(tmp_path, [(state, {"loss": 1.0}) for state in states])
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save_average(*checkpoints.average([1, 2]))
+    load_params(tmp_path, name)
+    directory = tmp_path / "checkpoints"
+    shutil.rmtree(directory / name / "params")
+    shutil.copytree(directory / "1/params", directory / name / "params")  # whole files, of another
+    with pytest.raises(UserError, match="is damaged"):
+        load_params(tmp_path, name)
+
+
+def test_the_newest_says_by_which_metric(tmp_path):
+    for step, metric, mode in ((1, "loss", "min"), (2, "bleu", "max")):
+        with Checkpoints(tmp_path, metric=metric, mode=mode) as checkpoints:
+            checkpoints.save(make_state(step), {"loss": float(step), "bleu": float(step)})
+    assert best_step(tmp_path) == 2  # by loss it would be 1

@@ -13,7 +13,7 @@ import pytest
 from jaxformer import config as config_module
 from jaxformer.config import PRESETS, TransformerConfig
 from jaxformer.errors import UserError
-from train.config import DataConfig, EvaluateConfig, ParallelConfig, TrainConfig
+from train.config import DataConfig, EvaluateConfig, OptimizerConfig, ParallelConfig, TrainConfig
 
 NAN = float("nan")
 
@@ -150,6 +150,17 @@ def test_values_of_numpy_and_jax_become_those_of_json():
         (DataConfig, {"train": "train"}, "data.train is 'train': give several, each a text"),
         (TrainConfig, {"accumulate": 1.5}, "accumulate is 1.5: give a whole number"),
         (TrainConfig, {"model": {}}, "model is {}: give a TransformerConfig"),
+        (
+            TrainConfig,
+            {"data": DataConfig(joint_vocabulary=False)},
+            "data.joint_vocabulary is False but model.embeddings is 'shared'",
+        ),
+        (DataConfig, {"batch_tokens": 99}, "data.batch_tokens is 99: give at least a row of data."),
+        (EvaluateConfig, {"validation_beam_size": 0}, "evaluate.validation_beam_size is 0: give"),
+        (EvaluateConfig, {"length_penalty": 2e5}, "evaluate.length_penalty is 200000.0: give"),
+        (ParallelConfig, {"tensor": 2}, "need --parallel.strategy mesh"),
+        (OptimizerConfig, {"epsilon": 0}, "optimizer.epsilon is 0: give more than 0"),
+        (TrainConfig, {"accumulate": 10**20}, "accumulate is 100000000000000000000: give at most"),
         (
             ParallelConfig,
             {"coordinator": "1234", "processes": 2, "process": 0},

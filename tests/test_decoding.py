@@ -702,3 +702,11 @@ def test_what_is_not_finished_is_ranked_by_score_too(n_best):
     best_first = [[4, 3], [3, 3], [3, 4]]
     assert result.sequences[0].tolist() == best_first[:n_best]
     assert np.all(np.diff(result.scores[0]) <= 0)
+
+
+def test_a_prefix_may_repeat_an_ngram():
+    prefix = jnp.array([[3, 3, 0]] * B, jnp.int32)
+    options = (("no_repeat_ngram_size", 1),)
+    result = search_with(random_table(5), prefix=prefix, options=options)
+    assert (np.asarray(result.sequences)[:, 0, :2] == 3).all()
+    assert np.isfinite(result.log_probs[:, 0]).all()

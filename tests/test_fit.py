@@ -2,19 +2,21 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from jaxformer.errors import UserError
-from jaxformer.run import checkpoint_steps, find_checkpoint, load_params
+from jaxformer.run import checkpoint_steps, evaluations, find_checkpoint, load_params
 from jaxformer.translator import Translator
 from small_run import change, small_config, write_corpus
 from train.benchmark.compiles import count_compiles
 from train.config import read_train_config
 from train.evaluate import score
 from train.lock import only_trainer
+from train.log import Log
 from train.loop import _out_of_patience, fit
 from train.metrics import read_metrics
 
@@ -246,3 +248,34 @@ def test_early_stopping_also_holds_when_the_run_is_started_again(config, folder,
     assert steps[-1] == 3
     fit(stopping)
     assert checkpoint_steps(folder / "patience") == steps
+
+
+def test_the_last_are_averaged_and_the_best_is_the_greatest(folder):
+    steps = {"steps": 3, "evaluate__every": 1, "checkpoint__keep_last": 3}
+    config = small_config(folder, run=str(folder / "three"), **steps)
+    run = fit(config)
+    info = run / "checkpoints/average/info/metadata"
+    assert json.loads(info.read_text())["steps"] == [2, 3]
+    assert {(record["metric"], record["mode"]) for record in evaluations(run).values()} == {
+        ("bleu", "max")
+    }
+    first = load_params(run, 1)
+    fit(change(config, checkpoint__average=1))
+    assert find_checkpoint(run).name != "average"
+    other = fit(small_config(folder, run=str(folder / "seed"), steps=1, seed=1))
+    differ = jax.tree.map(lambda a, b: not np.array_equal(a, b), first, load_params(other, 1))
+    assert any(jax.tree.leaves(differ))
+
+
+def test_a_report_weighs_each_step_by_its_tokens():
+    written = {}
+    writer = SimpleNamespace(write=lambda step, split, values: written.update(values))
+    progress = SimpleNamespace(update=lambda step, values: None)
+    batches = SimpleNamespace(steps_per_epoch=10, packing=SimpleNamespace(target_length=8))
+    log = Log(writer, progress, batches, rows_per_step=5)
+    for loss, tokens in ((1.0, 10.0), (3.0, 30.0)):
+        step = {"loss": loss, "nll": loss / 2, "tokens": tokens}
+        log.add(step | {"gradient_norm": loss, "learning_rate": 0.1})
+    log.flush(2)
+    assert (written["loss"], written["nll"], written["gradient_norm"]) == (2.5, 1.25, 2.0)
+    assert (written["padding"], written["epoch"]) == (0.5, 0.2)

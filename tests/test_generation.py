@@ -203,6 +203,8 @@ def test_lengths_follow_the_source():
     assert (lengths >= real + 2).all()
     free = search(params=(eager,))
     assert (np.asarray(free.lengths) < real + 2).any(), "the minimum changed nothing"
+    (by_ratio,) = [search(GenerationConfig(beam_size=K, min_length_ratio=1.0), params=(eager,))]
+    assert (np.asarray(by_ratio.lengths) >= real).all()
 
 
 def ngrams(tokens, size):

@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -360,3 +361,16 @@ def test_count_without_a_total_and_in_silence(capsys):
     assert capsys.readouterr().err == "reading: 10 pairs\n"
     Count("reading").add(10)
     assert capsys.readouterr().err == ""
+
+
+def test_records_stay_if_others_cannot_take_their_place(tmp_path, monkeypatch):
+    write_steps(tmp_path, 10, 20)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: No space left"):
+        MetricsWriter(tmp_path, start_step=10, tensorboard=False)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before

@@ -116,3 +116,9 @@ def test_hosts_share_a_batch(corpora, hosts):
             assert joined.dtype == np.int32 and len(joined) == hosts * share
             np.testing.assert_array_equal(joined[:8], array)
             assert not joined[8:].any()
+
+
+def test_corpora_of_one_size_have_orders_of_their_own(corpora):
+    first, _, third = Mixture(corpora, (1, 1, 1), 7, seed=3).parts
+    assert len(first) == len(third)
+    assert first._order(0).tolist() != third._order(0).tolist()

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxformer.errors import UserError
+from jaxformer.tokenizer import VocabularyTokenizer
 from random_corpus import corpus_of, unpack, write_corpus
 from train.data.batches import Batches, Rows, epoch_order
 from train.data.corpus import encode_corpus
@@ -296,3 +297,20 @@ def test_corpus_is_encoded_once_per_text_and_tokenizer(text, tokenizers, tmp_pat
     assert files_after(text.select(range(59)), source, target) == 3
     changed = text.map(lambda row: {"target": row["target"] + "."}, keep_in_memory=True)
     assert files_after(changed, source, target) == 4
+    pieces = source.pieces(range(source.vocab_size))
+    for order in (pieces, [*pieces[:4], *reversed(pieces[4:])]):
+        files = files_after(text, VocabularyTokenizer(source.model, order), target)
+    assert files == 6
+
+
+def test_rows_know_all_segmentations():
+    """The longest sentence of any; an epoch is as long as the one with the most rows."""
+    packed = []
+    for lengths in ([(3, 3)], [(9, 5), (15, 20)]):
+        corpus, _ = corpus_of(lengths)
+        settings = {"source_length": 19, "target_length": 23, "seed": 3}
+        packing = pack(corpus.source.lengths, corpus.target.lengths, **settings)
+        packed.append((corpus, packing))
+    assert Rows(packed, seed=3).longest_sentence() == 20
+    most = max(packing.num_rows for _, packing in packed)
+    assert Batches(packed, 1, seed=3).steps_per_epoch == most > packed[0][1].num_rows

@@ -1,8 +1,10 @@
 """From files to batches: what is kept, what is noticed, and what does not depend on the machine."""
 
+import errno
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -10,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 
 from jaxformer.errors import UserError
 from jaxformer.run import write_config
@@ -20,6 +23,7 @@ from train.config import DataConfig
 from train.data import sources, tokenizer
 from train.data.arrow import write_arrow, write_file
 from train.data.sources import iterate, load_extra, load_split
+from train.lock import only_trainer
 from train.log import describe
 from train.prepare import _check_same_run, prepare
 
@@ -207,6 +211,7 @@ def test_of_several_writers_one_writes(tmp_path):
 
     def batches():
         written.append(threading.get_ident())
+        time.sleep(0.3)  # while the others wait for the lock
         yield {"number": [len(written)]}
 
     def write():
@@ -276,3 +281,20 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     assert (few[0], many[0]) == (20_000, 80_000)
     assert 4 * (many[1] - few[1]) > 14e6  # what the ids take in the file
     assert many[2] - few[2] < 12_000  # KiB
+
+
+def test_tokenizers_of_a_run_that_failed_are_not_used(folder):
+    prepare(small_config(folder))  # a joint one, and no checkpoint
+    separate = {"data__joint_vocabulary": False, "model__embeddings": "separate"}
+    data = prepare(small_config(folder, model__vocab_size=40, **separate))
+    assert data.source_tokenizer.model != data.target_tokenizer.model
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def acquire(*_, **__):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with only_trainer(tmp_path / "run"):
+        write_arrow(tmp_path / "x.arrow", pa.schema({"number": pa.int32()}), [{"number": [1]}])
+    assert {path.name for path in tmp_path.iterdir()} == {"x.arrow"}

@@ -277,3 +277,8 @@ def test_the_papers_peak_is_the_default():
     )
     own = make_schedule(OptimizerConfig(warmup_steps=40, peak_learning_rate=0.3), 10, 99)
     assert own(40) == pytest.approx(0.3)
+
+
+def test_the_rate_has_fallen_to_0_when_the_steps_are_done():
+    rate = make_schedule(OptimizerConfig(warmup_steps=4, cooldown_steps=10), 10, 99)
+    assert rate(99) == 0.0 < rate(98)

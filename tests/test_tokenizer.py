@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from jaxformer.config import UNK_ID
 from jaxformer.errors import UserError
 from jaxformer.run import load_tokenizers, save_tokenizers
 from jaxformer.tokenizer import Tokenizer, VocabularyTokenizer
@@ -56,6 +57,11 @@ def test_dropout_of_merges(tokenizer):
     texts = ["the cat has friends.", "고양이는 친구가 있다."] * 20
     split = tokenizer.encode_batch(texts, dropout=0.3, seed=1)
     assert split == tokenizer.encode_batch(texts, dropout=0.3, seed=1)
+    many = [
+        tokenizer.encode_batch(texts * 400, dropout=0.3, seed=1)  # enough for several threads
+        for _ in range(3)
+    ]
+    assert many[0] == many[1] == many[2]
     assert split != tokenizer.encode_batch(texts, dropout=0.3, seed=2)
     assert len(set(map(tuple, split[::2]))) > 5  # no two sentences are split alike by rule
     assert [tokenizer.decode(ids) for ids in split] == texts
@@ -206,3 +212,21 @@ def test_a_run_directory_holds_vocabularies(tmp_path, tokenizer, renumbered):
             UserError, match=r"vocabulary\.target\.json is not .*: restore|; restore"
         ):
             load_tokenizers(pair)
+
+
+@pytest.mark.parametrize("rare", ["żółć", "ж " * 3000])
+def test_every_character_of_the_corpus_is_a_piece(tmp_path, rare):
+    """Also one in half a million, and one of a line of thousands of bytes."""
+    lines = ["the cat sees the dog"] * 20_000 + [rare]
+    corpus = datasets.Dataset.from_dict({"source": lines, "target": lines})
+    learned, _ = learn_tokenizers([corpus], tmp_path, vocab_size=30, joint=True)
+    assert UNK_ID not in learned.encode(rare)
+
+
+def test_other_rules_are_another_tokenizer(tmp_path, monkeypatch):
+    settings = {"vocab_size": 90, "joint": True, "cache": tmp_path}
+    learn_tokenizers([PAIRS], tmp_path / "run", **settings)
+    rules = learning.normalization_rules().split("\n", 1)[1]
+    monkeypatch.setattr(learning, "normalization_rules", lambda: rules)
+    learn_tokenizers([PAIRS], tmp_path / "run", **settings)
+    assert len(list(tmp_path.glob("tokenizer-*.model"))) == 2

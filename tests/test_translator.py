@@ -176,6 +176,29 @@ def test_a_long_line_is_translated_in_parts_with_a_warning(translator, monkeypat
     warnings = []
     assert " ".join(greedy(translator, parts, warn=warnings.append)) == translations[2]
     assert warnings == []
+    for options in ({}, {"max_length_ratio": 0.1, "max_length_extra": 0}):  # all of it; cut off
+        ((whole,),) = translator.generate([long], beam_size=1, warn=warnings.append, **options)
+        each = [part for (part,) in translator.generate(parts, beam_size=1, **options)]
+        assert whole.log_prob == pytest.approx(sum(part.log_prob for part in each))
+        assert whole.finished == all(part.finished for part in each)
+        assert whole.ids == [token for part in each for token in part.ids]
+
+
+def test_a_prefix_is_of_the_first_part_and_no_member_gets_more_than_it_takes(translator):
+    long = " ".join(itertools.islice(itertools.cycle(LEXICON), 70))
+    parts = translator._parts([(long, "rote")], 1, lambda _: None)
+    assert len(parts) > 2
+    assert parts[0].prefix and not any(part.prefix for part in parts[1:])
+    smaller = translator.config.replace(max_length=8)
+    pair = Translator(
+        translator.config,
+        translator.params,
+        translator.source_tokenizer,
+        translator.target_tokenizer,
+        others=[(smaller, translator.params)],
+    )
+    parts = pair._parts([(long, "")], 1, lambda _: None)
+    assert max(len(part.ids) for part in parts) == 7
 
 
 def test_a_language_code_goes_before_every_part(translator, monkeypatch):
@@ -470,3 +493,13 @@ def test_a_dtype_that_is_none_is_refused(run, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for who imports this
     with pytest.raises(UserError, match="dtype is 'float8': choose one of float32, bfloat16, int8"):
         Translator.load(run, dtype="float8")
+
+
+def test_the_same_pieces_in_another_order_are_another_tokenizer(translator):
+    tokenizer = translator.source_tokenizer
+    pieces = tokenizer.pieces(range(tokenizer.vocab_size))
+    one, other = (
+        VocabularyTokenizer(tokenizer.model, [*pieces[:4], *rest])
+        for rest in (pieces[4:], pieces[:3:-1])
+    )
+    assert module._differ(one, other) and not module._differ(one, one)

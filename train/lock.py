@@ -13,25 +13,35 @@ from jaxformer.run import check_name
 LOCK_FILE = ".lock"
 
 
+def file_lock(path: Path) -> FileLock:
+    """Return a lock that ends with the process, however it ends; to be taken by `acquire`."""
+    return FileLock(path, fallback_to_soft=False)
+
+
+def acquire(lock: FileLock, timeout: float = -1) -> None:
+    """Take a lock; on a file system without locks there is none.
+
+    A file that stands for one would outlive a process that was killed.
+    """
+    try:
+        lock.acquire(timeout=timeout)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+
+
 @contextlib.contextmanager
 def only_trainer(run: Path) -> Iterator[None]:
     """Create the run directory and hold it; leave none behind if nothing was put into it.
-
-    The lock ends with the process, however it ends. On a file system without locks there is none:
-    a file that stands for one would outlive a process that was killed.
 
     Raises:
       UserError: another process holds the directory, or it cannot be written to.
     """
     check_name(run)
-    lock = FileLock(run / LOCK_FILE, fallback_to_soft=False)
+    lock = file_lock(run / LOCK_FILE)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except OSError as error:
-            if error.errno != errno.ENOSYS:
-                raise
+        acquire(lock, timeout=0)
     except Timeout as error:
         raise UserError(
             f"another process trains in {run}: wait until it ends, or choose another --run"

@@ -76,7 +76,7 @@ class MetricsWriter:
         if not active:
             return
         try:
-            self._keep(lambda record: 0 < start_step >= record["step"])
+            self._keep(lambda record: start_step > 0 and record["step"] <= start_step)
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror}") from error
         records = read_metrics(run)

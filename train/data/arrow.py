@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxformer.errors import UserError
+from train.lock import acquire, file_lock
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -96,14 +97,15 @@ def write_arrow(
       UserError: it cannot be written.
     """
     import pyarrow as pa
-    from filelock import FileLock
 
     if path.exists():
         return
     partial = path.with_suffix(".partial")
     with contextlib.ExitStack() as locked:
+        lock = file_lock(path.with_suffix(".lock"))
         with _writing(path):
-            locked.enter_context(FileLock(path.with_suffix(".lock")))
+            acquire(lock)
+        locked.callback(lock.release)
         if path.exists():  # written while this process waited
             return
         try:

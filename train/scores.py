@@ -1,0 +1,78 @@
+"""Corpus scores by sacreBLEU, with the signatures that say how they were computed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxformer.errors import UserError
+
+
+@dataclass(frozen=True)
+class CorpusScore:
+    """A corpus score from 0 to 100, and the sacreBLEU signature that says how it was computed."""
+
+    name: str
+    value: float
+    signature: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value:.2f} ({self.signature})"
+
+
+def bleu(
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    *,
+    tokenize: str = "13a",
+) -> CorpusScore:
+    """Return the corpus BLEU of detokenised translations (Papineni et al. 2002; Post 2018).
+
+    Args:
+      hypotheses: one translation a sentence.
+      references: one reference a sentence, in the same order.
+      tokenize: sacreBLEU's tokenizer: "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", …;
+        "none" for text that is tokenised already.
+
+    Raises:
+      UserError: the counts differ or are 0, or the tokenizer does not exist or cannot be loaded.
+    """
+    return _score(bleu_metric(tokenize), hypotheses, references)
+
+
+def bleu_metric(tokenize: str) -> Any:
+    """Return sacreBLEU's BLEU, whose tokenizer is loaded by then.
+
+    Raises:
+      UserError: the tokenizer does not exist or cannot be loaded.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    if tokenize not in BLEU.TOKENIZERS:
+        choices = ", ".join(BLEU.TOKENIZERS)
+        raise UserError(f"sacreBLEU has no tokenizer {tokenize!r}: choose one of {choices}")
+    try:
+        # force: no warning about text that looks tokenised, which "none" asks for.
+        return BLEU(tokenize=tokenize, force=tokenize == "none")
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"sacreBLEU's tokenizer {tokenize!r} cannot be used: {reason}") from error
+
+
+def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> CorpusScore:
+    """Return the corpus chrF2, the character n-gram F-score of Popović (2015).
+
+    Arguments and errors are those of `bleu`.
+    """
+    from sacrebleu.metrics.chrf import CHRF
+
+    return _score(CHRF(), hypotheses, references)
+
+
+def _score(metric: Any, hypotheses: Sequence[str], references: Sequence[str]) -> CorpusScore:
+    if len(hypotheses) != len(references) or not references:
+        raise UserError(
+            f"{len(hypotheses)} translations cannot be scored with {len(references)} references: "
+            "give one reference for each translation, and at least one"
+        )
+    result = metric.corpus_score(hypotheses, [references])
+    return CorpusScore(result.name, result.score, metric.get_signature().format())

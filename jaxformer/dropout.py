@@ -15,8 +15,8 @@ def dropout(
 
     The random bits are a visible part of a training step. `jax.random.bernoulli` draws 32 of them
     an element; here one 32-bit word decides two elements, which lie half a row apart. The rate
-    is rounded to the next 1/65536 below 1, and the scale is that of the rounded rate, so the mean
-    is exact.
+    is rounded to the next 1/65536 below 1, and the scale is that of the rounded rate, which keeps
+    the mean.
 
     Args:
       x: at least one axis, any floating dtype.
@@ -36,8 +36,8 @@ def dropout(
     kept = kept[..., :width]
     scale = 1.0 / (1.0 - threshold / 2**16)
     # In float32: the scale itself, as bfloat16, would be off by up to 0.4 %, of every element.
-    scaled = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * scale).astype(x.dtype)
-    return jnp.where(kept, scaled, jnp.zeros((), x.dtype))
+    wide = x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+    return jnp.where(kept, (wide * scale).astype(x.dtype), jnp.zeros((), x.dtype))
 
 
 class Dropout(nn.Module):

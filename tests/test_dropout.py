@@ -72,6 +72,15 @@ def test_bfloat16_stays_bfloat16():
     assert set(np.unique(out.astype(jnp.float32))) == {0.0, 2.0}
 
 
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.3])
+def test_bfloat16_keeps_the_mean(rate):
+    """Each element is rounded, but none by the scale's own rounding, which is the same for all."""
+    x = jax.random.uniform(KEY, (1000, 1000), jnp.float32, 1.0, 2.0).astype(jnp.bfloat16)
+    out, given = (np.asarray(array, np.float64) for array in (dropout(x, rate, KEY), x))
+    kept = out != 0
+    assert out[kept].sum() / given[kept].sum() == pytest.approx(1 / (1 - rate), rel=1e-4)
+
+
 def test_the_module_needs_a_key_only_to_drop():
     x = jnp.ones((3, 5))
     assert Dropout(0.5).apply({}, x, deterministic=True) is x

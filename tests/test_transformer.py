@@ -813,12 +813,12 @@ class _GatedDecoderLayer(DecoderLayer):
 def test_layers_with_parts_of_ones_own_decode_as_they_train(norm):
     config = CONFIGS["paper"].replace(norm=norm)
     model = Transformer(config, _GatedEncoderLayer, _GatedDecoderLayer)
-    source_ids, target_ids = SOURCE[:2], TARGET[:2, :T]
+    source_ids, target_ids = jnp.asarray(SOURCE[:2]), jnp.asarray(TARGET[:2, :T])
     params = model.init(jax.random.key(0), source_ids, target_ids)["params"]
     for stack, width in (("encoder", 7), ("decoder", 5)):
         kernel = params[stack]["layers"]["feed_forward"]["hidden"]["kernel"]
         assert width in kernel.shape
-    tokens = np.repeat(target_ids.T[..., None], K, axis=2)
+    tokens = np.repeat(TARGET[:2, :T].T[..., None], K, axis=2)
     beams = np.tile(np.arange(K, dtype=np.int32), (T, 2, 1))
     logits, _ = decode(model, params, source_ids, tokens, beams)
     full = model.apply({"params": params}, source_ids, target_ids)

@@ -59,7 +59,7 @@ def add_search(group: Any, *, sampling: bool = False) -> None:
         group.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling")
 
 
-def search_of(options: argparse.Namespace) -> dict[str, Any]:
+def generation_options(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of `GenerationConfig` that were given.
 
     Raises:

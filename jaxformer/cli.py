@@ -11,7 +11,7 @@ from itertools import chain, islice, repeat, tee, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, get_args
 
-from jaxformer.arguments import add_search, search_of
+from jaxformer.arguments import add_search, generation_options
 from jaxformer.compilation import keep_compiled_programs
 from jaxformer.config import Precision
 from jaxformer.convert import add_convert
@@ -155,7 +155,7 @@ def _translate(options: argparse.Namespace) -> None:
     """Checks all that can be checked before the model is loaded."""
     check_open("stdin", "stdout")
     at_once = _batch_tokens(options)
-    search = search_of(options)
+    search = generation_options(options)
     numbered = "n_best" in search
     search.setdefault("n_best", 1)
     with contextlib.ExitStack() as stack:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from jaxformer.arguments import add_search, search_of
+from jaxformer.arguments import add_search, generation_options
 from jaxformer.errors import UserError
 
 # What --to can name, each with the options that it takes beside those of the search.
@@ -85,7 +85,7 @@ def _convert(options: argparse.Namespace) -> None:
     source, destination = options.source, options.destination
     names = {name for names in _CONVERT_OPTIONS.values() for name in names}
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    search = search_of(options)
+    search = generation_options(options)
     allowed = {*_CONVERT_OPTIONS[options.to], *(search if options.to == "stablehlo" else ())}
     for name in sorted((given | search).keys() - allowed):
         takers = [to for to, names in _CONVERT_OPTIONS.items() if name in names] or ["stablehlo"]

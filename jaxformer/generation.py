@@ -17,7 +17,7 @@ from jaxformer.decoder import unstack_decoder
 from jaxformer.errors import UserError
 from jaxformer.linear import transpose_kernels
 from jaxformer.sampling import Sampling
-from jaxformer.scoring import speakable
+from jaxformer.scoring import ensemble, speakable
 from jaxformer.search import BeamResult, Method, Search, Sentences, StepFn, run, take
 from jaxformer.transformer import Transformer
 
@@ -145,8 +145,8 @@ class State(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 3))
 def generate(
-    configs: tuple[TransformerConfig, ...],
-    params: tuple[Any, ...],
+    configs: TransformerConfig | tuple[TransformerConfig, ...],
+    params: Any,
     source_ids: Int[Array, "B S"],
     options: GenerationConfig = GenerationConfig(),
     *,
@@ -156,7 +156,7 @@ def generate(
     """Translate a batch of ids, compiled as one program.
 
     Args:
-      configs, params: of one model, or of several whose probabilities are averaged.
+      configs, params: of one model, or tuples of several, whose probabilities are averaged.
       source_ids: sentences with eos, then padding. A row of padding alone costs no step and has
         the empty hypothesis.
       options: see `GenerationConfig`.
@@ -170,11 +170,12 @@ def generate(
       N hypotheses a sentence. Neither pad nor bos is ever generated. A sentence's result does not
       depend, to the last bit, on the others in the batch nor on its row.
     """
+    configs, params = ensemble(configs, params)
     params = prepare(configs, params)
-    max_length = longest(configs, options, source_ids.shape[1])
-    search = begin(configs, params, options, max_length, source_ids, prefix, keys)
-    search = run(method_of(options), step_fn_of(configs, params, options), search)
-    return method_of(options).result(search)
+    max_length = max_target_length(configs, options, source_ids.shape[1])
+    search = start_search(configs, params, options, max_length, source_ids, prefix, keys)
+    search = run(make_method(options), make_step_fn(configs, params, options), search)
+    return make_method(options).result(search)
 
 
 @partial(jax.jit, static_argnums=(0, 2))
@@ -212,7 +213,7 @@ def fewest_positions(configs: Sequence[TransformerConfig]) -> int | None:
     return min((n for config in configs if (n := config.num_positions) is not None), default=None)
 
 
-def longest(
+def max_target_length(
     configs: tuple[TransformerConfig, ...], options: GenerationConfig, source_length: int
 ) -> int:
     """T, the most tokens of a translation: what `options` allow, or the positions of the model.
@@ -224,7 +225,7 @@ def longest(
     return asked if limit is None else min(asked, limit)
 
 
-def method_of(options: GenerationConfig) -> Method:
+def make_method(options: GenerationConfig) -> Method:
     """The search that `options` ask for."""
     if options.sampling:
         return Sampling(
@@ -257,7 +258,7 @@ def method_of(options: GenerationConfig) -> Method:
     )
 
 
-def step_fn_of(
+def make_step_fn(
     configs: tuple[TransformerConfig, ...], params: tuple[Any, ...], options: GenerationConfig
 ) -> StepFn:
     """One token of all members; the mean of their probabilities counts."""
@@ -286,7 +287,7 @@ def _mean_of_probabilities(logits: list[Array]) -> Array:
     return jax.nn.logsumexp(jnp.stack([jax.nn.log_softmax(member) for member in logits]), axis=0)
 
 
-def begin(
+def start_search(
     configs: tuple[TransformerConfig, ...],
     params: tuple[Any, ...],
     options: GenerationConfig,
@@ -317,7 +318,7 @@ def begin(
             )
         )
     lengths = jnp.sum(source_ids != PAD_ID, axis=1, dtype=jnp.int32)
-    most = longest(configs, options, source_ids.shape[1])
+    most = max_target_length(configs, options, source_ids.shape[1])
 
     def limits(of: Callable[[int], int]) -> Array:
         """Of each sentence; of each length by the rule itself, which float32 would round."""
@@ -336,28 +337,30 @@ def begin(
     coverage = (
         jnp.zeros(shape, jnp.float32) if options.coverage_penalty and not options.sampling else None
     )
-    return method_of(options).start(sentences, room, State(tuple(caches), coverage))
+    return make_method(options).start(sentences, room, State(tuple(caches), coverage))
 
 
-def begin_elsewhere(
+def prefill(
     configs: tuple[TransformerConfig, ...],
     params: tuple[Any, ...],
     options: GenerationConfig,
     *given: Any,
 ) -> Search:
-    """`begin` for sentences that go on in the rows of another search, which has the slots.
+    """`start_search` for sentences that go on in the rows of another search, which has the slots.
 
     Beam search has taken its first step: while all beams are equal it takes one of them, and the
     K-th part of the time.
     """
-    method = method_of(options)
-    if isinstance(method, BeamSearch) and first_step_is_taken(configs, options):
-        search = begin(configs, params, options, *given, num_beams=1, num_slots=1)
-        return method.first(step_fn_of(configs, params, options), search)
-    return begin(configs, params, options, *given, num_slots=0)
+    method = make_method(options)
+    if isinstance(method, BeamSearch) and prefill_takes_first_step(configs, options):
+        search = start_search(configs, params, options, *given, num_beams=1, num_slots=1)
+        return method.first(make_step_fn(configs, params, options), search)
+    return start_search(configs, params, options, *given, num_slots=0)
 
 
-def first_step_is_taken(configs: Sequence[TransformerConfig], options: GenerationConfig) -> bool:
-    """Whether `begin_elsewhere` takes it."""
+def prefill_takes_first_step(
+    configs: Sequence[TransformerConfig], options: GenerationConfig
+) -> bool:
+    """Whether `prefill` takes it."""
     beams = 1 if options.sampling else options.beam_size
     return 1 < beams <= configs[0].vocab_size // 2

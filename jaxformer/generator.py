@@ -1,4 +1,4 @@
-"""`generate` for any number of sentences, without the work for those that are done."""
+"""`generate` for any number of sentences by continuous batching: hardly a row is idle."""
 
 import threading
 from collections import Counter
@@ -18,15 +18,16 @@ from jaxformer.batching import bucket, groups, num_rows, pad
 from jaxformer.config import TransformerConfig
 from jaxformer.generation import (
     GenerationConfig,
-    begin,
-    begin_elsewhere,
     fewest_positions,
-    first_step_is_taken,
-    longest,
-    method_of,
+    make_method,
+    make_step_fn,
+    max_target_length,
+    prefill,
+    prefill_takes_first_step,
     prepare,
-    step_fn_of,
+    start_search,
 )
+from jaxformer.scoring import ensemble
 from jaxformer.search import BeamResult, Search
 
 #: Sentences that a program has room for, for each of its rows. While the last of them end, rows are
@@ -55,7 +56,7 @@ class _Shape(NamedTuple):
 
 
 class Generator:
-    """`generate` for any number of sentences, on all devices.
+    """`generate` for any number of sentences, on all devices, by continuous batching.
 
     A program has a few rows and many sentences. As soon as a sentence is done, the next that waits
     begins in its row, at its own first token, so that hardly a row is idle. Caches have room for
@@ -74,13 +75,13 @@ class Generator:
 
     def __init__(
         self,
-        configs: tuple[TransformerConfig, ...],
-        params: tuple[Any, ...],
+        configs: TransformerConfig | tuple[TransformerConfig, ...],
+        params: Any,
         devices: list[jax.Device] | None = None,
     ) -> None:
         self._devices = jax.local_devices() if devices is None else devices
         self._mesh = Mesh(np.array(self._devices), ("data",))
-        self.configs = configs
+        self.configs, params = ensemble(configs, params)
         self.computed_steps = self.needed_steps = 0
         self._in_usual_room: Counter[GenerationConfig] = Counter()  # sentences
         self._begun_again: Counter[GenerationConfig] = Counter()
@@ -90,7 +91,7 @@ class Generator:
         # small to be shared. Two at once on two cores: 1.2 times the sentences a second.
         self._at_once = 2 if self._on_cpu and len(self._devices) == 1 else 1
         everywhere = jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
-        self._params = prepare(configs, everywhere, self._on_cpu)
+        self._params = prepare(self.configs, everywhere, self._on_cpu)
 
     def sentences(
         self,
@@ -122,11 +123,11 @@ class Generator:
         if keys is not None and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
             keys = jax.random.key_data(keys)
         noise = None if keys is None else np.asarray(keys)
-        taken = int(first_step_is_taken(self.configs, options))  # before they have a row
+        taken = int(prefill_takes_first_step(self.configs, options))  # before they have a row
 
         def search(shape: _Shape, chosen: Sequence[int]) -> list[int]:
             """Those that need more room are returned."""
-            order = _deal(chosen, len(self._devices), _SENTENCES_PER_ROW * shape.rows)
+            order = _deal_to_devices(chosen, len(self._devices), _SENTENCES_PER_ROW * shape.rows)
 
             def in_order(ids: Sequence[Sequence[int]], length: int) -> np.ndarray:
                 return pad([ids[i] if i >= 0 else () for i in order], len(order), length)
@@ -137,13 +138,13 @@ class Generator:
                 None if noise is None else noise[np.maximum(order, 0)],
             )
             counts = np.sum(order.reshape(len(self._devices), -1) >= 0, axis=1, dtype=np.int32)
-            (found, steps, cut), turns = jax.device_get(
+            (found, steps, out_of_room), turns = jax.device_get(
                 _search(self.configs, options, shape, self._mesh, self._params, given, counts)
             )
             more, needed = [], 0
             for place in np.flatnonzero(order >= 0):
                 index = int(order[place])
-                if cut[place]:
+                if out_of_room[place]:
                     more.append(index)
                 else:
                     results[index] = jax.tree.map(lambda leaf, place=place: leaf[place], found)
@@ -203,7 +204,7 @@ class Generator:
 
     def _all_room(self, options: GenerationConfig, source_length: int) -> tuple[int, int]:
         """Steps and slots that no sentence needs more of."""
-        room = longest(self.configs, options, source_length)
+        room = max_target_length(self.configs, options, source_length)
         return room, options.num_beams * room
 
     def _usual_room(self, options: GenerationConfig, source_length: int) -> tuple[int, int]:
@@ -218,7 +219,7 @@ class Generator:
         return room, min(slots, room + _SLOTS_PER_BEAM * options.beam_size) if searched else slots
 
 
-def _deal(chosen: Sequence[int], devices: int, per_device: int) -> np.ndarray:
+def _deal_to_devices(chosen: Sequence[int], devices: int, per_device: int) -> np.ndarray:
     """Deal sentences out to devices like cards, so that each has its share of the long ones.
 
     Three on two devices that have room for three each: [0, 2, -1, 1, -1, -1].
@@ -228,15 +229,15 @@ def _deal(chosen: Sequence[int], devices: int, per_device: int) -> np.ndarray:
     return dealt.T.ravel()
 
 
-class _Turn(NamedTuple):
-    """Where the search of P sentences in R rows stands."""
+class _Batch(NamedTuple):
+    """The R rows of a program, and where the search of its P sentences stands."""
 
     search: Search  # of the R rows
-    owners: Int[Array, "R"]  # the sentence in each row; P is none
+    sentence: Int[Array, "R"]  # the sentence in each row; P is none
     next: Int[Array, ""]  # the first sentence that has not begun
     encoded: Search  # it and some that follow
-    cut: Bool[Array, "R"]  # whether a sentence that is done would need more room
-    results: Any  # hypotheses, steps and `cut` of the P sentences
+    out_of_room: Bool[Array, "R"]  # whether a sentence that is done would need more room
+    results: Any  # hypotheses, steps and `out_of_room` of the P sentences
     turns: Int[Array, ""]  # steps so far
 
 
@@ -274,64 +275,64 @@ def _search_on_device(
     count: Int[Array, "1"],
 ) -> tuple[tuple[BeamResult, Int[Array, "P"], Bool[Array, "P"]], Int[Array, "1"]]:
     rows, room = shape.rows, shape.room
-    method, step_fn = method_of(options), step_fn_of(configs, params, options)
+    method, step_fn = make_method(options), make_step_fn(configs, params, options)
     (count,), num_sentences, block = count, len(sources[0]), shape.encoded
 
     def encode(first: Any) -> Search:
         def part(leaf):
             return jax.lax.dynamic_slice_in_dim(leaf, first, block)
 
-        return begin_elsewhere(configs, params, options, room, *jax.tree.map(part, sources))
+        return prefill(configs, params, options, room, *jax.tree.map(part, sources))
 
     def begin_rows() -> Search:
         some = jax.tree.map(lambda leaf: leaf[:rows], sources)
-        return begin(configs, params, options, room, *some, num_slots=shape.slots)
+        return start_search(configs, params, options, room, *some, num_slots=shape.slots)
 
-    def put_away(turn: _Turn) -> Any:
-        done = turn.search.hypotheses, turn.search.steps, turn.cut
-        places = jnp.where(turn.search.done, turn.owners, num_sentences)
+    def store_finished(batch: _Batch) -> Any:
+        done = batch.search.hypotheses, batch.search.steps, batch.out_of_room
+        places = jnp.where(batch.search.done, batch.sentence, num_sentences)
         return jax.tree.map(
-            lambda whole, row: whole.at[places].set(row, mode="drop"), turn.results, done
+            lambda whole, row: whole.at[places].set(row, mode="drop"), batch.results, done
         )
 
-    def changes(turn: _Turn) -> Array:
+    def can_refill(batch: _Batch) -> Array:
         """Whether a sentence is done and not yet put away, or one could begin."""
-        done, waiting = turn.search.done, turn.next < count
-        return jnp.any(done & ((turn.owners < num_sentences) | waiting))
+        done, waiting = batch.search.done, batch.next < count
+        return jnp.any(done & ((batch.sentence < num_sentences) | waiting))
 
-    def change(turn: _Turn) -> _Turn:
+    def refill(batch: _Batch) -> _Batch:
         """Put away what is done, and let those begin that are encoded, as many as find a row."""
-        done, first = turn.search.done, turn.next % block
+        done, first = batch.search.done, batch.next % block
         encoded = jax.lax.cond(
-            (turn.next < count) & (first == 0),
-            lambda turn: encode(turn.next),
-            lambda turn: turn.encoded,
-            turn,
+            (batch.next < count) & (first == 0),
+            lambda batch: encode(batch.next),
+            lambda batch: batch.encoded,
+            batch,
         )
         nth = jnp.arange(block, dtype=jnp.int32) - first  # 0 is `next`; those before it have begun
-        begin_now = (nth >= 0) & (nth < jnp.sum(done)) & (turn.next + nth < count)
+        begin_now = (nth >= 0) & (nth < jnp.sum(done)) & (batch.next + nth < count)
         places = jnp.where(begin_now, jnp.argsort(~done)[nth], rows)
-        owners = jnp.where(done, num_sentences, turn.owners)
-        return _Turn(
-            search=_put(turn.search, places, encoded),
-            owners=owners.at[places].set(turn.next + nth, mode="drop"),
-            next=turn.next + jnp.sum(begin_now, dtype=jnp.int32),
+        sentence = jnp.where(done, num_sentences, batch.sentence)
+        return _Batch(
+            search=_put(batch.search, places, encoded),
+            sentence=sentence.at[places].set(batch.next + nth, mode="drop"),
+            next=batch.next + jnp.sum(begin_now, dtype=jnp.int32),
             encoded=encoded,
-            cut=turn.cut.at[places].set(False, mode="drop"),
-            results=put_away(turn),
-            turns=turn.turns,
+            out_of_room=batch.out_of_room.at[places].set(False, mode="drop"),
+            results=store_finished(batch),
+            turns=batch.turns,
         )
 
-    def advance(turn: _Turn) -> _Turn:
-        turn = jax.lax.while_loop(changes, change, turn)
-        search = method.advance(step_fn, turn.search)
+    def advance(batch: _Batch) -> _Batch:
+        batch = jax.lax.while_loop(can_refill, refill, batch)
+        search = method.advance(step_fn, batch.search)
         full = (search.steps >= room) | search.state.caches[0].is_full
-        cut = full & ~search.done
-        search = search._replace(done=search.done | cut)
-        return turn._replace(search=search, cut=cut, turns=turn.turns + 1)
+        out_of_room = full & ~search.done
+        search = search._replace(done=search.done | out_of_room)
+        return batch._replace(search=search, out_of_room=out_of_room, turns=batch.turns + 1)
 
-    def goes_on(turn: _Turn) -> Array:
-        return jnp.any(~turn.search.done) | (turn.next < count)
+    def unfinished(batch: _Batch) -> Array:
+        return jnp.any(~batch.search.done) | (batch.next < count)
 
     def zeros_like(begun: Callable[[], Search]) -> Search:
         """A search of no sentences."""
@@ -348,21 +349,21 @@ def _search_on_device(
 
     search = zeros_like(begin_rows)._replace(done=jnp.ones(rows, bool))
     none = jnp.zeros(rows, bool)
-    turn = _Turn(
+    batch = _Batch(
         search=search,
-        owners=jnp.full(rows, num_sentences, jnp.int32),
+        sentence=jnp.full(rows, num_sentences, jnp.int32),
         next=jnp.int32(0),
         encoded=zeros_like(lambda: encode(0)),
-        cut=none,
+        out_of_room=none,
         results=jax.tree.map(
             lambda leaf: jnp.zeros((num_sentences, *leaf.shape[1:]), leaf.dtype),
             (search.hypotheses, search.steps, none),
         ),
         turns=jnp.int32(0),
     )
-    turn = jax.lax.while_loop(goes_on, advance, turn)
-    hypotheses, *rest = put_away(turn)
-    return (method.result(search._replace(hypotheses=hypotheses)), *rest), turn.turns[None]
+    batch = jax.lax.while_loop(unfinished, advance, batch)
+    hypotheses, *rest = store_finished(batch)
+    return (method.result(search._replace(hypotheses=hypotheses)), *rest), batch.turns[None]
 
 
 def _put(search: Search, rows: Int[Array, "C"], begun: Search) -> Search:

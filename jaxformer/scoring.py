@@ -14,10 +14,17 @@ from jaxformer.positions import PositionalEncoding
 from jaxformer.transformer import Transformer
 
 
+def ensemble(
+    configs: TransformerConfig | tuple[TransformerConfig, ...], params: Any
+) -> tuple[tuple[TransformerConfig, ...], tuple[Any, ...]]:
+    """Configurations and parameters of the members: one model is an ensemble of one."""
+    return ((configs,), (params,)) if isinstance(configs, TransformerConfig) else (configs, params)
+
+
 @partial(jax.jit, static_argnums=0)
 def token_log_probs(
-    configs: tuple[TransformerConfig, ...],
-    params: tuple[Any, ...],
+    configs: TransformerConfig | tuple[TransformerConfig, ...],
+    params: Any,
     source_ids: Int[Array, "B S"],
     labels: Int[Array, "B T"],
 ) -> Float[Array, "B T"]:
@@ -27,9 +34,10 @@ def token_log_probs(
     probability. Logits exist for one sentence at a time.
 
     Args:
-      configs, params: of one model, or of several whose probabilities are averaged.
+      configs, params: of one model, or tuples of several, whose probabilities are averaged.
       source_ids, labels: sentences with eos, then padding.
     """
+    configs, params = ensemble(configs, params)
 
     def member(config: TransformerConfig, variables: Any) -> Array:
         model = Transformer(config).bind({"params": variables})

@@ -46,6 +46,9 @@ def write_recorded_run(
         }
         if old:
             del record["padding"]
+        elif number == 0:
+            del record["tokens_per_second"]
+            record["compile_seconds"] = seconds
         records.append(record)
         if number and number % max(1, reports // 4) == 0:
             time += EVALUATE_SECONDS

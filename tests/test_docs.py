@@ -19,7 +19,7 @@ import pytest
 
 import jaxformer.cli
 import train.cli
-from jaxformer.arguments import search_of
+from jaxformer.arguments import generation_options
 from jaxformer.cli import main
 from jaxformer.config import PRESETS
 from small_run import LEXICON, trained_run, write_corpus
@@ -144,7 +144,7 @@ def run_train(arguments):
 
 def run_jaxformer(arguments):
     options = jaxformer.cli._parser().parse_args(arguments)
-    if arguments[0] == "translate" and search_of(options):
+    if arguments[0] == "translate" and generation_options(options):
         return  # one search is like another, and these are possible
     if arguments[0] != "convert":
         assert main(arguments) == 0

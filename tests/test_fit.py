@@ -279,3 +279,8 @@ def test_a_report_weighs_each_step_by_its_tokens():
     log.flush(2)
     assert (written["loss"], written["nll"], written["gradient_norm"]) == (2.5, 1.25, 2.0)
     assert (written["padding"], written["epoch"]) == (0.5, 0.2)
+    assert written["compile_seconds"] > 0 and "tokens_per_second" not in written
+    log.add(step | {"gradient_norm": loss, "learning_rate": 0.1})
+    written.clear()
+    log.flush(3)
+    assert written["tokens_per_second"] > 0 and "compile_seconds" not in written

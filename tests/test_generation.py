@@ -13,7 +13,7 @@ from jaxformer.beam import power_length_penalty
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
 from jaxformer.decoding import beam_search, sample
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig, generate, prepare
+from jaxformer.generation import GenerationConfig, generate, prepare, start_search
 from jaxformer.scoring import attention_alignment, token_log_probs
 from jaxformer.transformer import Transformer
 from random_run import SEPARATE as CONFIG
@@ -40,6 +40,25 @@ SOURCE = sources()
 def search(options=OPTIONS, source=SOURCE, params=None, configs=(CONFIG,), **arguments):
     params = (params_of(),) if params is None else params
     return generate(configs, params, source, options, **arguments)
+
+
+def test_one_model_is_an_ensemble_of_one():
+    alone = generate(CONFIG, params_of(), SOURCE, OPTIONS)
+    jax.tree.map(np.testing.assert_array_equal, alone, search())
+    labels = alone.sequences[:, 0]
+    np.testing.assert_array_equal(
+        token_log_probs(CONFIG, params_of(), SOURCE, labels),
+        token_log_probs((CONFIG,), (params_of(),), SOURCE, labels),
+    )
+
+
+def test_lengths_are_those_of_the_rule():
+    """Not of float32, in which 1.3 times 90 is 116.99999."""
+    options = GenerationConfig(max_length_ratio=1.3, max_length_extra=0, min_length_ratio=0.7)
+    ids = jnp.full((2, 90), EOS_ID).at[1, 30:].set(PAD_ID)
+    found = start_search((CONFIG,), (params_of(),), options, 117, ids, None, None)
+    assert found.sentences.max_lengths.tolist() == [117, 39]
+    assert found.sentences.min_lengths.tolist() == [62, 21]
 
 
 def test_the_softmax_layer_is_transposed_before_the_search():
@@ -298,7 +317,7 @@ def test_bfloat16_weights_are_cast_once():
     [
         ({"beam_size": 0}, "beam_size is 0: give at least 1"),
         ({"beam_size": 2.0}, "beam_size is 2.0: give a whole number"),
-        ({"n_best": True}, "n_best is True: give a whole number"),
+        ({"n_best": True}, "n_best is True: give a whole number or None"),
         ({"length_penalty": None}, "length_penalty is None: give a number"),
         ({"sampling": "no"}, "sampling is 'no': give True or False"),
         ({"length_penalty": -1.0}, "length_penalty is -1.0: give at least 0"),
@@ -308,12 +327,15 @@ def test_bfloat16_weights_are_cast_once():
         ({"top_k": 0}, "top_k is 0: give at least 1"),
         ({"max_length_ratio": float("inf")}, "max_length_ratio is inf: give at most 100,000"),
         ({"max_length_extra": 10**8}, "max_length_extra is 100000000: give at most 100,000"),
-        ({"sampling": True, "temperature": float("inf")}, "temperature is inf: give a number"),
+        (
+            {"sampling": True, "temperature": float("inf")},
+            "temperature is inf: give 0, or 1e-30 to 1e30",
+        ),
         (
             {"sampling": True, "length_penalty": 1.0},
             "length_penalty is 1.0: it has no effect with sampling",
         ),
-        ({"temperature": float("nan")}, "temperature is nan: give at least 0"),
+        ({"temperature": float("nan")}, "temperature is nan: give 0, or 1e-30 to 1e30"),
         ({"top_k": 3}, "top_k is 3: it has no effect without sampling, set it too"),
         (
             {"early_stopping": True, "sampling": True},

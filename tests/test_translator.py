@@ -66,6 +66,34 @@ def test_empty_lines_stay_empty_and_in_place(translator):
     assert greedy(translator, [""]) == [""]
 
 
+def test_a_line_without_any_translation_stays_empty(translator, monkeypatch):
+    nothing = BeamResult(*np.array([[[0, 0]]]), *np.full((2, 1), -np.inf), np.array([0]))
+    monkeypatch.setattr(
+        Translator, "_search", lambda _, parts, *__, **___: [nothing for _ in parts]
+    )
+    said = []
+    lines = ["red dogs", "", "old cats"]
+    assert translator.translate(lines, warn=said.append) == ["", "", ""]
+    assert [line.split(":")[0] for line in said] == ["line 1", "line 3"]
+    ((one,),) = translator.generate(["red dogs"], warn=said.append)
+    assert (one.text, one.score, one.finished) == ("", -np.inf, False)
+
+
+def test_impossible_options(translator):
+    for options, message in (
+        ({"beams": 3}, "there is no option 'beams': choose one of beam_size, n_best"),
+        ({"batch_tokens": 0}, "batch_tokens is 0: give at least 1"),
+        ({"sampling": True, "temperature": 1e-39}, "temperature is 1e-39: give 0, or 1e-30 to"),
+    ):
+        with pytest.raises(UserError, match=message):
+            translator.translate(["red dogs"], **options)
+    with pytest.raises(UserError, match="batch_tokens is -1: give at least 1"):
+        translator.score(["red dogs"], ["rote Hunde"], batch_tokens=-1)
+    for nothing in ([], ["RUN"]):
+        with pytest.raises(UserError, match="no run or checkpoint to load: name at least one"):
+            Translator.load(nothing, [])
+
+
 def test_neither_order_nor_company_matters(translator):
     together = greedy(translator, SENTENCES)
     assert len(set(together)) > 6, "the model says the same of everything"

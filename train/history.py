@@ -68,9 +68,9 @@ class History:
     def time_split(self) -> dict[str, float]:
         """Seconds spent on each of `PARTS`.
 
-        A record of training knows how long its steps took, tokens / (tokens / s), and `time` is
-        when each record was written: the rest is what lies between. The first step after a start
-        counts as compilation; to save is as long as training waits for it.
+        A record of training knows how long its steps took, tokens / (tokens / s), or the first
+        after a start, which compiles; `time` is when each record was written: the rest is what
+        lies between. To save is as long as training waits for it.
         """
         encoded = self._table.column("split").combine_chunks().dictionary_encode()
         codes = encoded.indices.to_numpy(zero_copy_only=False)
@@ -89,6 +89,7 @@ class History:
         seconds = np.zeros(len(gaps))
         with np.errstate(divide="ignore", invalid="ignore"):
             seconds[train] = np.nan_to_num(tokens / speed, posinf=0.0)
+        seconds[train] += np.nan_to_num(self.column("train", "compile_seconds"))
         seconds = np.minimum(seconds, gaps)
         first = train & after(among("start"))
         first[0] |= train[0]  # of a version that did not record the start

@@ -28,6 +28,7 @@ class Log:
         self._steps_per_epoch = batches.steps_per_epoch
         self._positions = rows_per_step * batches.packing.target_length
         self._pending: list[dict[str, jax.Array]] = []
+        self._compiled = False
         self.restart_clock()
 
     def timed(self, batches: Iterable[Any]) -> Generator[Any]:
@@ -75,11 +76,15 @@ class Log:
             "gradient_norm": float(np.mean([metrics["gradient_norm"] for metrics in steps])),
             "learning_rate": float(steps[-1]["learning_rate"]),
             "target_tokens": float(tokens.sum()),
-            "tokens_per_second": float(tokens.sum()) / seconds,
             "padding": 1.0 - float(tokens.sum()) / (self._positions * len(steps)),
             "host_wait": self._waited / seconds,
             "epoch": step / self._steps_per_epoch,
         }
+        if self._compiled:
+            values["tokens_per_second"] = float(tokens.sum()) / seconds
+        else:  # the first report after a start is of one step, nearly all of it compilation
+            values["compile_seconds"] = seconds
+            self._compiled = True
         self._writer.write(step, "train", values)
         self._progress.update(step, values)
         self._pending = []

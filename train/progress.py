@@ -13,6 +13,7 @@ _SHOWN = {
     "loss": "loss {:.3f}",
     "perplexity": "ppl {:.2f}",
     "tokens_per_second": "{:,.0f} target tokens/s",
+    "compile_seconds": "compiled in {:.1f} s",
     "learning_rate": "lr {:.2e}",
     "epoch": "epoch {:.2f}",
 }
@@ -60,8 +61,8 @@ class Progress:
 
         Args:
           step: counted from the beginning of training, not from `start_step`.
-          metrics: a report; of its entries loss, perplexity, tokens_per_second, learning_rate and
-            epoch are shown. None moves the bar alone, and prints no line.
+          metrics: a report; of its entries those of `_SHOWN` are shown. None moves the bar alone,
+            and prints no line.
         """
         if not self._active:
             return

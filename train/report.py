@@ -198,7 +198,7 @@ def _charts(histories: Sequence[History]) -> dict[str, Chart]:
         "speed": Chart(
             "Speed, real target tokens a second",
             lines(("train", "tokens_per_second", "tokens/s")),
-            note="evaluation and saving left out",
+            note="compilation, evaluation and saving left out",
         ),
         "waste": Chart(
             "Waste, %",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxformer.arguments import add_search, search_of
+from jaxformer.arguments import add_search, generation_options
 from jaxformer.errors import UserError
 from jaxformer.files import check_writable, write_text
 from jaxformer.pages.heatmap import (
@@ -167,7 +167,7 @@ def add_inspect(commands: Any) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    search = search_of(options)
+    search = generation_options(options)
     try:
         options.sentence.encode()
     except UnicodeEncodeError as error:  # what the shell gave is bytes that are no letters

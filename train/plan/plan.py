@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig, longest
+from jaxformer.generation import GenerationConfig, max_target_length
 from train.benchmark.flops import decode_step_flops, train_flops
 from train.config import TrainConfig
 from train.parallel import make_runner
@@ -183,7 +183,7 @@ def _decode_record(config: TrainConfig, machine: Machine) -> dict[str, Any]:
         length_penalty=evaluate.length_penalty,
         length_penalty_form=evaluate.length_penalty_form,
     )
-    room = longest((config.model,), options, SOURCE_LENGTH)
+    room = max_target_length((config.model,), options, SOURCE_LENGTH)
     record: dict[str, Any] = {
         "plan": "decode",
         "machine": f"1 x {machine.devices[0].device_kind}",

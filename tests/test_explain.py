@@ -274,7 +274,7 @@ def test_pngs_name_letters_that_no_font_has(explanation, tmp_path, capsys, monke
     pytest.importorskip("matplotlib")
     import dataclasses
 
-    from jaxformer import pictures
+    from jaxformer.pages import pictures
 
     families, missing = fonts_for("a▁é")
     assert (families, missing) == (["DejaVu Sans"], "")
@@ -299,7 +299,7 @@ def test_a_long_sentence_makes_no_larger_picture(tmp_path):
 
 
 def test_the_command(run, tmp_path, capsys, monkeypatch):
-    from jaxformer import pictures
+    from jaxformer.pages import pictures
 
     monkeypatch.setattr(pictures, "can_draw", lambda: False)
     output = tmp_path / "deep" / "inspection"

@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from jaxformer.batching import pad
 from jaxformer.config import BOS_ID, TransformerConfig
 from train.benchmark.flops import forward_flops, train_flops
 from train.data.batches import Batches
@@ -92,11 +93,9 @@ def padded_batches(
 def _pad(
     corpus: EncodedCorpus, pairs: np.ndarray, rows: int, source_length: int, target_length: int
 ) -> dict[str, np.ndarray]:
-    source = np.zeros((rows, source_length), np.int32)
-    labels = np.zeros((rows, target_length), np.int32)
-    for row, pair in enumerate(pairs):
-        for ids, side in ((source, corpus.source), (labels, corpus.target)):
-            ids[row, : side.lengths[pair]] = side.take(pairs[row : row + 1])
+    each = np.split(pairs, len(pairs))
+    source = pad([corpus.source.take(pair).tolist() for pair in each], rows, source_length)
+    labels = pad([corpus.target.take(pair).tolist() for pair in each], rows, target_length)
     target = np.zeros_like(labels)
     target[:, 1:] = labels[:, :-1]
     target[: len(pairs), 0] = BOS_ID

@@ -593,33 +593,28 @@ def test_training_mode():
 def test_each_rate_is_applied_in_every_place_that_has_it():
     """Counted by the calls of the modules that drop, layers being traced once."""
 
-    def calls(**rates):
+    def calls(method="hidden", ids=(SOURCE, TARGET), **rates):
         config = _COMMON.replace(**{"dropout": 0.0, "scan_layers": True, **rates})
-        made, inside = [], []
+        made = []
 
         def count(next_function, args, kwargs, context):
-            if not getattr(context.module, "rate", 0) > 0:
-                return next_function(*args, **kwargs)
-            if not inside:  # the hook of conftest.py makes two calls of one
+            if getattr(context.module, "rate", 0) > 0:
                 made.append(context.module.path)
-            inside.append(context)
-            try:
-                return next_function(*args, **kwargs)
-            finally:
-                inside.pop()
+            return next_function(*args, **kwargs)
 
         def run(params, rng, *ids):
             apply = functools.partial(Transformer(config).apply, rngs={"dropout": rng})
-            return apply({"params": params}, *ids, deterministic=False)
+            return apply({"params": params}, *ids, deterministic=False, method=method)
 
         with nn.intercept_methods(count):
-            jax.eval_shape(run, shapes_of(config), jax.random.key(0), SOURCE, TARGET)
+            jax.eval_shape(run, shapes_of(config), jax.random.key(0), *ids)
         return made
 
     assert calls() == []
     dropped = calls(dropout=0.1)
-    assert dropped.count(("dropout",)) == 2  # embeddings of both sides, by one module
-    assert len(set(dropped)) == 1 + 2 + 3  # and sub-layers of each layer
+    assert len(set(dropped)) == 1 + 2 + 3  # embeddings of both sides; sub-layers of each layer
+    once = calls("encode", (SOURCE,), dropout=0.1).count(("dropout",))  # or more, as it is traced
+    assert dropped.count(("dropout",)) == 2 * once > 0
     assert len(set(calls(attention_dropout=0.1))) == 1 + 2
     assert len(set(calls(activation_dropout=0.1))) == 1 + 1
 

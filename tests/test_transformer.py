@@ -606,8 +606,9 @@ def test_each_rate_is_applied_in_every_place_that_has_it():
             apply = functools.partial(Transformer(config).apply, rngs={"dropout": rng})
             return apply({"params": params}, *ids, deterministic=False)
 
+        params = shapes_of(config)
         with nn.intercept_methods(count):
-            jax.eval_shape(run, shapes_of(config), jax.random.key(0), SOURCE, TARGET)
+            jax.eval_shape(run, params, jax.random.key(0), SOURCE, TARGET)
         return len(set(made))
 
     assert calls() == 0

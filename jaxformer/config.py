@@ -55,7 +55,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
         elif not _is_of(value, hint):
             raise UserError(f"{prefix}{name} is {given!r}: give {_described(hint)}")
         elif isinstance(value, int) and abs(value) > _LARGEST:
-            raise UserError(f"{prefix}{name} is {given!r}: give at most {_LARGEST:,}")
+            raise UserError(f"{prefix}{name} is {given!r}: give at most 2^31 - 1")
         if value is not given:
             object.__setattr__(config, name, value)
 

@@ -370,6 +370,16 @@ def test_whatever_orbax_raises_is_damage(tmp_path, monkeypatch, capsys):
     assert "error while reading array index" in capsys.readouterr().err
 
 
+def test_a_run_that_was_moved_away_is_not_made_anew(tmp_path):
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(make_state(1), {"loss": 1.0})
+        checkpoints.wait()
+        (tmp_path / "run").rename(tmp_path / "moved")
+        with pytest.raises(UserError, match=r"run/checkpoints has gone: move it back"):
+            checkpoints.save(make_state(2), {"loss": 1.0})
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+
+
 def test_notes_of_another_kind(tmp_path):
     """What is beside the arrays may be damaged too; of another kind it counts for nothing."""
     with Checkpoints(tmp_path) as checkpoints:

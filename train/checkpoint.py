@@ -161,12 +161,14 @@ class Checkpoints:
           metrics: validation metrics of this state; without them it cannot become the best.
 
         Raises:
-          UserError: this checkpoint, or the one before it, could not be written; or `metrics` lack
-            the one that says what is best.
+          UserError: this checkpoint, or the one before it, could not be written; the directory has
+            gone; or `metrics` lack the one that says what is best.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        if not self.directory.is_dir():  # orbax would make it anew, without the rest of the run
+            raise UserError(f"{self.directory} has gone: move it back, and run the command again")
         record = None
         if metrics is not None:
             if self._metric not in metrics:

@@ -128,7 +128,7 @@ class GenerationConfig:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "GenerationConfig":
-        """Those of keyword arguments; raises `UserError` for one that is none."""
+        """Make it of keyword arguments; raises `UserError` for one that is unknown."""
         known = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in known:

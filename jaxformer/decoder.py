@@ -1,18 +1,16 @@
 """The decoder (§3.1, Figure 1 on the right), of all positions at once or one by one."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.cache import DecoderCache, LayerCache
 from jaxformer.config import TransformerConfig
 from jaxformer.masks import Mask
 from jaxformer.residual import layer_norm
-from jaxformer.stack import Layer, output_gain, run_stack
+from jaxformer.stack import Layer, each_layer, output_gain, run_stack
 
 
 class DecoderLayer(Layer):
@@ -120,7 +118,7 @@ class Decoder(nn.Module):
             return LayerCache.init(key, value, num_slots=num_slots)
 
         layers: Any = tuple(
-            layer.apply(params, method=layer_cache) for layer, params in self._each_layer()
+            layer.apply(params, method=layer_cache) for layer, params in each_layer(self)
         )
         return DecoderCache.init(layers, cross_mask, beam_size=beam_size)
 
@@ -133,7 +131,7 @@ class Decoder(nn.Module):
         """
         cache, slots = cache.begin_position()
         self_mask, layers = cache.past[:, None], []
-        for (layer, params), past in zip(self._each_layer(), cache.layers, strict=True):
+        for (layer, params), past in zip(each_layer(self), cache.layers, strict=True):
             (x, past), sown = layer.apply(
                 params,
                 x,
@@ -149,30 +147,3 @@ class Decoder(nn.Module):
             self.sow("intermediates", "cross_attention", weights)
         cache = dataclasses.replace(cache, layers=tuple(layers), index=cache.index + 1)
         return (self.layer_norm(x) if self.config.norm == "pre" else x), cache
-
-    def _each_layer(self) -> Iterator[tuple[DecoderLayer, dict]]:
-        """Each layer as a module of its own, with its variables.
-
-        Decoding is a loop of its own, with a cache to update, and does not want the layers in
-        another: it unrolls them.
-        """
-        stacked = self.variables["params"]["layers"]
-        if not isinstance(stacked, tuple):
-            stacked = _unstack(stacked)
-        for params in stacked:
-            yield self.layers.clone(parent=None, name=None), {"params": params}
-
-
-def unstack_decoder(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters of a `Transformer` with those of each decoder layer apart.
-
-    `init_cache` and `decode_step` take either form. Inside a compiled loop this one saves them
-    from slicing [L, …] arrays at each step, as XLA does not move a slice out of a loop.
-    """
-    layers = params["decoder"]["layers"]
-    return {**params, "decoder": {**params["decoder"], "layers": _unstack(layers)}}
-
-
-def _unstack(layers: Any) -> tuple[Any, ...]:
-    leaves, structure = jax.tree.flatten(layers)
-    return tuple(jax.tree.unflatten(structure, layer) for layer in zip(*leaves, strict=True))

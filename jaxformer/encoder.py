@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 from jaxformer.config import TransformerConfig
 from jaxformer.masks import Mask
 from jaxformer.residual import layer_norm
-from jaxformer.stack import Layer, output_gain, run_stack
+from jaxformer.stack import Layer, each_layer, is_unstacked, output_gain, run_stack
 
 
 class EncoderLayer(Layer):
@@ -65,5 +65,9 @@ class Encoder(nn.Module):
         def apply_layer(layer, x):
             return layer(x, mask, deterministic=deterministic)
 
-        x = run_stack(self.config, self.layers, self.config.encoder_layers, apply_layer, x)
+        if is_unstacked(self):
+            for layer, params in each_layer(self):
+                x = layer.apply(params, x, mask, deterministic=deterministic)
+        else:
+            x = run_stack(self.config, self.layers, self.config.encoder_layers, apply_layer, x)
         return self.layer_norm(x) if self.config.norm == "pre" else x

@@ -13,12 +13,12 @@ from jaxtyping import Array, Float, Int
 from jaxformer.beam import BeamSearch, gnmt_length_penalty, power_length_penalty
 from jaxformer.cache import DecoderCache
 from jaxformer.config import PAD_ID, TransformerConfig, check_fields
-from jaxformer.decoder import unstack_decoder
 from jaxformer.errors import UserError
 from jaxformer.linear import transpose_kernels
 from jaxformer.sampling import Sampling
 from jaxformer.scoring import ensemble, speakable
 from jaxformer.search import BeamResult, Method, Search, Sentences, StepFn, run, take
+from jaxformer.stack import unstack_layers
 from jaxformer.transformer import Transformer
 
 PenaltyForm = Literal["gnmt", "power"]
@@ -194,7 +194,7 @@ def prepare(
 
     def prepared(config: TransformerConfig, member: Any) -> dict[str, Any]:
         cast_to = partial(cast, dtype=config.dtype)
-        member = jax.tree_util.tree_map_with_path(cast_to, unstack_decoder(member))
+        member = jax.tree_util.tree_map_with_path(cast_to, unstack_layers(member))
         name = "output_embedding" if config.embeddings == "separate" else "embedding"
         if not config.quantized:
             member[name] = {**member[name], "transposed": member[name]["embedding"].T}

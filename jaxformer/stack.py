@@ -1,8 +1,10 @@
 """What the stacks of encoder and decoder have in common (§3.1)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import flax.linen as nn
+import jax
 from jaxtyping import Array
 
 from jaxformer.attention import MultiHeadAttention
@@ -33,6 +35,40 @@ def run_stack(
         unroll=1 if loop else num_layers,
     )
     return scanned(layer, x, None)[0]
+
+
+def each_layer(stack: Any) -> Iterator[tuple[Any, dict]]:
+    """Each layer of a bound stack as a module of its own, with its parameters.
+
+    To translate is a loop of its own and does not want the layers in another: it unrolls them.
+    """
+    layers = stack.variables["params"]["layers"]
+    for params in layers if isinstance(layers, tuple) else _unstack(layers):
+        yield stack.layers.clone(parent=None, name=None), {"params": params}
+
+
+def is_unstacked(stack: nn.Module) -> bool:
+    """Whether the parameters of a bound stack are those of `unstack_layers`."""
+    return isinstance(stack.variables.get("params", {}).get("layers"), tuple)
+
+
+def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a `Transformer` with those of each layer apart.
+
+    `encode`, `init_cache` and `decode_step` take either form. This one saves them from slicing
+    [L, …] arrays, which are copied: inside a compiled loop at each step, as XLA does not move a
+    slice out of it.
+    """
+    apart = {
+        stack: {**params[stack], "layers": _unstack(params[stack]["layers"])}
+        for stack in ("encoder", "decoder")
+    }
+    return {**params, **apart}
+
+
+def _unstack(layers: Any) -> tuple[Any, ...]:
+    leaves, structure = jax.tree.flatten(layers)
+    return tuple(jax.tree.unflatten(structure, layer) for layer in zip(*leaves, strict=True))
 
 
 def output_gain(num_sublayers: int) -> float:

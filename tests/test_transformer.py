@@ -23,6 +23,7 @@ from jaxformer.encoder import Encoder, EncoderLayer
 from jaxformer.feed_forward import FeedForward
 from jaxformer.linear import Linear
 from jaxformer.positions import PositionalEncoding
+from jaxformer.stack import unstack_layers
 from jaxformer.transformer import Transformer
 
 B, S, T, K = 6, 8, 6, 3
@@ -822,6 +823,15 @@ def test_layers_with_parts_of_ones_own_decode_as_they_train(norm):
     logits, _ = decode(model, params, source_ids, tokens, beams)
     full = model.apply({"params": params}, source_ids, target_ids)
     assert_close(logits[:, :, 1], np.swapaxes(full, 0, 1))
+
+
+@pytest.mark.parametrize("name", ["paper", "modern"])
+def test_layers_apart_encode_as_stacked(name):
+    model, params = Transformer(CONFIGS[name]), random_params(CONFIGS[name])
+    encode = jax.jit(functools.partial(model.apply, method="encode"))
+    apart = unstack_layers(params)
+    assert isinstance(apart["encoder"]["layers"], tuple)
+    assert_close(encode({"params": apart}, SOURCE), encode({"params": params}, SOURCE))
 
 
 def test_parameters_are_float32_where_numbers_are_float64():

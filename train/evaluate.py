@@ -229,11 +229,12 @@ def write_lines(path: Path, lines: Sequence[str]) -> None:
       UserError: it cannot be written.
     """
     text = "".join(f"{line}\n" for line in lines)
-    if not path.exists() or (path.is_file() and not _is_standard_output(path)):
+    printed = _is_standard_output(path)
+    if not printed and (path.is_file() or not path.exists()):
         write_text(path.resolve(), text)
         return
     try:
-        if _is_standard_output(path):  # beside what is printed, and not over it
+        if printed:  # beside what is printed, and not over it
             sys.stdout.flush()
             sys.stdout.buffer.write(text.encode())
         else:

@@ -13,21 +13,19 @@ from jaxformer.run import check_name
 LOCK_FILE = ".lock"
 
 
-def file_lock(path: Path) -> FileLock:
-    """Return a lock that ends with the process, however it ends; to be taken by `acquire`."""
-    return FileLock(path, fallback_to_soft=False)
+def acquire(path: Path, timeout: float = -1) -> FileLock:
+    """Return a lock that is held until it is released or the process ends, however it ends.
 
-
-def acquire(lock: FileLock, timeout: float = -1) -> None:
-    """Take a lock; on a file system without locks there is none.
-
-    A file that stands for one would outlive a process that was killed.
+    On a file system without locks none is held: a file that stands for one would outlive a process
+    that was killed.
     """
+    lock = FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(timeout=timeout)
     except OSError as error:
         if error.errno != errno.ENOSYS:
             raise
+    return lock
 
 
 @contextlib.contextmanager
@@ -38,10 +36,9 @@ def only_trainer(run: Path) -> Iterator[None]:
       UserError: another process holds the directory, or it cannot be written to.
     """
     check_name(run)
-    lock = file_lock(run / LOCK_FILE)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        acquire(lock, timeout=0)
+        lock = acquire(run / LOCK_FILE, timeout=0)
     except Timeout as error:
         raise UserError(
             f"another process trains in {run}: wait until it ends, or choose another --run"

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxformer.errors import UserError
-from train.lock import acquire, file_lock
+from jaxformer.run import reason
+from train.lock import acquire
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 # Part of every cache file's name: a change in what the files hold must change it.
 CACHE_VERSION = 1
+
+_ADVICE = "make room, or set data.cache_dir"
 
 
 def cache_folder(cache_dir: str | Path | None) -> Path:
@@ -40,9 +43,7 @@ def cache_folder(cache_dir: str | Path | None) -> Path:
     return folder
 
 
-def write_file(
-    path: Path, content: bytes, *, advice: str = "make room, or set data.cache_dir"
-) -> None:
+def write_file(path: Path, content: bytes, *, advice: str = _ADVICE) -> None:
     """Write a small file in one move: whoever reads it meanwhile sees all of it or nothing.
 
     Raises:
@@ -60,7 +61,7 @@ def write_file(
 
 
 @contextlib.contextmanager
-def _writing(path: Path, advice: str = "make room, or set data.cache_dir") -> Iterator[None]:
+def _writing(path: Path, advice: str = _ADVICE) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -73,9 +74,8 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # as `pyarrow.ArrowInvalid` is
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{path} is damaged ({reason}): delete it, to have it made again"
+            f"{path} is damaged ({reason(error)}): delete it, to have it made again"
         ) from error
 
 
@@ -102,9 +102,8 @@ def write_arrow(
         return
     partial = path.with_suffix(".partial")
     with contextlib.ExitStack() as locked:
-        lock = file_lock(path.with_suffix(".lock"))
         with _writing(path):
-            acquire(lock)
+            lock = acquire(path.with_suffix(".lock"))
         locked.callback(lock.release)
         if path.exists():  # written while this process waited
             return

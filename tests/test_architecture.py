@@ -119,6 +119,19 @@ def test_no_import_cycles():
     graphlib.TopologicalSorter(project_imports()).prepare()  # raises CycleError, naming the cycle
 
 
+def test_folders_of_the_training_application_import_one_way():
+    def part(module: str) -> str:
+        return ".".join(module.split(".")[:2])
+
+    folders = {part(module) for module in project_imports() if module.count(".") == 2}
+    graph: dict[str, set[str]] = {}
+    for module, found in project_imports().items():
+        if part(module) in folders:
+            graph.setdefault(part(module), set()).update(set(map(part, found)) - {part(module)})
+    assert {"train.benchmark", "train.costs", "train.data", "train.plan"} <= set(graph)
+    graphlib.TopologicalSorter(graph).prepare()
+
+
 def test_the_training_step_knows_no_runner():
     graph = project_imports()
 

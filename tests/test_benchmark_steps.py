@@ -16,13 +16,13 @@ from random_run import CONFIG
 from small_run import small_config, write_corpus
 from train.benchmark import marian_peer, peaks
 from train.benchmark.flax_plain import PlainTransformer
-from train.benchmark.flops import forward_flops, train_flops
 from train.benchmark.peaks import matmul_peak, memory_bandwidth
 from train.benchmark.report import plot
 from train.benchmark.steps import StepBenchmark, benchmark_steps
 from train.benchmark.turns import Turn, summary
 from train.cli import main
 from train.config import ParallelConfig, TrainConfig
+from train.costs.flops import forward_flops, train_flops
 from train.prepare import prepare
 
 #: Compiled often, so as small as can be.

@@ -9,9 +9,9 @@ import pytest
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig
 from small_run import change, small_config
-from train.benchmark.flops import train_flops
-from train.chips import CHIPS, chip_of
 from train.cli import main
+from train.costs.chips import CHIPS, chip_of
+from train.costs.flops import train_flops
 from train.plan import plan as planning
 from train.plan.estimates import largest_fitting, roofline
 from train.plan.machines import TPUS, Machine, tpu_machine

@@ -13,11 +13,11 @@ from jaxformer.config import TransformerConfig
 from jaxformer.generation import GenerationConfig
 from jaxformer.transformer import Transformer
 from packed_rows import BATCH, KEY, SOURCE, SPLITTABLE, TARGET
-from train.benchmark.flops import decode_step_flops
 from train.config import DataConfig, ParallelConfig, TrainConfig
+from train.costs.flops import decode_step_flops
+from train.costs.hlo import Program
 from train.parallel import make_runner
 from train.plan.collectives import Collective, collectives
-from train.plan.hlo import Program
 from train.plan.machines import present_machine
 from train.plan.programs import DoesNotFit, decode_program, device_bytes, step_program
 from train.state import create_state, make_optimizer, make_schedule

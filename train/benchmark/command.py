@@ -121,7 +121,8 @@ def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.peer:
         _leave_memory_to_peers()
     from jaxformer.pages.pictures import check_picture
-    from train.benchmark.report import NOTHING_TO_DRAW, keep_records, plot, steps_table
+    from train.benchmark.report import NOTHING_TO_DRAW, plot, steps_table
+    from train.records import keep_records
 
     if options.plot is not None:
         swept = options.batch, options.length, options.vocab_size, options.devices
@@ -189,7 +190,8 @@ def _benchmark_decode(options: argparse.Namespace, overrides: list[str]) -> None
     if options.peer is not None:
         _leave_memory_to_peers()
     from train.benchmark.decode import DecodeBenchmark, benchmark_decode
-    from train.benchmark.report import decode_table, keep_records
+    from train.benchmark.report import decode_table
+    from train.records import keep_records
 
     names = [field.name for field in dataclasses.fields(DecodeBenchmark)]
     values = {name: getattr(options, name) for name in names}

@@ -14,9 +14,10 @@ from train.benchmark.peaks import forget_process_peak, peak_memory
 from train.benchmark.turns import Turn
 from train.benchmark.work import Case, Kind, full_rows
 from train.config import TrainConfig
+from train.costs.hlo import Program
+from train.costs.memory import program_memory
 from train.data.batches import Batches
 from train.parallel import make_runner
-from train.plan.hlo import Program
 from train.prefetch import prefetch
 from train.state import create_state, make_optimizer, make_schedule
 from train.step import make_train_step
@@ -74,7 +75,7 @@ class OurStep:
         trace = max(traces)  # the outermost
         self._step = lowered.compile()
         done = time.perf_counter()
-        cost, memory = self._step.cost_analysis(), self._step.memory_analysis()
+        cost = self._step.cost_analysis()
         moved = Program(self._step.as_text()).bytes_moved()
         return {
             "trace_seconds": trace,
@@ -82,10 +83,7 @@ class OurStep:
             "compile_seconds": done - low,
             "xla_flops": cost.get("flops", float("nan")) * len(self.devices),
             "bytes_moved": moved * len(self.devices),
-            "program_memory_bytes": memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes,
+            "program_memory_bytes": program_memory(self._step),
         }
 
     def turn(self, steps: int) -> Turn:

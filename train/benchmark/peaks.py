@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from train.chips import chip_of
+from train.costs.chips import chip_of
 
 
 def separate_devices(devices: Sequence[jax.Device]) -> int:

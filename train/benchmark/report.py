@@ -1,14 +1,11 @@
 """Results of benchmarks: a table for people, JSON lines for programs, a picture of a sweep."""
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxformer.errors import UserError
 from jaxformer.pages.pictures import picture
-
-Records = Sequence[dict[str, Any]]
+from train.records import Records, aligned
 
 NOTHING_TO_DRAW = "nothing to draw: give --batch, --length, --vocab-size or --devices a list"
 
@@ -134,36 +131,6 @@ def _cell(value: float | None, form: str) -> str:
 def _ratio(record: dict[str, Any]) -> str:
     ratios = (record["ratio_median"], record["ratio_min"], record["ratio_max"])
     return "{:.2f}x ({:.2f} to {:.2f})".format(*ratios)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines, each column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-    return "\n".join(lines)
-
-
-def keep_records(path: str | None, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Pass records on as they are made, each appended at once to a file of JSON lines, if any.
-
-    A long sweep may be stopped, and what cannot be written fails before the work.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
-    if path is None:
-        yield from records
-        return
-    try:
-        with open(path, "a", encoding="utf-8", buffering=1) as file:
-            for record in records:
-                file.write(json.dumps(record) + "\n")
-                yield record
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 #: What a sweep can vary and be drawn over, and how the axis is called.

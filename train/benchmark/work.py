@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxformer.batching import pad
 from jaxformer.config import BOS_ID, TransformerConfig
-from train.benchmark.flops import forward_flops, train_flops
+from train.costs.flops import forward_flops, train_flops
 from train.data.batches import Batches
 from train.data.corpus import EncodedCorpus
 

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from math import prod
 
-from train.plan.hlo import Instruction, Program, shape_bytes
+from train.costs.hlo import Instruction, Program, shape_bytes
 
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 

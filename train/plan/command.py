@@ -44,8 +44,8 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
     )
 
     from jaxformer.pages.pictures import check_picture
-    from train.benchmark.report import keep_records
     from train.plan.report import NOTHING_TO_DRAW, plan_tables, plot_plan
+    from train.records import keep_records
 
     if options.plot is not None:
         if len(options.topology) < 2:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from train.chips import Chip
+from train.costs.chips import Chip
 
 
 def roofline(

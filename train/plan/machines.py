@@ -11,7 +11,7 @@ from math import prod
 import jax
 
 from jaxformer.errors import UserError
-from train.chips import CHIPS, Chip, chip_of
+from train.costs.chips import CHIPS, Chip, chip_of
 
 TPUS = {chip.name: chip for chip in CHIPS if chip.dimensions}
 

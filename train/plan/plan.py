@@ -16,8 +16,8 @@ from typing import Any
 
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, max_target_length
-from train.benchmark.flops import decode_step_flops, train_flops
 from train.config import TrainConfig
+from train.costs.flops import decode_step_flops, train_flops
 from train.parallel import make_runner
 from train.plan.collectives import Collective
 from train.plan.estimates import largest_fitting, roofline

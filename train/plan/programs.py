@@ -14,9 +14,10 @@ from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, generate
 from jaxformer.transformer import Transformer, parameter_shapes
 from train.config import TrainConfig
+from train.costs.hlo import Program
+from train.costs.memory import program_memory
 from train.parallel import make_runner
 from train.plan.collectives import Collective, collectives
-from train.plan.hlo import Program
 from train.plan.machines import Machine
 from train.state import create_state, make_optimizer, make_schedule
 from train.step import make_train_step
@@ -157,7 +158,6 @@ def decode_program(
     compiled = _refusals(
         lambda: generate.lower((config.model,), (params,), sources, options).compile()
     )
-    memory = compiled.memory_analysis()
     program = Program(compiled.as_text())
     # The one loop that goes on until the sentences are done; what else has no end is smaller.
     rounds = [
@@ -166,11 +166,7 @@ def decode_program(
         for computation in loop.callees
     ]
     return DecodeProgram(
-        memory=memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.generated_code_size_in_bytes,
+        memory=program_memory(compiled),
         step_bytes=max(rounds),
         compile_seconds=time.perf_counter() - began,
     )

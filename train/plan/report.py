@@ -6,10 +6,8 @@ from typing import Any
 
 from jaxformer.errors import UserError
 from jaxformer.pages.pictures import picture
-from train.benchmark.report import aligned
 from train.plan.machines import Machine
-
-Records = Sequence[dict[str, Any]]
+from train.records import Records, aligned
 
 NOTHING_TO_DRAW = "nothing to draw: give --topology several slices that the model fits"
 

@@ -1,0 +1,1 @@
+"""What work costs: operations, bytes, and what chips can do of them."""

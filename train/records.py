@@ -1,0 +1,39 @@
+"""What was measured or planned, as aligned columns and as JSON lines."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from jaxformer.errors import UserError
+
+Records = Sequence[dict[str, Any]]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+    return "\n".join(lines)
+
+
+def keep_records(path: str | None, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Pass records on as they are made, each appended at once to a file of JSON lines, if any.
+
+    A long sweep may be stopped, and what cannot be written fails before the work.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    if path is None:
+        yield from records
+        return
+    try:
+        with open(path, "a", encoding="utf-8", buffering=1) as file:
+            for record in records:
+                file.write(json.dumps(record) + "\n")
+                yield record
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -16,7 +16,7 @@ from jaxformer.config import PAD_ID, TransformerConfig, check_fields
 from jaxformer.errors import UserError
 from jaxformer.linear import transpose_kernels
 from jaxformer.sampling import Sampling
-from jaxformer.scoring import ensemble, speakable
+from jaxformer.scoring import Model, ensemble, speakable
 from jaxformer.search import BeamResult, Method, Search, Sentences, StepFn, run, take
 from jaxformer.stack import unstack_layers
 from jaxformer.transformer import Transformer
@@ -145,7 +145,7 @@ class State(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 3))
 def generate(
-    configs: TransformerConfig | tuple[TransformerConfig, ...],
+    models: Model | tuple[Model, ...],
     params: Any,
     source_ids: Int[Array, "B S"],
     options: GenerationConfig = GenerationConfig(),
@@ -156,7 +156,8 @@ def generate(
     """Translate a batch of ids, compiled as one program.
 
     Args:
-      configs, params: of one model, or tuples of several, whose probabilities are averaged.
+      models, params: one Transformer, or its configuration, and its parameters; or tuples of
+        several, whose probabilities are averaged.
       source_ids: sentences with eos, then padding. A row of padding alone costs no step and has
         the empty hypothesis.
       options: see `GenerationConfig`.
@@ -170,17 +171,18 @@ def generate(
       N hypotheses a sentence. Neither pad nor bos is ever generated. A sentence's result does not
       depend, to the last bit, on the others in the batch nor on its row.
     """
-    configs, params = ensemble(configs, params)
-    params = prepare(configs, params)
+    models, params = ensemble(models, params)
+    params = prepare(models, params)
+    configs = [model.config for model in models]
     max_length = max_target_length(configs, options, source_ids.shape[1])
-    search = start_search(configs, params, options, max_length, source_ids, prefix, keys)
-    search = run(make_method(options), make_step_fn(configs, params, options), search)
+    search = start_search(models, params, options, max_length, source_ids, prefix, keys)
+    search = run(make_method(options), make_step_fn(models, params, options), search)
     return make_method(options).result(search)
 
 
 @partial(jax.jit, static_argnums=(0, 2))
 def prepare(
-    configs: tuple[TransformerConfig, ...], params: tuple[Any, ...], for_cpu: bool = False
+    models: tuple[Transformer, ...], params: tuple[Any, ...], for_cpu: bool = False
 ) -> tuple[Any, ...]:
     """Parameters as decoding wants them.
 
@@ -205,6 +207,7 @@ def prepare(
                 }
         return member
 
+    configs = [model.config for model in models]
     return tuple(prepared(*both) for both in zip(configs, params, strict=True))
 
 
@@ -214,7 +217,7 @@ def fewest_positions(configs: Sequence[TransformerConfig]) -> int | None:
 
 
 def max_target_length(
-    configs: tuple[TransformerConfig, ...], options: GenerationConfig, source_length: int
+    configs: Sequence[TransformerConfig], options: GenerationConfig, source_length: int
 ) -> int:
     """T, the most tokens of a translation: what `options` allow, or the positions of the model.
 
@@ -259,14 +262,14 @@ def make_method(options: GenerationConfig) -> Method:
 
 
 def make_step_fn(
-    configs: tuple[TransformerConfig, ...], params: tuple[Any, ...], options: GenerationConfig
+    models: tuple[Transformer, ...], params: tuple[Any, ...], options: GenerationConfig
 ) -> StepFn:
     """One token of all members; the mean of their probabilities counts."""
 
     def step(tokens: Array, state: State) -> tuple[Array, State]:
         logits, caches, attention = [], [], []
-        for config, variables, cache in zip(configs, params, state.caches, strict=True):
-            (output, cache), sown = Transformer(config).apply(
+        for model, variables, cache in zip(models, params, state.caches, strict=True):
+            (output, cache), sown = model.apply(
                 {"params": variables}, tokens, cache, method="decode_step", mutable="intermediates"
             )
             logits.append(speakable(output))
@@ -288,7 +291,7 @@ def _mean_of_probabilities(logits: list[Array]) -> Array:
 
 
 def start_search(
-    configs: tuple[TransformerConfig, ...],
+    models: tuple[Transformer, ...],
     params: tuple[Any, ...],
     options: GenerationConfig,
     room: int,
@@ -305,8 +308,8 @@ def start_search(
     """
     num_beams = num_beams or options.num_beams
     caches = []
-    for config, variables in zip(configs, params, strict=True):
-        model = Transformer(config).bind({"params": variables})
+    for model, variables in zip(models, params, strict=True):
+        model = model.bind({"params": variables})
         encoded = model.encode(source_ids)
         caches.append(
             model.init_cache(
@@ -318,6 +321,7 @@ def start_search(
             )
         )
     lengths = jnp.sum(source_ids != PAD_ID, axis=1, dtype=jnp.int32)
+    configs = [model.config for model in models]
     most = max_target_length(configs, options, source_ids.shape[1])
 
     def limits(of: Callable[[int], int]) -> Array:
@@ -341,7 +345,7 @@ def start_search(
 
 
 def prefill(
-    configs: tuple[TransformerConfig, ...],
+    models: tuple[Transformer, ...],
     params: tuple[Any, ...],
     options: GenerationConfig,
     *given: Any,
@@ -352,15 +356,13 @@ def prefill(
     K-th part of the time.
     """
     method = make_method(options)
-    if isinstance(method, BeamSearch) and prefill_takes_first_step(configs, options):
-        search = start_search(configs, params, options, *given, num_beams=1, num_slots=1)
-        return method.first(make_step_fn(configs, params, options), search)
-    return start_search(configs, params, options, *given, num_slots=0)
+    if isinstance(method, BeamSearch) and prefill_takes_first_step(models, options):
+        search = start_search(models, params, options, *given, num_beams=1, num_slots=1)
+        return method.first(make_step_fn(models, params, options), search)
+    return start_search(models, params, options, *given, num_slots=0)
 
 
-def prefill_takes_first_step(
-    configs: Sequence[TransformerConfig], options: GenerationConfig
-) -> bool:
+def prefill_takes_first_step(models: Sequence[Transformer], options: GenerationConfig) -> bool:
     """Whether `prefill` takes it."""
     beams = 1 if options.sampling else options.beam_size
-    return 1 < beams <= configs[0].vocab_size // 2
+    return 1 < beams <= models[0].config.vocab_size // 2

@@ -15,7 +15,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from jaxformer.batching import bucket, groups, num_rows, pad
-from jaxformer.config import TransformerConfig
 from jaxformer.generation import (
     GenerationConfig,
     fewest_positions,
@@ -27,8 +26,9 @@ from jaxformer.generation import (
     prepare,
     start_search,
 )
-from jaxformer.scoring import ensemble
+from jaxformer.scoring import Model, ensemble
 from jaxformer.search import BeamResult, Search
+from jaxformer.transformer import Transformer
 
 #: Sentences that a program has room for, for each of its rows. While the last of them end, rows are
 #: idle: half of them for the length of a sentence, 1/32 of the work.
@@ -65,7 +65,7 @@ class Generator:
     with a model that has learned little, later calls give all room at once.
 
     Args:
-      configs, params: as for `generate`.
+      models, params: as for `generate`.
       devices: where to translate, by default all of this process, each its share.
 
     Attributes:
@@ -75,13 +75,14 @@ class Generator:
 
     def __init__(
         self,
-        configs: TransformerConfig | tuple[TransformerConfig, ...],
+        models: Model | tuple[Model, ...],
         params: Any,
         devices: list[jax.Device] | None = None,
     ) -> None:
         self._devices = jax.local_devices() if devices is None else devices
         self._mesh = Mesh(np.array(self._devices), ("data",))
-        self.configs, params = ensemble(configs, params)
+        self._models, params = ensemble(models, params)
+        self._configs = [model.config for model in self._models]
         self.computed_steps = self.needed_steps = 0
         self._in_usual_room: Counter[GenerationConfig] = Counter()  # sentences
         self._begun_again: Counter[GenerationConfig] = Counter()
@@ -91,7 +92,7 @@ class Generator:
         # small to be shared. Two at once on two cores: 1.2 times the sentences a second.
         self._at_once = 2 if self._on_cpu and len(self._devices) == 1 else 1
         everywhere = jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
-        self._params = prepare(self.configs, everywhere, self._on_cpu)
+        self._params = prepare(self._models, everywhere, self._on_cpu)
 
     def sentences(
         self,
@@ -123,7 +124,7 @@ class Generator:
         if keys is not None and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
             keys = jax.random.key_data(keys)
         noise = None if keys is None else np.asarray(keys)
-        taken = int(prefill_takes_first_step(self.configs, options))  # before they have a row
+        taken = int(prefill_takes_first_step(self._models, options))  # before they have a row
 
         def search(shape: _Shape, chosen: Sequence[int]) -> list[int]:
             """Those that need more room are returned."""
@@ -139,7 +140,7 @@ class Generator:
             )
             counts = np.sum(order.reshape(len(self._devices), -1) >= 0, axis=1, dtype=np.int32)
             (found, steps, out_of_room), turns = jax.device_get(
-                _search(self.configs, options, shape, self._mesh, self._params, given, counts)
+                _search(self._models, options, shape, self._mesh, self._params, given, counts)
             )
             more, needed = [], 0
             for place in np.flatnonzero(order >= 0):
@@ -172,7 +173,7 @@ class Generator:
 
         try:
             begun, again = [], []
-            lengths, limit = list(map(len, sources)), fewest_positions(self.configs)
+            lengths, limit = list(map(len, sources)), fewest_positions(self._configs)
             few = max(16, self._in_usual_room[options] // 4)
             all_room = few_shapes or self._begun_again[options] > few
             if not all_room:
@@ -194,17 +195,17 @@ class Generator:
         """Source positions with which a device is fastest, as measured."""
         if not self._on_cpu:
             return 4096
-        if self.configs[0].d_model >= 512:
+        if self._configs[0].d_model >= 512:
             # Products with large matrices want some 64 rows: what 16 sentences have of hypotheses.
             return min(16 * source_length, 4096)
-        if self.configs[0].quantized and options.num_beams >= 4:
+        if self._configs[0].quantized and options.num_beams >= 4:
             # As measured; presumably because the logits of so few stay in the cache.
             return min(8 * source_length, 512)
         return 512
 
     def _all_room(self, options: GenerationConfig, source_length: int) -> tuple[int, int]:
         """Steps and slots that no sentence needs more of."""
-        room = max_target_length(self.configs, options, source_length)
+        room = max_target_length(self._configs, options, source_length)
         return room, options.num_beams * room
 
     def _usual_room(self, options: GenerationConfig, source_length: int) -> tuple[int, int]:
@@ -243,7 +244,7 @@ class _Batch(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _search(
-    configs: tuple[TransformerConfig, ...],
+    models: tuple[Transformer, ...],
     options: GenerationConfig,
     shape: _Shape,
     mesh: Mesh,
@@ -257,7 +258,7 @@ def _search(
     """
     data = PartitionSpec("data")
     search = jax.shard_map(
-        partial(_search_on_device, configs, options, shape),
+        partial(_search_on_device, models, options, shape),
         mesh=mesh,
         in_specs=(PartitionSpec(), data, data),
         out_specs=data,
@@ -267,7 +268,7 @@ def _search(
 
 
 def _search_on_device(
-    configs: tuple[TransformerConfig, ...],
+    models: tuple[Transformer, ...],
     options: GenerationConfig,
     shape: _Shape,
     params: tuple[Any, ...],
@@ -275,18 +276,18 @@ def _search_on_device(
     count: Int[Array, "1"],
 ) -> tuple[tuple[BeamResult, Int[Array, "P"], Bool[Array, "P"]], Int[Array, "1"]]:
     rows, room = shape.rows, shape.room
-    method, step_fn = make_method(options), make_step_fn(configs, params, options)
+    method, step_fn = make_method(options), make_step_fn(models, params, options)
     (count,), num_sentences, block = count, len(sources[0]), shape.encoded
 
     def encode(first: Any) -> Search:
         def part(leaf):
             return jax.lax.dynamic_slice_in_dim(leaf, first, block)
 
-        return prefill(configs, params, options, room, *jax.tree.map(part, sources))
+        return prefill(models, params, options, room, *jax.tree.map(part, sources))
 
     def begin_rows() -> Search:
         some = jax.tree.map(lambda leaf: leaf[:rows], sources)
-        return start_search(configs, params, options, room, *some, num_slots=shape.slots)
+        return start_search(models, params, options, room, *some, num_slots=shape.slots)
 
     def store_finished(batch: _Batch) -> Any:
         done = batch.search.hypotheses, batch.search.steps, batch.out_of_room

@@ -13,17 +13,26 @@ from jaxformer.errors import UserError
 from jaxformer.positions import PositionalEncoding
 from jaxformer.transformer import Transformer
 
+#: A Transformer, perhaps with layers of one's own, or the configuration of one that has none.
+Model = Transformer | TransformerConfig
+
 
 def ensemble(
-    configs: TransformerConfig | tuple[TransformerConfig, ...], params: Any
-) -> tuple[tuple[TransformerConfig, ...], tuple[Any, ...]]:
-    """Configurations and parameters of the members: one model is an ensemble of one."""
-    return ((configs,), (params,)) if isinstance(configs, TransformerConfig) else (configs, params)
+    models: Model | tuple[Model, ...], params: Any
+) -> tuple[tuple[Transformer, ...], tuple[Any, ...]]:
+    """Models and parameters of the members: one model is an ensemble of one."""
+    if not isinstance(models, tuple):
+        models, params = (models,), (params,)
+    return tuple(map(_transformer, models)), params
+
+
+def _transformer(model: Model) -> Transformer:
+    return model if isinstance(model, Transformer) else Transformer(model)
 
 
 @partial(jax.jit, static_argnums=0)
 def token_log_probs(
-    configs: TransformerConfig | tuple[TransformerConfig, ...],
+    models: Model | tuple[Model, ...],
     params: Any,
     source_ids: Int[Array, "B S"],
     labels: Int[Array, "B T"],
@@ -34,13 +43,13 @@ def token_log_probs(
     probability. Logits exist for one sentence at a time.
 
     Args:
-      configs, params: of one model, or tuples of several, whose probabilities are averaged.
+      models, params: as for `generate`.
       source_ids, labels: sentences with eos, then padding.
     """
-    configs, params = ensemble(configs, params)
+    models, params = ensemble(models, params)
 
-    def member(config: TransformerConfig, variables: Any) -> Array:
-        model = Transformer(config).bind({"params": variables})
+    def member(model: Transformer, variables: Any) -> Array:
+        model = model.bind({"params": variables})
         hidden = model.hidden(source_ids, shift_right(labels))
 
         def sentence(row: tuple[Array, Array]) -> Array:
@@ -50,8 +59,8 @@ def token_log_probs(
 
         return jax.lax.map(sentence, (hidden, labels))
 
-    members = jnp.stack(list(map(member, configs, params)))
-    mean = jax.nn.logsumexp(members, axis=0) - jnp.log(len(configs))
+    members = jnp.stack(list(map(member, models, params)))
+    mean = jax.nn.logsumexp(members, axis=0) - jnp.log(len(models))
     return jnp.where(labels != PAD_ID, mean, 0.0)
 
 
@@ -70,7 +79,7 @@ class AttentionMaps(NamedTuple):
 
 @partial(jax.jit, static_argnums=0)
 def attention_maps(
-    config: TransformerConfig,
+    model: Model,
     params: Any,
     source_ids: Int[Array, "B S"],
     labels: Int[Array, "B T"],
@@ -81,9 +90,10 @@ def attention_maps(
     attention is where the model looked to write it. Rows and columns of padding mean nothing.
 
     Args:
+      model: or its configuration.
       source_ids, labels: sentences with eos, then padding.
     """
-    _, sown = Transformer(config).apply(
+    _, sown = _transformer(model).apply(
         {"params": params},
         source_ids,
         shift_right(labels),
@@ -105,7 +115,7 @@ def alignment_layer(config: TransformerConfig) -> int:
 
 @partial(jax.jit, static_argnums=(0, 4))
 def attention_alignment(
-    config: TransformerConfig,
+    model: Model,
     params: Any,
     source_ids: Int[Array, "B S"],
     labels: Int[Array, "B T"],
@@ -114,16 +124,18 @@ def attention_alignment(
     """How much each target token looked at each source token when it was written, heads averaged.
 
     Args:
+      model: or its configuration.
       source_ids, labels: sentences with eos, then padding.
       layer: decoder layer, from 0; by default that of `alignment_layer`.
 
     Raises:
       UserError: there is no such layer.
     """
+    config = _transformer(model).config
     layer = alignment_layer(config) if layer is None else layer
     if not 0 <= layer < config.decoder_layers:
         raise UserError(f"layer is {layer}: give 0 to {config.decoder_layers - 1}, of the decoder")
-    return jnp.mean(attention_maps(config, params, source_ids, labels).cross[layer], axis=1)
+    return jnp.mean(attention_maps(model, params, source_ids, labels).cross[layer], axis=1)
 
 
 def positional_encoding(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -11,10 +12,12 @@ import pytest
 
 from jaxformer.beam import power_length_penalty
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
+from jaxformer.decoder import DecoderLayer
 from jaxformer.decoding import beam_search, sample
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, generate, prepare, start_search
-from jaxformer.scoring import attention_alignment, token_log_probs
+from jaxformer.generator import Generator
+from jaxformer.scoring import attention_alignment, attention_maps, token_log_probs
 from jaxformer.transformer import Transformer
 from random_run import SEPARATE as CONFIG
 from random_run import params_of, random_params
@@ -56,13 +59,13 @@ def test_lengths_are_those_of_the_rule():
     """Not of float32, in which 1.3 times 90 is 116.99999."""
     options = GenerationConfig(max_length_ratio=1.3, max_length_extra=0, min_length_ratio=0.7)
     ids = jnp.full((2, 90), EOS_ID).at[1, 30:].set(PAD_ID)
-    found = start_search((CONFIG,), (params_of(),), options, 117, ids, None, None)
+    found = start_search((Transformer(CONFIG),), (params_of(),), options, 117, ids, None, None)
     assert found.sentences.max_lengths.tolist() == [117, 39]
     assert found.sentences.min_lengths.tolist() == [62, 21]
 
 
 def test_the_softmax_layer_is_transposed_before_the_search():
-    (prepared,) = prepare((CONFIG,), (params_of(),))
+    (prepared,) = prepare((Transformer(CONFIG),), (params_of(),))
     found = prepared["output_embedding"]
     np.testing.assert_array_equal(found["transposed"], found["embedding"].T)
     assert "transposed" not in prepared["embedding"]
@@ -70,7 +73,7 @@ def test_the_softmax_layer_is_transposed_before_the_search():
 
 
 def test_for_a_cpu_so_is_the_decoder():
-    (prepared,) = prepare((CONFIG,), (params_of(),), for_cpu=True)
+    (prepared,) = prepare((Transformer(CONFIG),), (params_of(),), for_cpu=True)
     for layer in prepared["decoder"]["layers"]:
         hidden = layer["feed_forward"]["hidden"]
         np.testing.assert_array_equal(hidden["transposed"], hidden["kernel"].T)
@@ -78,7 +81,7 @@ def test_for_a_cpu_so_is_the_decoder():
         whole = output["kernel"].reshape(-1, CONFIG.d_model)
         np.testing.assert_array_equal(output["transposed"], whole.T)
     half = CONFIG.replace(dtype="bfloat16")
-    (prepared,) = prepare((half,), (params_of(),), for_cpu=True)
+    (prepared,) = prepare((Transformer(half),), (params_of(),), for_cpu=True)
     assert "transposed" not in prepared["decoder"]["layers"][0]["feed_forward"]["hidden"]
 
 
@@ -180,6 +183,41 @@ def test_scores_of_a_given_translation_are_those_of_decoding():
     log_probs = token_log_probs(configs, params, *flat_pairs(result))
     np.testing.assert_allclose(jnp.sum(log_probs, axis=1), result.log_probs.ravel(), rtol=1e-5)
     assert (np.asarray(log_probs)[np.asarray(flat_pairs(result)[1]) == PAD_ID] == 0).all()
+
+
+class _Gate(nn.Module):
+    """A part of one's own, of Flax's parts."""
+
+    @nn.compact
+    def __call__(self, x, *, deterministic=True):
+        width = x.shape[-1]
+        return nn.sigmoid(nn.Dense(width)(x)) * nn.DenseGeneral((2, width // 2))(x).reshape(x.shape)
+
+
+class _GatedLayer(DecoderLayer):
+    def make_feed_forward(self, output_gain):
+        return _Gate()
+
+
+def test_a_transformer_with_layers_of_ones_own_is_searched_like_any_other():
+    model = Transformer(CONFIG, decoder_layer=_GatedLayer)
+    params = model.init(jax.random.key(0), SOURCE, SOURCE)["params"]
+    result = generate(model, params, SOURCE, OPTIONS)
+    source, labels = flat_pairs(result)
+    log_probs = token_log_probs(model, params, source, labels)
+    np.testing.assert_allclose(jnp.sum(log_probs, axis=1), result.log_probs.ravel(), rtol=1e-5)
+    both = generate((model, CONFIG), (params, params_of()), SOURCE, OPTIONS)
+    log_probs = token_log_probs((model, CONFIG), (params, params_of()), *flat_pairs(both))
+    np.testing.assert_allclose(jnp.sum(log_probs, axis=1), both.log_probs.ravel(), rtol=1e-5)
+    sentences = [[token for token in row if token != PAD_ID] for row in SOURCE.tolist()]
+    for row, found in enumerate(Generator(model, params).sentences(sentences, OPTIONS)):
+        np.testing.assert_array_equal(found.sequences[:, :T], result.sequences[row])
+        np.testing.assert_allclose(found.log_probs, result.log_probs[row], rtol=1e-5)
+    weights = attention_maps(model, params, source, labels).cross
+    assert weights.shape[:3] == (CONFIG.decoder_layers, B * K, CONFIG.num_heads)
+    np.testing.assert_array_equal(
+        attention_alignment(model, params, source, labels), weights[0].mean(axis=1)
+    )
 
 
 def test_coverage_penalty():
@@ -299,7 +337,7 @@ def test_samples_at_temperature_zero_are_greedy():
 
 def test_bfloat16_weights_are_cast_once():
     config = CONFIG.replace(dtype="bfloat16")
-    (params,) = prepare((config,), (params_of(),))
+    (params,) = prepare((Transformer(config),), (params_of(),))
     assert isinstance(params["decoder"]["layers"], tuple)
     dtypes = {
         path[-1].key: leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -375,7 +413,7 @@ def test_sampling_is_the_sampling_of_the_decoding_module():
     options = GenerationConfig(beam_size=2, max_length_extra=4, sampling=True, **drawn)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, jnp.arange(B))
     found = search(options, keys=keys)
-    (params,) = prepare((CONFIG,), (params_of(),))
+    (params,) = prepare((Transformer(CONFIG),), (params_of(),))
 
     def step_fn(tokens, cache):
         logits, cache = Transformer(CONFIG).apply(

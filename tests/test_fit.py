@@ -148,6 +148,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(run, c
     assert_equal(load_params(folder / "nan", 6), arrays)
 
 
+def test_neither_is_a_state_saved_whose_validation_loss_is_not_finite(config, folder, monkeypatch):
+    nowhere = {"loss": float("nan"), "nll": 1.0, "perplexity": 2.0}
+    monkeypatch.setattr("train.loop.LossEvaluator.__call__", lambda self, params: nowhere)
+    with pytest.raises(UserError, match=r"the validation loss is nan at step 3: lower"):
+        fit(change(config, run=str(folder / "unsound")))
+    assert checkpoint_steps(folder / "unsound") == []
+
+
 def test_what_has_failed_is_not_saved_at_sigterm(config, folder, monkeypatch):
     hot = change(config, run=str(folder / "failed"), optimizer__peak_learning_rate=1e30)
     monkeypatch.setattr("train.loop.Preemption.reached", lambda self, step: step == 8)

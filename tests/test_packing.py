@@ -282,6 +282,14 @@ def test_subword_dropout_splits_the_same_text_in_other_ways(text, tokenizers, tm
         assert [tokenizers[1].decode(row) for row in split] == text["target"][:]
 
 
+def test_subword_dropout_splits_both_sides_each_in_its_own_way(text, tokenizers, tmp_path):
+    _, tokenizer = tokenizers
+    same = text.map(lambda row: {"source": row["target"]})
+    corpus = encode_corpus(same, tokenizer, tokenizer, tmp_path, dropout=0.5)
+    rows = np.arange(len(text))
+    assert corpus.source.take(rows).tolist() != corpus.target.take(rows).tolist()
+
+
 def test_corpus_is_encoded_once_per_text_and_tokenizer(text, tokenizers, tmp_path):
     def files_after(dataset, source, target):
         corpus = encode_corpus(dataset, source, target, tmp_path)

@@ -136,14 +136,16 @@ def test_on_a_gpu(mask):
 
 
 def test_which_cases_have_a_kernel():
-    def has(whose, length=T, keys=S, width=H, dtype=jnp.bfloat16, mask=None):
+    def has(whose, length=T, keys=S, width=H, value_width=None, dtype=jnp.bfloat16, mask=None):
         query, key = (jnp.zeros((B, n, N, width), dtype) for n in (length, keys))
-        return flash_kernel(whose, query, key, key, mask) is not None
+        value = jnp.zeros((B, keys, N, value_width or width), dtype)
+        return flash_kernel(whose, query, key, value, mask) is not None
 
     assert has("pallas") and has("pallas", width=256)
     assert not has("pallas", keys=100)
     assert not has("pallas", length=64)
     assert not has("pallas", width=192)
+    assert not has("pallas", value_width=2 * H)
     assert not has("pallas", mask=jnp.ones((B, 1, T, S), bool))
     assert not has("pallas", dtype=jnp.float32)
     assert not has("none")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, fewest_positions
 from jaxformer.generator import Generator
 from jaxformer.linear import quantize
+from jaxformer.long_lines import Part, join, parts_of
 from jaxformer.results import Alignment, Explanation, Hypothesis, Score
 from jaxformer.run import (
     check_same_arrays,
@@ -41,15 +42,6 @@ from jaxformer.transformer import parameter_shapes
 # Lines that are read, sorted by length and translated together: enough to fill batches with
 # sentences of like length, few enough that memory stays flat and output soon begins.
 _WINDOW = 4096
-
-
-class _Part(NamedTuple):
-    """A sentence, or a part of one that is too long for the model."""
-
-    line: int  # in the window
-    ids: list[int]
-    prefix: list[int]
-    key: tuple[int, int]  # number of the line and of its part
 
 
 def _print_warning(message: str) -> None:
@@ -196,18 +188,22 @@ class Translator:
         pairs = _with_prefixes(lines, prefixes)
         first_line = 1
         while window := list(islice(pairs, _WINDOW)):
-            parts = self._parts(window, first_line, warn)
+            encoded = self.source_tokenizer.encode_batch([line for line, _ in window])
+            begun = self.target_tokenizer.encode_batch([prefix for _, prefix in window])
+            limit, tokenizer = self._most_pieces, self.source_tokenizer
+            parts = list(parts_of(encoded, limit, tokenizer, first_line=first_line, warn=warn))
+            prefix_ids = [[] if part.number else begun[part.line - first_line] for part in parts]
+            results = self._search(parts, search, prefix_ids, batch_tokens, few_shapes, seed)
             found: list[list[list[Hypothesis]]] = [[] for _ in window]
-            results = self._search(parts, search, batch_tokens, few_shapes, seed)
             for part, result in zip(parts, results, strict=True):
                 hypotheses = self._hypotheses(result)
                 if hypotheses[0].score == -np.inf:
                     warn(
-                        f"line {first_line + part.line}: no translation that the options allow has "
-                        "a probability above 0; it stays empty"
+                        f"line {part.line}: no translation that the options allow has a "
+                        "probability above 0; it stays empty"
                     )
-                found[part.line].append(hypotheses)
-            yield from map(_join, found)
+                found[part.line - first_line].append(hypotheses)
+            yield from map(join, found)
             first_line += len(window)
 
     def score(
@@ -280,8 +276,7 @@ class Translator:
           For each line the alignment of each hypothesis; None where the line was translated in
           parts, or the hypothesis reaches to the last of learned positions.
         """
-        limit = min(config.max_length for config in self._configs) - 1
-        positions = fewest_positions(self._configs)
+        limit, positions = self._most_pieces, fewest_positions(self._configs)
         sources, targets, where = [], [], []
         found: list[list[Alignment | None]] = [[None] * len(each) for each in hypotheses]
         encoded = self.source_tokenizer.encode_batch(lines)
@@ -329,7 +324,7 @@ class Translator:
           UserError: the line is empty or too long.
         """
         ids = self.source_tokenizer.encode(line)
-        limit = min(config.max_length for config in self._configs) - 1  # and eos
+        limit = self._most_pieces
         if not ids:
             raise UserError("there is nothing to explain in an empty line: give a sentence")
         if len(ids) > limit:
@@ -337,8 +332,8 @@ class Translator:
                 f"the sentence has {len(ids)} pieces, more than the model's {limit}: give a part"
             )
         source = [*ids, EOS_ID]
-        part, search = _Part(0, ids, [], (1, 0)), GenerationConfig.of(options)
-        (result,) = self._search([part], search, len(source), few_shapes=False, seed=seed)
+        part, search = Part(line=1, number=0, ids=ids), GenerationConfig.of(options)
+        (result,) = self._search([part], search, [[]], len(source), few_shapes=False, seed=seed)
         first = map(int, result.sequences[0][: result.lengths[0]])
         target = [token for token in first if token != EOS_ID]
         positions = fewest_positions(self._configs)
@@ -380,6 +375,11 @@ class Translator:
         default = self._devices[0].platform == jax.default_backend()
         return config.replace(flash_attention="auto" if default else "none")
 
+    @property
+    def _most_pieces(self) -> int:
+        """Of a source that is translated at once, without eos."""
+        return min(config.max_length for config in self._configs) - 1
+
     @cached_property
     def _generator(self) -> Generator:
         return Generator(self._configs, self._params, self._devices)
@@ -405,60 +405,20 @@ class Translator:
             pairs.append(ids)
         return pairs[0], pairs[1]
 
-    def _parts(
-        self, window: list[tuple[str, str]], first_line: int, warn: Callable[[str], None]
-    ) -> list[_Part]:
-        """Token ids of each line without eos: none if it is empty, several if it is too long."""
-        limit = min(config.max_length for config in self._configs) - 1  # and eos
-        parts = []
-        encoded = self.source_tokenizer.encode_batch([line for line, _ in window])
-        prefixes = self.target_tokenizer.encode_batch([prefix for _, prefix in window])
-        for index, (ids, prefix) in enumerate(zip(encoded, prefixes, strict=True)):
-            number = first_line + index
-            if len(ids) > limit:
-                warn(
-                    f"line {number} has {len(ids)} pieces, more than the model's {limit}: "
-                    "translated in parts"
-                )
-            for part, piece in enumerate(self._split(ids, limit)):
-                parts.append(_Part(index, piece, [] if part else prefix, (number, part)))
-        return parts
-
-    def _split(self, ids: list[int], limit: int) -> Iterator[list[int]]:
-        """Cut at the last beginning of a word before the limit, or else at the limit.
-
-        A language code at the beginning, such as ">>deu<<", is meant for every part.
-        """
-        first = self.source_tokenizer.pieces(ids[:1])
-        code = ids[:1] if first and first[0].startswith(">>") and first[0].endswith("<<") else []
-        begin, before = 0, list[int]()  # of the part; what goes before its ids
-        while len(before) + len(ids) - begin > limit:
-            part = before + ids[begin : begin + limit + 1 - len(before)]
-            starts = [
-                i
-                for i, piece in enumerate(self.source_tokenizer.pieces(part))
-                if i > len(code) and piece.startswith("▁")
-            ]
-            cut = starts[-1] if starts else limit
-            yield part[:cut]
-            begin, before = begin + cut - len(before), code
-        if begin < len(ids):
-            yield before + ids[begin:]
-
     def _search(
         self,
-        parts: list[_Part],
+        parts: list[Part],
         options: GenerationConfig,
+        prefixes: list[list[int]],
         batch_tokens: int | None,
         few_shapes: bool,
         seed: int,
     ) -> list[BeamResult]:
         """What is found for each part."""
         sources = [[*part.ids, EOS_ID] for part in parts]
-        prefixes = [part.prefix for part in parts]
         keys = None
         if options.sampling and parts:
-            numbers = np.array([part.key for part in parts], np.int32)
+            numbers = np.array([part[:2] for part in parts], np.int32)
             keys = _sentence_keys(jax.random.key(seed), numbers)
         return self._generator.sentences(
             sources,
@@ -531,25 +491,6 @@ def _shapes(params: Any) -> dict[str, str]:
 def _differ(one: Tokenizer, other: Tokenizer) -> bool:
     pieces = (tokenizer.pieces(range(tokenizer.vocab_size)) for tokenizer in (one, other))
     return one.model != other.model or list.__ne__(*pieces)
-
-
-def _join(parts: list[list[Hypothesis]]) -> list[Hypothesis]:
-    """Hypotheses of a line: the best of each part together, then the second best, and so on."""
-    if len(parts) == 1:
-        return parts[0]
-    if not parts:
-        return [Hypothesis("", 0.0, 0.0, [], [], True)]
-    return [
-        Hypothesis(
-            text=" ".join(part.text for part in joined),
-            score=sum(part.score for part in joined),
-            log_prob=sum(part.log_prob for part in joined),
-            tokens=[token for part in joined for token in part.tokens],
-            ids=[token for part in joined for token in part.ids],
-            finished=all(part.finished for part in joined),
-        )
-        for joined in zip(*parts, strict=False)
-    ]
 
 
 @jax.jit

@@ -27,7 +27,7 @@ LAYERS = [
     "transformer",
     "scoring",
     "generation",
-    "arguments generator",
+    "arguments generator long_lines",
     "translator",
     "__init__ interop pages",
     "convert",

@@ -13,6 +13,7 @@ import pytest
 import jaxformer.translator as module
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig
+from jaxformer.long_lines import cut
 from jaxformer.search import BeamResult
 from jaxformer.tokenizer import VocabularyTokenizer
 from jaxformer.translator import Translator
@@ -199,7 +200,9 @@ def test_a_long_line_is_translated_in_parts_with_a_warning(translator, monkeypat
     assert translations[0] == translations[3] == greedy(translator, ["red dogs"])[0]
     # Each part is a line of its own; joined they are the line.
     ids = translator.source_tokenizer.encode(long)
-    parts = [translator.source_tokenizer.decode(p) for p in translator._split(ids, limit)]
+    parts = [
+        translator.source_tokenizer.decode(p) for p in cut(ids, limit, translator.source_tokenizer)
+    ]
     assert " ".join(parts) == long
     warnings = []
     assert " ".join(greedy(translator, parts, warn=warnings.append)) == translations[2]
@@ -212,11 +215,9 @@ def test_a_long_line_is_translated_in_parts_with_a_warning(translator, monkeypat
         assert whole.ids == [token for part in each for token in part.ids]
 
 
-def test_a_prefix_is_of_the_first_part_and_no_member_gets_more_than_it_takes(translator):
-    long = " ".join(itertools.islice(itertools.cycle(LEXICON), 70))
-    parts = translator._parts([(long, "rote")], 1, lambda _: None)
-    assert len(parts) > 2
-    assert parts[0].prefix and not any(part.prefix for part in parts[1:])
+def test_a_prefix_is_of_the_first_part_and_no_member_gets_more_than_it_takes(
+    translator, monkeypatch
+):
     smaller = translator.config.replace(max_length=8)
     pair = Translator(
         translator.config,
@@ -225,45 +226,19 @@ def test_a_prefix_is_of_the_first_part_and_no_member_gets_more_than_it_takes(tra
         translator.target_tokenizer,
         others=[(smaller, translator.params)],
     )
-    parts = pair._parts([(long, "")], 1, lambda _: None)
-    assert max(len(part.ids) for part in parts) == 7
+    given = {}
 
+    def sentences(sources, options, *, prefixes, **others):
+        given.update(sources=sources, prefixes=prefixes)
+        return [BeamResult(*np.zeros((4, 0, 0)))] * len(sources)
 
-def test_a_language_code_goes_before_every_part(translator, monkeypatch):
-    tokenizer = translator.source_tokenizer
-    text = " ".join(itertools.islice(itertools.cycle(LEXICON), 50))
-    words = ["<pad>", "<s>", "</s>", "<unk>", ">>deu<<"]
-    words += sorted({piece for piece in tokenizer.pieces(tokenizer.encode(text))})
-    coded = VocabularyTokenizer(tokenizer.model, words)
-    monkeypatch.setattr(translator, "source_tokenizer", coded)
-    plain, ids = coded.encode(text), coded.encode(f">>deu<< {text}")
-    assert ids == [4, *plain]
-    parts = list(translator._split(ids, 9))
-    assert len(parts) > 5 and all(part[0] == 4 and 1 < len(part) <= 9 for part in parts)
-    assert [id for part in parts for id in part[1:]] == plain
-
-
-@pytest.mark.parametrize("limit", [6, 31])
-def test_parts_begin_with_a_word_and_are_as_long_as_may_be(translator, limit):
-    tokenizer = translator.source_tokenizer
-    ids = tokenizer.encode(" ".join(itertools.islice(itertools.cycle(LEXICON), 50)))
-    parts = list(translator._split(ids, limit))
-    assert list(itertools.chain(*parts)) == ids
-    assert all(1 <= len(part) <= limit for part in parts)
-    for part, following in itertools.pairwise(parts):
-        pieces = tokenizer.pieces(following)
-        starts = [i for i, piece in enumerate(pieces) if piece.startswith("▁")]
-        assert starts[0] == 0
-        # The next word would have been too much.
-        next_word = starts[1] if len(starts) > 1 else len(pieces)
-        assert len(part) + next_word > limit
-
-
-def test_a_word_without_end_is_cut_at_the_limit(translator):
-    ids = translator.source_tokenizer.encode("red" * 40)
-    parts = list(translator._split(ids, 7))
-    assert list(itertools.chain(*parts)) == ids
-    assert {len(part) for part in parts[:-1]} == {7}
+    monkeypatch.setattr(pair._generator, "sentences", sentences)
+    long = " ".join(itertools.islice(itertools.cycle(LEXICON), 70))
+    list(pair.generate(["red", long], prefixes=["", "rote"], warn=lambda _: None))
+    assert max(map(len, given["sources"])) == 8
+    assert len(given["prefixes"]) == len(given["sources"]) > 10
+    rote = translator.target_tokenizer.encode("rote")
+    assert given["prefixes"] == [[], rote, *[[]] * (len(given["sources"]) - 2)]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,0 +1,84 @@
+"""Lines longer than a model takes at once: cut before they are translated, joined after."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from jaxformer.results import Hypothesis
+from jaxformer.tokenizer import Tokenizer
+
+
+class Part(NamedTuple):
+    """A line without eos, or a part of one that is too long."""
+
+    line: int  # its number, from 1
+    number: int  # of the part, from 0
+    ids: list[int]
+
+
+def parts_of(
+    lines: Sequence[Sequence[int]],
+    limit: int,
+    tokenizer: Tokenizer,
+    *,
+    first_line: int,
+    warn: Callable[[str], None],
+) -> Iterator[Part]:
+    """Parts of at most `limit` pieces: none of an empty line, several of one that is too long.
+
+    Args:
+      lines: pieces of each, without eos.
+      limit: of pieces.
+      tokenizer: that made them.
+      first_line: the number of the first.
+      warn: called with a message that names a line that is too long.
+    """
+    for line, ids in enumerate(lines, start=first_line):
+        if len(ids) > limit:
+            warn(
+                f"line {line} has {len(ids)} pieces, more than the model's {limit}: "
+                "translated in parts"
+            )
+        for number, part in enumerate(cut(ids, limit, tokenizer)):
+            yield Part(line, number, part)
+
+
+def cut(ids: Sequence[int], limit: int, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Cut at the last beginning of a word before the limit, or else at the limit.
+
+    A language code at the beginning, such as ">>deu<<", is meant for every part.
+    """
+    ids = list(ids)
+    first = tokenizer.pieces(ids[:1])
+    code = ids[:1] if first and first[0].startswith(">>") and first[0].endswith("<<") else []
+    begin, before = 0, list[int]()  # of the part; what goes before its ids
+    while len(before) + len(ids) - begin > limit:
+        part = before + ids[begin : begin + limit + 1 - len(before)]
+        starts = [
+            i
+            for i, piece in enumerate(tokenizer.pieces(part))
+            if i > len(code) and piece.startswith("▁")
+        ]
+        cut = starts[-1] if starts else limit
+        yield part[:cut]
+        begin, before = begin + cut - len(before), code
+    if begin < len(ids):
+        yield before + ids[begin:]
+
+
+def join(parts: Sequence[Sequence[Hypothesis]]) -> list[Hypothesis]:
+    """Hypotheses of a line: the best of each part together, then the second best, and so on."""
+    if len(parts) == 1:
+        return list(parts[0])
+    if not parts:
+        return [Hypothesis("", 0.0, 0.0, [], [], True)]
+    return [
+        Hypothesis(
+            text=" ".join(part.text for part in joined),
+            score=sum(part.score for part in joined),
+            log_prob=sum(part.log_prob for part in joined),
+            tokens=[token for part in joined for token in part.tokens],
+            ids=[token for part in joined for token in part.ids],
+            finished=all(part.finished for part in joined),
+        )
+        for joined in zip(*parts, strict=False)
+    ]

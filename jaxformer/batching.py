@@ -1,12 +1,15 @@
 """Sentences of any number and length as batches of a few static shapes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
+from typing import TypeVar
 
 import numpy as np
 
 from jaxformer.config import PAD_ID
 from jaxformer.errors import UserError
+
+T = TypeVar("T")
 
 #: Rows a device for all that are fewer, so that shapes are few; but 4 and 1 have their own.
 SMALLEST = 16
@@ -84,3 +87,24 @@ def pad(sentences: Sequence[Sequence[int]], rows: int, length: int) -> np.ndarra
     for row, sentence in enumerate(sentences):
         ids[row, : len(sentence)] = sentence
     return ids
+
+
+def in_windows(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last of what is left.
+
+    Where the next item is an error, what came before it comes first: [1, 2, 3, error] is
+    [1, 2], [3] and then the error.
+    """
+    window: list[T] = []
+    try:
+        for item in items:
+            window.append(item)
+            if len(window) == size:
+                yield window
+                window = []
+    except Exception:
+        if window:
+            yield window
+        raise
+    if window:
+        yield window

@@ -228,7 +228,8 @@ def best_extensions(
     batch_size, beam_size, vocab_size = logits.shape
     chunks = in_chunks(logits)
     if chunks.shape[2] < 2 * count:
-        totals = (log_probs[:, :, None] + (logits - normalizer)).reshape(batch_size, -1)
+        totals = log_probs[:, :, None] + (logits - normalizer)
+        totals = totals.reshape(batch_size, beam_size * vocab_size)
         totals, flat = jax.lax.top_k(totals, min(count, beam_size * vocab_size))
         return totals, flat // vocab_size, flat % vocab_size
     _, _, num_chunks, chunk = chunks.shape

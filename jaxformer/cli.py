@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, get_args
 
 from jaxformer.arguments import add_search, generation_options
+from jaxformer.batching import in_windows
 from jaxformer.compilation import keep_compiled_programs
 from jaxformer.config import Precision
 from jaxformer.convert import add_convert
@@ -88,6 +89,14 @@ def _add_translate(commands: Any) -> None:
         translate,
         "source positions at once, over all devices; by default 4096 a device, fewer on a CPU",
     )
+    translate.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        default=4096,
+        help="lines that are read before the first is translated: with 1 each is answered before "
+        "the next is read, more are faster",
+    )
     search = translate.add_argument_group("search")
     add_search(search, sampling=True)
     search.add_argument(
@@ -154,6 +163,8 @@ def _add_model(command: argparse.ArgumentParser, batch_tokens: str) -> None:
 def _translate(options: argparse.Namespace) -> None:
     """Checks all that can be checked before the model is loaded."""
     check_open("stdin", "stdout")
+    if options.window < 1:
+        raise UserError(f"--window is {options.window}: give at least 1")
     at_once = _batch_tokens(options)
     search = generation_options(options)
     numbered = "n_best" in search
@@ -166,10 +177,15 @@ def _translate(options: argparse.Namespace) -> None:
         source, lines = tee(_lines(sys.stdin.buffer, "standard input"))
         progress = Progress(sys.stderr, quiet=options.quiet)
         found = translator.generate(
-            lines, prefixes=prefixes, seed=options.seed, **at_once, **search
+            lines,
+            prefixes=prefixes,
+            window=options.window,
+            seed=options.seed,
+            **at_once,
+            **search,
         )
         number = 0
-        while hypotheses := list(islice(found, _WINDOW)):
+        for hypotheses in in_windows(found, min(_WINDOW, options.window)):
             source_lines = list(islice(source, len(hypotheses)))
             links: Iterator[str] = repeat("")
             if options.alignment:
@@ -208,7 +224,7 @@ def _score(options: argparse.Namespace) -> None:
     with _open(options.source) as source, _open(options.target) as target:
         pairs = zip_longest(_lines(source, options.source), _lines(target, options.target))
         number = 0
-        while window := list(islice(pairs, _WINDOW)):
+        for window in in_windows(pairs, _WINDOW):
             sources, targets = zip(*window, strict=True)
             if None in sources or None in targets:
                 ended = options.source if None in sources else options.target

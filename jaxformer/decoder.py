@@ -128,7 +128,17 @@ class Decoder(nn.Module):
         """Decode position `cache.index` of each sentence, of all its beams.
 
         Sows, if asked, "cross_attention": the weights [B, N, K, S] of each layer.
+
+        Raises:
+          ValueError: the layers are of one's own, and would not decode as they train.
         """
+        own = self.layer_type
+        if own.__call__ is not DecoderLayer.__call__ and (
+            own.decode_step is DecoderLayer.decode_step
+        ):
+            raise ValueError(
+                f"{own.__name__} has a __call__ of its own: give it a decode_step, too"
+            )
         cache, slots = cache.begin_position()
         self_mask, layers = cache.past[:, None], []
         for (layer, params), past in zip(each_layer(self), cache.layers, strict=True):
@@ -143,7 +153,9 @@ class Decoder(nn.Module):
                 mutable="intermediates",
             )
             layers.append(past)
-            (weights,) = sown["intermediates"]["cross_attention"]["attention_weights"]
-            self.sow("intermediates", "cross_attention", weights)
+            # An attention of one's own may keep none.
+            attended = sown.get("intermediates", {}).get("cross_attention", {})
+            for weights in attended.get("attention_weights", ()):
+                self.sow("intermediates", "cross_attention", weights)
         cache = dataclasses.replace(cache, layers=tuple(layers), index=cache.index + 1)
         return (self.layer_norm(x) if self.config.norm == "pre" else x), cache

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxformer.linear import int8_product, kernel_first, kernel_first_is_faster
+from jaxformer.linear import int8_product, kernel_first, kernel_first_is_faster, refuse_int8
 from jaxformer.sharding import constrain
 
 
@@ -38,9 +38,16 @@ class Embedding(nn.Module):
         else:
             normal = nn.initializers.normal(self.d_model**-0.5)
             self.embedding = self.param("embedding", normal, shape, jnp.float32)
+            refuse_int8(self.embedding)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Look up ids; one below 0 or past the table gives NaN instead of another's vector."""
+        """Look up ids; one below 0 or past the table gives NaN instead of another's vector.
+
+        Raises:
+          ValueError: they are no integers.
+        """
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(f"ids are {ids.dtype}: give integers")
         ids = jnp.where(ids < 0, self.vocab_size, ids.astype(jnp.int32))
         ids = constrain(ids, "vocab_batch", None)
         vectors = jnp.take(self.embedding, ids, axis=0, mode="fill").astype(self.dtype)

@@ -14,7 +14,7 @@ from jaxformer.beam import BeamSearch, gnmt_length_penalty, power_length_penalty
 from jaxformer.cache import DecoderCache
 from jaxformer.config import PAD_ID, TransformerConfig, check_fields
 from jaxformer.errors import UserError
-from jaxformer.linear import transpose_kernels
+from jaxformer.linear import map_matrices, refuse_int8, transpose_kernels
 from jaxformer.sampling import Sampling
 from jaxformer.scoring import Model, ensemble, speakable
 from jaxformer.search import BeamResult, Method, Search, Sentences, StepFn, run, take
@@ -190,13 +190,14 @@ def prepare(
     `for_cpu` those of the decoder too, if it computes in float32.
     """
 
-    def cast(path: tuple, leaf: Array, dtype: str) -> Array:
-        matrix = path[-1].key in ("kernel", "embedding") and leaf.dtype != jnp.int8
-        return leaf.astype(dtype) if matrix else leaf
-
     def prepared(config: TransformerConfig, member: Any) -> dict[str, Any]:
-        cast_to = partial(cast, dtype=config.dtype)
-        member = jax.tree_util.tree_map_with_path(cast_to, unstack_layers(member))
+        def cast(node: dict[str, Any], name: str, axes: tuple[int, ...]) -> dict[str, Any]:
+            refuse_int8(node[name])
+            return {**node, name: node[name].astype(config.dtype)}
+
+        member = unstack_layers(member)
+        if not config.quantized:
+            member = map_matrices(member, cast)
         name = "output_embedding" if config.embeddings == "separate" else "embedding"
         if not config.quantized:
             member[name] = {**member[name], "transposed": member[name]["embedding"].T}
@@ -274,9 +275,14 @@ def make_step_fn(
             )
             logits.append(speakable(output))
             caches.append(cache)
-            attention.append(sown["intermediates"]["decoder"]["cross_attention"][-1])
+            attended = sown.get("intermediates", {}).get("decoder", {})
+            attention += attended.get("cross_attention", ())[-1:]
         coverage = state.coverage
         if coverage is not None:
+            if len(attention) < len(models):
+                raise UserError(
+                    "coverage_penalty needs an attention that sows its weights: leave it out"
+                )
             coverage += sum(jnp.mean(weights, axis=1) for weights in attention) / len(attention)
         return _mean_of_probabilities(logits), State(tuple(caches), coverage)
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from jaxformer.batching import bucket, groups, num_rows, pad
+from jaxformer.errors import UserError
 from jaxformer.generation import (
     GenerationConfig,
     fewest_positions,
@@ -118,12 +119,20 @@ class Generator:
 
         Returns:
           For each sentence numpy arrays [N, T], or [N]. T depends on its length.
+
+        Raises:
+          UserError: prefixes or keys are not as many as sentences.
         """
         results: list[Any] = [None] * len(sources)
         prefix_length = bucket(max(map(len, prefixes or [[]]), default=0))
         if keys is not None and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
             keys = jax.random.key_data(keys)
         noise = None if keys is None else np.asarray(keys)
+        for name, each in (("prefixes", prefixes), ("keys", noise)):
+            if each is not None and len(each) != len(sources):
+                raise UserError(f"there are {len(each)} {name}: give one for each of the sources")
+        # Of the caller's thread: those that search have one of their own.
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
         taken = int(prefill_takes_first_step(self._models, options))  # before they have a row
 
         def search(shape: _Shape, chosen: Sequence[int]) -> list[int]:
@@ -139,9 +148,10 @@ class Generator:
                 None if noise is None else noise[np.maximum(order, 0)],
             )
             counts = np.sum(order.reshape(len(self._devices), -1) >= 0, axis=1, dtype=np.int32)
-            (found, steps, out_of_room), turns = jax.device_get(
-                _search(self._models, options, shape, self._mesh, self._params, given, counts)
-            )
+            with jax.default_matmul_precision(precision):
+                (found, steps, out_of_room), turns = jax.device_get(
+                    _search(self._models, options, shape, self._mesh, self._params, given, counts)
+                )
             more, needed = [], 0
             for place in np.flatnonzero(order >= 0):
                 index = int(order[place])

@@ -1,6 +1,6 @@
 """Linear maps, in floating point or in 8-bit integers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Any
@@ -47,7 +47,9 @@ class Linear(nn.Module):
             kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.int8)
             scale = self.param("scale", nn.initializers.ones, outputs, jnp.float32)
         else:
-            kernel = self.param("kernel", self._initial, shape, jnp.float32).astype(self.dtype)
+            kernel = self.param("kernel", self._initial, shape, jnp.float32)
+            refuse_int8(kernel)
+            kernel = kernel.astype(self.dtype)
         bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, outputs, jnp.float32)
@@ -70,6 +72,15 @@ class Linear(nn.Module):
         return xavier(rng, (prod(shape) // outputs, outputs), dtype).reshape(shape)
 
 
+def refuse_int8(matrix: Array) -> None:
+    """Raise `UserError` where a matrix of floats is wanted; without its scale it means nothing."""
+    if matrix.dtype == jnp.int8:
+        raise UserError(
+            "the parameters are int8 and the model is not: set config.quantized=True, or give "
+            "those that were trained"
+        )
+
+
 def affine(
     x: Float[Array, "..."],
     kernel: Float[Array, "..."],
@@ -88,7 +99,7 @@ def kernel_first_is_faster(x: Float[Array, "... I"]) -> bool:
     """Whether `kernel_first` is, on a CPU: few rows in float32, which fill its tiles of 32."""
     rows, inputs = prod(x.shape[:-1]), x.shape[-1]
     known = isinstance(rows, int)  # and not symbolic, as it may be in an export
-    return known and x.dtype == jnp.float32 and rows % 32 == 0 and 8 * rows <= inputs
+    return known and x.dtype == jnp.float32 and rows % 32 == 0 and 0 < 8 * rows <= inputs
 
 
 def kernel_first(
@@ -187,51 +198,78 @@ def _round(x: Array, axes: Sequence[int]) -> tuple[Array, Array]:
 def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters of a `Transformer` for the same with `config.quantized`.
 
-    Matrices become int8 with a float32 scale for each of their outputs; biases, LayerNorms and
-    learned positions stay.
+    Matrices become int8 with a float32 scale for each of their outputs; biases, LayerNorms, learned
+    positions and what a layer of one's own has besides stay.
 
         config, params = config.replace(quantized=True), quantize(params)
 
     Raises:
-      UserError: they are quantized already.
+      UserError: they are quantized already, or no such parameters.
     """
+    found = False
 
-    def to_int8(matrix: Any, input_axes: tuple[int, ...]) -> tuple[Array, Array]:
-        if matrix.dtype == jnp.int8:
+    def to_int8(node: dict[str, Any], name: str, axes: tuple[int, ...]) -> dict[str, Any]:
+        nonlocal found
+        found = True
+        if node[name].dtype == jnp.int8:
             raise UserError("the parameters are int8 already: give those that were trained")
-        return quantize_matrix(jnp.asarray(matrix), input_axes)
+        matrix, scale = quantize_matrix(jnp.asarray(node[name]), axes)
+        return {**node, name: matrix, "scale": scale}
 
-    def walk(path: tuple[str, ...], node: Any) -> Any:
-        if not isinstance(node, Mapping):
-            return node
-        layers = 1 if "layers" in path else 0
-        node = {name: walk((*path, name), child) for name, child in node.items()}
-        if "kernel" in node:
-            axes = range(layers, node["kernel"].ndim - _output_axes(path[-1]))
-            node["kernel"], node["scale"] = to_int8(node["kernel"], tuple(axes))
-        if path and "embedding" in node and not path[-1].endswith("positions"):
-            node["embedding"], node["scale"] = to_int8(node["embedding"], (1,))
-        return node
-
-    return walk((), params)
+    small = map_matrices(params, to_int8)
+    if not found:
+        raise UserError("these are no parameters of a Transformer: give variables['params']")
+    return small
 
 
 def transpose_kernels(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters of a layer, or of some, with a transposed copy beside each kernel."""
+    """Return the parameters of a layer with a transposed copy beside each kernel."""
 
-    def walk(name: str, node: Any) -> Any:
+    def transpose(node: dict[str, Any], name: str, axes: tuple[int, ...]) -> dict[str, Any]:
+        inputs = prod(node[name].shape[axis] for axis in axes)
+        return {**node, "transposed": node[name].reshape(inputs, -1).T}
+
+    return map_matrices(params, transpose)
+
+
+# The axes *in and *out of the kernels of a layer's parts.
+_ATTENTION = {"query": (1, 2), "key": (1, 2), "value": (1, 2), "output": (2, 1)}
+_KERNELS = {
+    "self_attention": _ATTENTION,
+    "cross_attention": _ATTENTION,
+    "feed_forward": {"hidden": (1, 1), "gate": (1, 1), "output": (1, 1)},
+}
+_EMBEDDINGS = ("embedding", "source_embedding", "output_embedding")
+
+
+def map_matrices(
+    params: Mapping[str, Any],
+    change: Callable[[dict[str, Any], str, tuple[int, ...]], dict[str, Any]],
+) -> dict[str, Any]:
+    """Change the matrices of a Transformer's, or of a layer's, own `Linear`s and `Embedding`s.
+
+    Parts that a layer of one's own has in their place are left as they are: nobody knows here what
+    they do with theirs.
+
+    Args:
+      params: of a `Transformer`, its layers together or apart, or of one layer.
+      change: (parameters of the module, name of the matrix, axes *in) -> its new parameters.
+    """
+
+    def walk(path: tuple[str, ...], node: Any, leading: int) -> Any:
+        if isinstance(node, tuple):  # layers apart
+            return tuple(walk((*path, "layer"), layer, 0) for layer in node)
         if not isinstance(node, Mapping):
             return node
-        node = {child: walk(child, value) for child, value in node.items()}
-        if "kernel" in node:
-            kernel = node["kernel"]
-            outputs = prod(kernel.shape[-_output_axes(name) :])
-            node["transposed"] = kernel.reshape(-1, outputs).T
+        if path[-1:] == ("layers",):
+            leading = 1
+        node = {child: walk((*path, child), value, leading) for child, value in node.items()}
+        part, name = ("", "", *path)[-2:]
+        if name in _EMBEDDINGS and jnp.ndim(node.get("embedding", 0)) == 2:
+            return change(node, "embedding", (1,))
+        inputs, outputs = _KERNELS.get(part, {}).get(name, (0, 0))
+        if inputs and jnp.ndim(node.get("kernel", 0)) == leading + inputs + outputs:
+            return change(node, "kernel", tuple(range(leading, leading + inputs)))
         return node
 
-    return walk("", params)
-
-
-def _output_axes(name: str) -> int:
-    """How many axes *out has, in the `Transformer`'s `Linear` of this name."""
-    return 2 if name in ("query", "key", "value") else 1
+    return walk((), params, 0)

@@ -20,13 +20,27 @@ Model = Transformer | TransformerConfig
 def ensemble(
     models: Model | tuple[Model, ...], params: Any
 ) -> tuple[tuple[Transformer, ...], tuple[Any, ...]]:
-    """Models and parameters of the members: one model is an ensemble of one."""
+    """Models and parameters of the members: one model is an ensemble of one.
+
+    Raises:
+      UserError: something else was given in their place.
+    """
     if not isinstance(models, tuple):
         models, params = (models,), (params,)
-    return tuple(map(_transformer, models)), params
+    if not isinstance(params, tuple | list) or len(params) != len(models):
+        raise UserError(f"there are {len(models)} models: give a tuple of as many parameters")
+    for member in params:
+        if "encoder" not in member:
+            raise UserError(
+                f"these are no parameters of a Transformer, but {', '.join(member) or 'nothing'}: "
+                "give variables['params']"
+            )
+    return tuple(map(_transformer, models)), tuple(params)
 
 
 def _transformer(model: Model) -> Transformer:
+    if not isinstance(model, Model):
+        raise UserError(f"a model is a Transformer or its TransformerConfig, not {model!r}")
     return model if isinstance(model, Transformer) else Transformer(model)
 
 
@@ -92,6 +106,9 @@ def attention_maps(
     Args:
       model: or its configuration.
       source_ids, labels: sentences with eos, then padding.
+
+    Raises:
+      UserError: an attention of one's own keeps no weights.
     """
     _, sown = _transformer(model).apply(
         {"params": params},
@@ -100,9 +117,13 @@ def attention_maps(
         method="hidden",
         mutable="intermediates",
     )
-    encoder, decoder = (sown["intermediates"][stack]["layers"] for stack in ("encoder", "decoder"))
-    attentions = encoder["self_attention"], decoder["self_attention"], decoder["cross_attention"]
-    return AttentionMaps(*(attention["attention_weights"][0] for attention in attentions))
+    kept = sown.get("intermediates", {})
+    try:
+        encoder, decoder = (kept[stack]["layers"] for stack in ("encoder", "decoder"))
+        parts = encoder["self_attention"], decoder["self_attention"], decoder["cross_attention"]
+        return AttentionMaps(*(attention["attention_weights"][0] for attention in parts))
+    except KeyError:
+        raise UserError("an attention of this model sows no attention_weights to show") from None
 
 
 def alignment_layer(config: TransformerConfig) -> int:

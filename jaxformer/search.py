@@ -148,7 +148,7 @@ def best_of_chunks(
     all_chunks = jnp.broadcast_to(jnp.arange(num_chunks), (num_rows, num_chunks))
     _, best = jax.lax.top_k(score(maxima[:, :, None], all_chunks)[:, :, 0], k)
     best = jnp.sort(best, axis=-1)  # back in order of index, for the ties
-    scores, flat = jax.lax.top_k(score(take(chunks, best), best).reshape(num_rows, -1), k)
+    scores, flat = jax.lax.top_k(score(take(chunks, best), best).reshape(num_rows, k * chunk), k)
     return scores, take(best, flat // chunk), flat % chunk
 
 
@@ -159,7 +159,7 @@ def in_chunks(values: Float[Array, "B K V"]) -> Float[Array, "B K C c"]:
     chunk = next((chunk for chunk in range(64, 129) if size % chunk == 0), 64)
     padding = [(0, 0), (0, 0), (0, -size % chunk)]
     padded = jnp.pad(values, padding, constant_values=-jnp.inf) if size % chunk else values
-    return padded.reshape(*values.shape[:2], -1, chunk)
+    return padded.reshape(*values.shape[:2], padded.shape[2] // chunk, chunk)
 
 
 def chunk_maxima(chunks: Float[Array, "B K C c"]) -> Float[Array, "B K C"]:

@@ -33,6 +33,8 @@ def run_stack(
         split_rngs={True: True},
         length=num_layers,
         unroll=1 if loop else num_layers,
+        # No mesh axis splits the layers: for parts whose parameters say how they are split.
+        metadata_params={nn.PARTITION_NAME: None},
     )
     return scanned(layer, x, None)[0]
 

@@ -147,8 +147,14 @@ class Transformer(nn.Module):
         `labels` is the target itself: the token after each position of `target_ids`, 0 = padding.
 
         Raises:
-          ValueError: the model is quantized, and so not to be trained.
+          ValueError: the model is quantized, and so not to be trained; or a subclass has `logits`
+            of its own, which are never made here.
         """
+        if type(self).logits is not Transformer.logits:
+            raise ValueError(
+                f"{type(self).__name__} has logits of its own and the loss makes none: give it a "
+                "loss of its own too"
+            )
         if self.config.quantized:
             raise ValueError("a quantized model has no loss: train it with quantized=False")
         hidden = self.hidden(

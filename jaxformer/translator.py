@@ -1,9 +1,10 @@
 """A trained model: strings in, strings out."""
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
-from itertools import islice, zip_longest
+from itertools import repeat, zip_longest
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxformer.batching import batches, pad
+from jaxformer.batching import batches, in_windows, pad
 from jaxformer.config import BOS_ID, EOS_ID, Precision, TransformerConfig, check_choice
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, fewest_positions
@@ -39,9 +40,9 @@ from jaxformer.search import BeamResult
 from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import parameter_shapes
 
-# Lines that are read, sorted by length and translated together: enough to fill batches with
-# sentences of like length, few enough that memory stays flat and output soon begins.
-_WINDOW = 4096
+#: Lines that are read, sorted by length and translated together: enough to fill batches with
+#: sentences of like length, few enough that memory stays flat and output soon begins.
+WINDOW = 4096
 
 
 def _print_warning(message: str) -> None:
@@ -52,6 +53,9 @@ class Translator:
     """Translates lines of text with a trained model, or with several as an ensemble.
 
         Translator.load("runs/multi30k").translate(["Two men are outside."], beam_size=4)
+
+    Threads may share one. A process that was forked has no use of it, as of nothing of JAX: load it
+    there.
 
     Args:
       config: of the model.
@@ -72,12 +76,16 @@ class Translator:
         devices: list[jax.Device] | None = None,
     ) -> None:
         self._devices = jax.local_devices() if devices is None else devices
+        if not self._devices:
+            raise UserError("devices are none: name one, or leave it out")
         members = ((config, params), *others)
         self._configs = tuple(self._with_own_kernel(config) for config, _ in members)
         self._params = tuple(params for _, params in members)
         self.config, self.params = self._configs[0], params
         self.source_tokenizer = source_tokenizer
         self.target_tokenizer = target_tokenizer
+        self._made: Generator | None = None
+        self._making = threading.Lock()
 
     @classmethod
     def load(
@@ -104,7 +112,7 @@ class Translator:
             says what is missing.
         """
         runs = [run] if isinstance(run, str | Path) else list(run)
-        if not runs or checkpoint == []:
+        if not runs or checkpoint in ([], ()):
             raise UserError("there is no run or checkpoint to load: name at least one")
         checkpoints: Sequence[str | int | None] = (
             [checkpoint] if checkpoint is None or isinstance(checkpoint, str | int) else checkpoint
@@ -145,6 +153,8 @@ class Translator:
 
         Yields one translation for each line, in order; see `translate` for the options.
         """
+        if "n_best" in options:
+            raise UserError("n_best is 1 here: call generate for more")
         for hypotheses in self.generate(lines, n_best=1, **options):
             yield hypotheses[0].text
 
@@ -155,6 +165,7 @@ class Translator:
         prefixes: Iterable[str] | None = None,
         batch_tokens: int | None = None,
         few_shapes: bool = False,
+        window: int = WINDOW,
         seed: int = 0,
         warn: Callable[[str], None] = _print_warning,
         **options: Any,
@@ -169,9 +180,12 @@ class Translator:
             `Generator.sentences`.
           few_shapes: compile a program for all lines that are not much shorter than the longest,
             where otherwise there is one or two for each doubling of the length.
+          window: lines that are read before the first of them is translated. With 1 each line has
+            its answer before the next is read; more are faster.
           seed: of the noise, if `sampling`; a line's follows from this and its number alone.
           warn: called with a message that names the line, if it is longer than
-            `config.max_length` pieces and so translated in parts, or has no translation.
+            `config.max_length` pieces and so translated in parts, has no translation, or a
+            prefix that is longer than its translation may be.
           **options: fields of `GenerationConfig`, `beam_size=4` and `n_best=None` among them.
 
         Yields:
@@ -180,21 +194,31 @@ class Translator:
           which none exists, of score -inf.
 
         Raises:
-          UserError: an option is impossible, or prefixes are not as many as lines; when the first
-            is asked for.
+          UserError: an option is impossible; when the first is asked for. A line is no text, or
+            prefixes are not as many as lines; after the lines before it.
         """
         _refuse_one_string(lines, prefixes)
+        for name, value in (("window", window), ("batch_tokens", batch_tokens)):
+            if value is not None and not (isinstance(value, Integral) and value >= 1):
+                raise UserError(f"{name} is {value!r}: give at least 1")
+        if not (isinstance(seed, Integral) and -(2**31) <= seed < 2**32):
+            raise UserError(f"seed is {seed!r}: give 0 to {2**32 - 1}")
         search = GenerationConfig.of(options)
-        pairs = _with_prefixes(lines, prefixes)
         first_line = 1
-        while window := list(islice(pairs, _WINDOW)):
-            encoded = self.source_tokenizer.encode_batch([line for line, _ in window])
-            begun = self.target_tokenizer.encode_batch([prefix for _, prefix in window])
+        for pairs in in_windows(_with_prefixes(lines, prefixes), window):
+            encoded = self.source_tokenizer.encode_batch([line for line, _ in pairs])
+            begun = self.target_tokenizer.encode_batch([prefix for _, prefix in pairs])
+            for number, (ids, prefix) in enumerate(zip(encoded, begun, strict=True), first_line):
+                if len(prefix) > (most := search.max_length(len(ids) + 1)):
+                    warn(
+                        f"line {number}: its prefix has {len(prefix)} pieces and a translation at "
+                        f"most {most}: cut off there"
+                    )
             limit, tokenizer = self._most_pieces, self.source_tokenizer
             parts = list(parts_of(encoded, limit, tokenizer, first_line=first_line, warn=warn))
             prefix_ids = [[] if part.number else begun[part.line - first_line] for part in parts]
             results = self._search(parts, search, prefix_ids, batch_tokens, few_shapes, seed)
-            found: list[list[list[Hypothesis]]] = [[] for _ in window]
+            found: list[list[list[Hypothesis]]] = [[] for _ in pairs]
             for part, result in zip(parts, results, strict=True):
                 hypotheses = self._hypotheses(result)
                 if hypotheses[0].score == -np.inf:
@@ -204,7 +228,7 @@ class Translator:
                     )
                 found[part.line - first_line].append(hypotheses)
             yield from map(join, found)
-            first_line += len(window)
+            first_line += len(pairs)
 
     def score(
         self,
@@ -217,7 +241,8 @@ class Translator:
         """Log-probability of each target as the translation of its source.
 
         The numbers are the `log_prob`s that `generate` gives, if it finds the same pieces; it ranks
-        by these over the length penalty.
+        by these over the length penalty. Every pair is scored as one sentence: one that `generate`
+        translates in parts has another, and so has an empty one, which it does not translate.
 
         Args:
           sources, targets: sentences and their translations, the model's own or not.
@@ -323,6 +348,7 @@ class Translator:
         Raises:
           UserError: the line is empty or too long.
         """
+        _check_text("line", 1, line)
         ids = self.source_tokenizer.encode(line)
         limit = self._most_pieces
         if not ids:
@@ -380,9 +406,12 @@ class Translator:
         """Of a source that is translated at once, without eos."""
         return min(config.max_length for config in self._configs) - 1
 
-    @cached_property
+    @property
     def _generator(self) -> Generator:
-        return Generator(self._configs, self._params, self._devices)
+        with self._making:  # of threads that want the first one makes it
+            if self._made is None:
+                self._made = Generator(self._configs, self._params, self._devices)
+            return self._made
 
     def _pairs(
         self, sources: Sequence[str], targets: Sequence[str], first_line: int
@@ -395,11 +424,13 @@ class Translator:
             ("source", self.source_tokenizer, sources),
             ("target", self.target_tokenizer, targets),
         ):
+            for number, line in enumerate(lines, start=first_line):
+                _check_text(f"{name} line", number, line)
             ids = [[*line, EOS_ID] for line in tokenizer.encode_batch(lines)]
-            for number, line in enumerate(ids, start=first_line):
-                if limit is not None and len(line) > limit:
+            for number, row in enumerate(ids, start=first_line):
+                if limit is not None and len(row) > limit:
                     raise UserError(
-                        f"{name} line {number} has {len(line)} pieces, the model has {limit} "
+                        f"{name} line {number} has {len(row)} pieces, the model has {limit} "
                         "positions: shorten it"
                     )
             pairs.append(ids)
@@ -452,14 +483,30 @@ def _refuse_one_string(*sides: Iterable[str] | None) -> None:
 def _with_prefixes(
     lines: Iterable[str], prefixes: Iterable[str] | None
 ) -> Iterator[tuple[str, str]]:
-    if prefixes is None:
-        yield from ((line, "") for line in lines)
-        return
-    for number, pair in enumerate(zip_longest(lines, prefixes), start=1):
-        if None in pair:
-            missing = "prefix" if pair[1] is None else "line"
+    ended: Any = object()
+    pairs = zip_longest(lines, repeat("") if prefixes is None else prefixes, fillvalue=ended)
+    for number, (line, prefix) in enumerate(pairs, start=1):
+        if prefixes is None and line is ended:
+            return
+        if ended in (line, prefix):
+            missing = "line" if line is ended else "prefix"
             raise UserError(f"there is no {missing} {number}: give as many prefixes as lines")
-        yield pair
+        _check_text("line", number, line)
+        _check_text("prefix", number, prefix)
+        yield line, prefix
+
+
+def _check_text(name: str, number: int, text: Any) -> None:
+    """Raise `UserError` for what no tokenizer takes."""
+    if not isinstance(text, str):
+        raise UserError(f"{name} {number} is {text!r}: give a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} {number} has half of a character, U+{ord(text[error.start]):X}, which is no "
+            "text: leave it out"
+        ) from None
 
 
 def _load_tokenizers(run: str | Path, config: TransformerConfig) -> tuple[Tokenizer, Tokenizer]:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxformer.batching import SMALLEST, batches, bucket, groups, num_rows, pad
+from jaxformer.batching import SMALLEST, batches, bucket, groups, in_windows, num_rows, pad
 from jaxformer.config import PAD_ID
 
 LENGTHS = st.lists(st.integers(1, 100), max_size=300)
@@ -85,3 +85,16 @@ def test_pad():
         [7, PAD_ID, PAD_ID, PAD_ID],
         [PAD_ID] * 4,
     ]
+
+
+def test_windows_come_before_the_error_that_ends_them():
+    def items():
+        yield from range(5)
+        raise ConnectionError
+
+    found = in_windows(items(), 2)
+    assert [next(found), next(found), next(found)] == [[0, 1], [2, 3], [4]]
+    with pytest.raises(ConnectionError):
+        next(found)
+    assert list(in_windows(range(4), 2)) == [[0, 1], [2, 3]]
+    assert list(in_windows([], 2)) == []

@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_program_a_search")
 ROOT = Path(__file__).parent.parent
 
 
-DEFAULTS = {"prefixes": None, "n_best": 1, "seed": 0}
+DEFAULTS = {"prefixes": None, "window": 4096, "n_best": 1, "seed": 0}
 
 
 class Uppercase:
@@ -103,6 +104,20 @@ def run_with(monkeypatch, capfdbinary):
 )
 def test_one_line_in_one_line_out(translator, run_with, text, expected):
     assert run_with(text) == (0, expected, "")
+
+
+def test_a_program_that_asks_line_by_line_is_answered_line_by_line(translator, monkeypatch):
+    answers = []
+
+    def questions():
+        for number in range(4):
+            assert len(answers) == number
+            yield b"one\n"
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=questions()))
+    monkeypatch.setattr(module, "write_line", answers.append)
+    assert main(["translate", "RUN", "--quiet", "--window", "1", "--alignment"]) == 0
+    assert answers == ["ONE\t0-0"] * 4 and translator.options["window"] == 1
 
 
 def test_a_byte_order_mark_is_no_text(translator, run_with):
@@ -244,9 +259,9 @@ def test_score_of_pipes(translator, tmp_path, capfd):
     assert (status, output) == (1, "") and ".b ends before the other file: give as many" in error
 
 
-def test_a_line_that_is_not_utf8_is_named(translator, run_with):
-    status, _, error = run_with(b"one\n\ntw\xff\n")
-    assert status == 1
+def test_a_line_that_is_not_utf8_is_named_after_those_before_it(translator, run_with):
+    status, output, error = run_with(b"one\n\ntw\xff\n")
+    assert (status, output) == (1, b"ONE\n\n")
     assert error == (
         "error: standard input, line 3: not UTF-8 (byte 0xff); convert it, for example with iconv\n"
     )

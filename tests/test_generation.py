@@ -10,11 +10,13 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from jaxformer.attention import MultiHeadAttention
 from jaxformer.beam import power_length_penalty
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
 from jaxformer.decoder import DecoderLayer
 from jaxformer.decoding import beam_search, sample
 from jaxformer.errors import UserError
+from jaxformer.feed_forward import FeedForward
 from jaxformer.generation import GenerationConfig, generate, prepare, start_search
 from jaxformer.generator import Generator
 from jaxformer.scoring import attention_alignment, attention_maps, token_log_probs
@@ -218,6 +220,103 @@ def test_a_transformer_with_layers_of_ones_own_is_searched_like_any_other():
     np.testing.assert_array_equal(
         attention_alignment(model, params, source, labels), weights[0].mean(axis=1)
     )
+
+
+class _Experts(nn.Module):
+    """Parameters with an axis for the experts, in modules with names that the library uses too."""
+
+    @nn.compact
+    def __call__(self, x, *, deterministic=True):
+        experts = nn.vmap(
+            FeedForward,
+            in_axes=None,
+            out_axes=-1,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            axis_size=3,
+        )
+        return jnp.mean(experts(5, name="feed_forward")(x), axis=-1)
+
+
+class _ExpertsLayer(DecoderLayer):
+    def make_feed_forward(self, output_gain):
+        return _Experts()
+
+
+class _Unseen(nn.Module):
+    """An attention that keeps no weights where they are looked for."""
+
+    def setup(self):
+        self.inner = MultiHeadAttention(CONFIG.num_heads, CONFIG.query_key_dim)
+
+    def __call__(self, query_input, key_value_input, mask=None, *, deterministic=True):
+        return self.attend(query_input, *self.project_key_value(key_value_input), mask)
+
+    def project_key_value(self, x):
+        return self.inner.project_key_value(x)
+
+    def attend(self, query_input, key, value, mask=None, *, deterministic=True):
+        return self.inner.attend(query_input, key, value, mask)
+
+
+class _UnseenLayer(DecoderLayer):
+    def make_attention(self, output_gain):
+        return _Unseen()
+
+
+@pytest.mark.parametrize("layer", [_ExpertsLayer, _UnseenLayer])
+def test_parts_of_ones_own_may_have_other_parameters_and_no_weights_to_show(layer):
+    model = Transformer(CONFIG, decoder_layer=layer)
+    params = model.init(jax.random.key(0), SOURCE, SOURCE)["params"]
+    result = generate(model, params, SOURCE[:1], OPTIONS)
+    log_probs = token_log_probs(model, params, *flat_pairs(result, SOURCE[:1]))
+    np.testing.assert_allclose(jnp.sum(log_probs, axis=1), result.log_probs.ravel(), rtol=1e-5)
+    sentence = [token for token in SOURCE[0].tolist() if token != PAD_ID]
+    (found,) = Generator(model, params).sentences([sentence], OPTIONS)
+    np.testing.assert_array_equal(found.sequences[:, :T], result.sequences[0])
+    if layer is _UnseenLayer:
+        with pytest.raises(UserError, match="coverage_penalty needs an attention that sows its"):
+            generate(model, params, SOURCE, dataclasses.replace(OPTIONS, coverage_penalty=0.1))
+        with pytest.raises(UserError, match="sows no attention_weights"):
+            attention_maps(model, params, SOURCE, SOURCE)
+
+
+def test_parts_of_ones_own_keep_the_dtype_of_their_parameters():
+    model = Transformer(CONFIG.replace(dtype="bfloat16"), decoder_layer=_GatedLayer)
+    params = model.init(jax.random.key(0), SOURCE, SOURCE)["params"]
+    (prepared,) = prepare((model,), (params,), for_cpu=True)
+    layer = prepared["decoder"]["layers"][0]
+    assert layer["self_attention"]["query"]["kernel"].dtype == jnp.bfloat16
+    assert layer["feed_forward"]["Dense_0"]["kernel"].dtype == jnp.float32
+
+
+class _Doubled(DecoderLayer):
+    def __call__(self, *arguments, **options):
+        return 2 * super().__call__(*arguments, **options)
+
+
+def test_a_layer_that_would_not_decode_as_it_trains_is_refused():
+    with pytest.raises(ValueError, match="_Doubled has a __call__ of its own: give it a decode_st"):
+        generate(Transformer(CONFIG, decoder_layer=_Doubled), params_of(), SOURCE, OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("models", "params", "message"),
+    [
+        (CONFIG, {"params": {}}, "no parameters of a Transformer, but params: give variables"),
+        ((CONFIG, CONFIG), {}, "there are 2 models: give a tuple of as many parameters"),
+        ((CONFIG, CONFIG), ({},), "there are 2 models: give a tuple of as many parameters"),
+        ("tiny", {"encoder": {}}, "a model is a Transformer or its TransformerConfig, not 'tiny'"),
+    ],
+)
+def test_what_is_no_model_is_refused(models, params, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(UserError, match=message):
+        generate(models, params, SOURCE, OPTIONS)
+
+
+def test_no_sentences_have_no_hypotheses():
+    assert search(source=SOURCE[:0]).sequences.shape == (0, K, T)
 
 
 def test_coverage_penalty():

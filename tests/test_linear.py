@@ -10,6 +10,7 @@ import pytest
 
 from jaxformer.config import TransformerConfig
 from jaxformer.errors import UserError
+from jaxformer.generation import generate
 from jaxformer.linear import (
     Linear,
     affine,
@@ -116,7 +117,8 @@ def test_a_transposed_copy_of_the_kernel_comes_first_for_few_rows(
     params = layer.init(jax.random.key(1), x)["params"]
     params["bias"] = jax.random.normal(jax.random.key(2), features)
     expected = layer.apply({"params": params}, x)
-    both = transpose_kernels({name: params})[name]
+    part = "feed_forward" if name == "hidden" else "self_attention"
+    both = transpose_kernels({part: {name: params}})[part][name]
     assert both["transposed"].shape == (np.prod(features), 256)
     comes_first = shape[:-input_axes] == (8, 4)
     unused = "kernel" if comes_first else "transposed"
@@ -200,6 +202,25 @@ def test_every_matrix_is_quantized_and_nothing_else():
     for path, leaf in leaves:
         matrix = path[-1].key in ("kernel", "embedding")
         assert leaf.dtype == (jnp.int8 if matrix else jnp.float32), path
+
+
+def test_a_model_of_floats_refuses_int8():
+    """Without their scales they are numbers from -127 to 127."""
+    params = quantize(random_params(CONFIG))
+    with pytest.raises(UserError, match="the parameters are int8 and the model is not"):
+        Transformer(CONFIG).apply({"params": params}, SOURCE, TARGET)
+    with pytest.raises(UserError, match="the parameters are int8 and the model is not"):
+        generate(CONFIG, params, SOURCE)
+    with pytest.raises(UserError, match="no parameters of a Transformer"):
+        quantize({"Dense_0": {"kernel": jnp.ones((2, 3))}})
+
+
+def test_matrices_of_parts_of_ones_own_stay():
+    own = {"gate": {"kernel": jnp.ones((2, 3, 4, 5))}, "Dense_0": {"kernel": jnp.ones((2, 3, 4))}}
+    stacked = {"layers": {"feed_forward": own | {"hidden": {"kernel": jnp.ones((2, 3, 4))}}}}
+    small = quantize({"decoder": stacked})["decoder"]["layers"]["feed_forward"]
+    assert small["hidden"]["kernel"].dtype == jnp.int8
+    assert small["gate"]["kernel"].dtype == small["Dense_0"]["kernel"].dtype == jnp.float32
 
 
 @pytest.mark.slow

@@ -825,6 +825,37 @@ def test_layers_with_parts_of_ones_own_decode_as_they_train(norm):
     assert_close(logits[:, :, 1], np.swapaxes(full, 0, 1))
 
 
+class _Split(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, deterministic=True):
+        kernel = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+        return nn.Dense(x.shape[-1], kernel_init=kernel)(x)
+
+
+class _SplitLayer(EncoderLayer):
+    def make_feed_forward(self, output_gain):
+        return _Split()
+
+
+def test_parts_of_ones_own_may_say_how_their_parameters_are_split():
+    model = Transformer(CONFIGS["paper"], _SplitLayer)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.asarray(SOURCE), jnp.asarray(TARGET))
+    specs = nn.get_partition_spec(shapes)["params"]["encoder"]["layers"]["feed_forward"]
+    assert specs["Dense_0"]["kernel"] == jax.sharding.PartitionSpec(None, None, "model")
+
+
+class _Capped(Transformer):
+    def logits(self, hidden):
+        return jnp.tanh(super().logits(hidden))
+
+
+def test_logits_of_ones_own_are_not_passed_over():
+    model, params = _Capped(CONFIGS["paper"]), random_params(CONFIGS["paper"])
+    source_ids, target_ids = jnp.asarray(SOURCE), jnp.asarray(TARGET)
+    with pytest.raises(ValueError, match="_Capped has logits of its own and the loss makes none"):
+        model.apply({"params": params}, source_ids, target_ids, target_ids, method="loss")
+
+
 @pytest.mark.parametrize("name", ["paper", "modern"])
 def test_layers_apart_encode_as_stacked(name):
     model, params = Transformer(CONFIGS[name]), random_params(CONFIGS[name])

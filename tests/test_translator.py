@@ -3,7 +3,10 @@
 import itertools
 import json
 import random
+import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jaxtyping
@@ -137,14 +140,11 @@ def test_characters_that_were_never_seen(translator):
 # ---------------------------------------------------------------------------------------------
 
 
-def test_windows_do_not_show(translator, monkeypatch):
-    expected = greedy(translator, SENTENCES)
-    monkeypatch.setattr(module, "_WINDOW", 5)
-    assert greedy(translator, SENTENCES) == expected
+def test_windows_do_not_show(translator):
+    assert greedy(translator, SENTENCES, window=5) == greedy(translator, SENTENCES)
 
 
 def test_the_noise_of_a_line_follows_from_its_number_in_the_stream(translator, monkeypatch):
-    monkeypatch.setattr(module, "_WINDOW", 5)
     drawn, no_result = [], BeamResult(*np.zeros((4, 0, 0)))
 
     def sentences(sources, options, *, keys, **given):
@@ -153,18 +153,16 @@ def test_the_noise_of_a_line_follows_from_its_number_in_the_stream(translator, m
 
     monkeypatch.setattr(translator._generator, "sentences", sentences)
     lines = SENTENCES[:12]
-    found = list(translator.generate(lines, sampling=True, seed=3))
+    found = list(translator.generate(lines, sampling=True, seed=3, window=5))
     assert len(found) == 12 and [len(each) for each in drawn] == [5, 5, 2]
     by_windows = np.concatenate(drawn)
     assert len(np.unique(by_windows, axis=0)) == 12
     drawn.clear()
-    monkeypatch.setattr(module, "_WINDOW", 12)
     list(translator.generate(lines, sampling=True, seed=3))
     np.testing.assert_array_equal(drawn[0], by_windows)
 
 
-def test_a_stream_is_read_a_window_at_a_time(translator, monkeypatch):
-    monkeypatch.setattr(module, "_WINDOW", 3)
+def test_a_stream_is_read_a_window_at_a_time(translator):
     read = []
 
     def lines():
@@ -172,7 +170,7 @@ def test_a_stream_is_read_a_window_at_a_time(translator, monkeypatch):
             read.append(index)
             yield SENTENCES[index % len(SENTENCES)]
 
-    stream = translator.translate_stream(lines(), beam_size=1, batch_tokens=128)
+    stream = translator.translate_stream(lines(), beam_size=1, batch_tokens=128, window=3)
     assert read == []
     first = [next(stream) for _ in range(3)]
     assert read == [0, 1, 2]
@@ -181,18 +179,82 @@ def test_a_stream_is_read_a_window_at_a_time(translator, monkeypatch):
     assert first == greedy(translator, SENTENCES[:3])
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (None, "line 3 is None: give a string"),
+        ("red \ud800", "line 3 has half of a character, U+D800, which is no text: leave it out"),
+    ],
+)
+def test_what_came_before_a_line_that_is_no_text_is_translated(
+    translator, line, message, monkeypatch
+):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    stream = translator.translate_stream(
+        ["red dogs", "old cats", line, "red dogs"], beam_size=1, batch_tokens=128
+    )
+    assert [next(stream), next(stream)] == greedy(translator, ["red dogs", "old cats"])
+    with pytest.raises(UserError, match=re.escape(message)):
+        next(stream)
+    with pytest.raises(UserError, match=re.escape(message.replace("line", "source line"))):
+        translator.score(["red dogs", "old cats", line], ["", "", ""])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "window is 0: give at least 1"),
+        ({"batch_tokens": 512.5}, "batch_tokens is 512.5: give at least 1"),
+        ({"seed": 2**32}, "seed is 4294967296: give 0 to 4294967295"),
+        ({"seed": 0.5}, "seed is 0.5: give 0 to"),
+        ({"n_best": 2}, "n_best is 1 here: call generate for more"),
+    ],
+)
+def test_arguments_that_mean_nothing(translator, options, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(UserError, match=re.escape(message)):
+        translator.translate(["red dogs"], **options)
+
+
+def test_a_prefix_that_is_cut_off_is_told(translator):
+    said = []
+    options = {"max_length_ratio": 0.0, "max_length_extra": 2, "warn": said.append}
+    ((best,),) = translator.generate(
+        ["red dogs"], prefixes=["rote Hunde rote Hunde"], beam_size=1, **options
+    )
+    count = len(translator.target_tokenizer.encode("rote Hunde rote Hunde"))
+    assert said == [
+        f"line 1: its prefix has {count} pieces and a translation at most 2: cut off there"
+    ]
+    assert len(best.ids) == 2
+
+
+def test_threads_that_come_first_share_what_one_of_them_makes(run, monkeypatch):
+    translator = Translator.load(run, devices=jax.devices()[:1])
+    made, make = [], module.Generator
+
+    def slowly(*args):
+        made.append(args)
+        time.sleep(0.2)
+        return make(*args)
+
+    monkeypatch.setattr(module, "Generator", slowly)
+    with ThreadPoolExecutor(4) as threads:
+        shared = set(threads.map(lambda _: translator._generator, range(4)))
+    assert len(shared) == len(made) == 1
+
+
 # ---------------------------------------------------------------------------------------------
 # Lines longer than the model
 # ---------------------------------------------------------------------------------------------
 
 
-def test_a_long_line_is_translated_in_parts_with_a_warning(translator, monkeypatch, capsys):
-    monkeypatch.setattr(module, "_WINDOW", 2)
+def test_a_long_line_is_translated_in_parts_with_a_warning(translator, capsys):
     long = " ".join(itertools.islice(itertools.cycle(LEXICON), 70))
     limit = translator.config.max_length - 1
     count = len(translator.source_tokenizer.encode(long))
     assert count > 2 * limit
-    translations = greedy(translator, ["red dogs", "old cats", long, "red dogs"])
+    translations = greedy(translator, ["red dogs", "old cats", long, "red dogs"], window=2)
     assert capsys.readouterr().err == (
         f"warning: line 3 has {count} pieces, more than the model's {limit}: translated in parts\n"
     )

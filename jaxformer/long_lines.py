@@ -58,9 +58,9 @@ def cut(ids: Sequence[int], limit: int, tokenizer: Tokenizer) -> Iterator[list[i
             for i, piece in enumerate(tokenizer.pieces(part))
             if i > len(code) and piece.startswith("▁")
         ]
-        cut = starts[-1] if starts else limit
-        yield part[:cut]
-        begin, before = begin + cut - len(before), code
+        end = starts[-1] if starts else limit
+        yield part[:end]
+        begin, before = begin + end - len(before), code
     if begin < len(ids):
         yield before + ids[begin:]
 

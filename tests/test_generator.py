@@ -250,10 +250,10 @@ def test_wide_models_translate_as_many_long_sentences_as_short_ones():
 
     def rows(d_model, beam_size=4, quantized=False):
         config = CONFIG.replace(d_model=d_model, num_heads=2, quantized=quantized)
-        generator, options = Generator((config,), (params,)), GenerationConfig(beam_size=beam_size)
+        params = quantize(params_of()) if quantized else params_of()  # which nobody looks at
+        generator, options = Generator(config, params), GenerationConfig(beam_size=beam_size)
         return [generator._tokens_at_once(options, n) // n for n in (8, 32, 128)]
 
-    params = quantize(params_of())  # which nobody looks at
     assert rows(256) == [64, 16, 4]
     assert rows(512) == rows(512, quantized=True) == [16, 16, 16]
     assert rows(256, quantized=True) == [8, 8, 4]

@@ -72,8 +72,8 @@ class Linear(nn.Module):
         return xavier(rng, (prod(shape) // outputs, outputs), dtype).reshape(shape)
 
 
-def refuse_int8(matrix: Array) -> None:
-    """Raise `UserError` where a matrix of floats is wanted; without its scale it means nothing."""
+def refuse_int8(matrix: Any) -> None:
+    """Raise `UserError` where floats are wanted; int8 without a scale means nothing."""
     if matrix.dtype == jnp.int8:
         raise UserError(
             "the parameters are int8 and the model is not: set config.quantized=True, or give "

@@ -208,15 +208,15 @@ class Translator:
         for pairs in in_windows(_with_prefixes(lines, prefixes), window):
             encoded = self.source_tokenizer.encode_batch([line for line, _ in pairs])
             begun = self.target_tokenizer.encode_batch([prefix for _, prefix in pairs])
-            for number, (ids, prefix) in enumerate(zip(encoded, begun, strict=True), first_line):
-                if len(prefix) > (most := search.max_length(len(ids) + 1)):
-                    warn(
-                        f"line {number}: its prefix has {len(prefix)} pieces and a translation at "
-                        f"most {most}: cut off there"
-                    )
             limit, tokenizer = self._most_pieces, self.source_tokenizer
             parts = list(parts_of(encoded, limit, tokenizer, first_line=first_line, warn=warn))
             prefix_ids = [[] if part.number else begun[part.line - first_line] for part in parts]
+            for part, prefix in zip(parts, prefix_ids, strict=True):
+                if len(prefix) > (most := search.max_length(len(part.ids) + 1)):
+                    warn(
+                        f"line {part.line}: its prefix has {len(prefix)} pieces and a translation "
+                        f"at most {most}: cut off there"
+                    )
             results = self._search(parts, search, prefix_ids, batch_tokens, few_shapes, seed)
             found: list[list[list[Hypothesis]]] = [[] for _ in pairs]
             for part, result in zip(parts, results, strict=True):

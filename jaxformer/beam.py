@@ -2,12 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxformer.batching import bucket
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
 from jaxformer.search import (
     BeamResult,
@@ -43,6 +46,28 @@ def power_length_penalty(alpha: float) -> LengthPenalty:
     return lambda length: length**alpha
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["divisors"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class TabledPenalty:
+    """A length penalty that is looked up: an array, so that one program serves all penalties."""
+
+    divisors: Float[Array | np.ndarray, "T"]
+
+    @classmethod
+    def of(cls, penalty: LengthPenalty, most: int) -> "TabledPenalty":
+        """Of lengths 0 to `most`, each rounded once, from float64.
+
+        There may be more of them, so that models of like lengths share programs.
+        """
+        lengths = np.arange(bucket(most + 1), dtype=np.float64)
+        with np.errstate(over="ignore"):
+            return cls(np.asarray(penalty(lengths), np.float32))
+
+    def __call__(self, lengths: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        """The divisors of some lengths."""
+        return jnp.asarray(self.divisors)[lengths.astype(jnp.int32)]
+
+
 def gather_beams(state: State, beams: Int[Array, "B K"]) -> State:
     """The default `reorder`: beam k of each leaf [B, K, …] becomes what beam beams[b, k] was.
 
@@ -60,6 +85,20 @@ def gather_beams(state: State, beams: Int[Array, "B K"]) -> State:
     return jax.tree.map(gather, state)
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["length_penalty", "bonus"],
+    meta_fields=[
+        "beam_size",
+        "n_best",
+        "early_stopping",
+        "no_repeat_ngram_size",
+        "reorder",
+        "bos_id",
+        "eos_id",
+        "pad_id",
+    ],
+)
 @dataclasses.dataclass(frozen=True)
 class BeamSearch:
     """The K best sequences that beam search finds (§6.1).
@@ -77,6 +116,8 @@ class BeamSearch:
 
     Finished hypotheses rank before unfinished ones; live beams cut off at the limit, scored like
     the rest, only fill up the N when too few finished.
+
+    To `jax.jit` it is a pytree, of the numbers in `length_penalty` and `bonus` if these are.
 
     Attributes:
       beam_size: K.
@@ -108,6 +149,11 @@ class BeamSearch:
         fits = self.n_best is None or 1 <= self.n_best <= self.beam_size
         require(fits, "n_best", self.n_best, f"use 1 to {self.beam_size}, or None for all")
         require_ngram_size(self.no_repeat_ngram_size)
+
+    @property
+    def num_beams(self) -> int:
+        """K."""
+        return self.beam_size
 
     def start(self, sentences: Sentences, max_length: int, state: State) -> Search:
         """Nothing generated yet, room for `max_length` tokens."""

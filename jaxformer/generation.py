@@ -8,9 +8,15 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxformer.beam import BeamSearch, gnmt_length_penalty, power_length_penalty
+from jaxformer.beam import (
+    BeamSearch,
+    TabledPenalty,
+    gnmt_length_penalty,
+    power_length_penalty,
+)
 from jaxformer.cache import DecoderCache
 from jaxformer.config import PAD_ID, TransformerConfig, check_fields
 from jaxformer.errors import UserError
@@ -143,17 +149,35 @@ class State(NamedTuple):
     coverage: Float[Array, "B K S"] | None  # attention a source token has had, if it counts
 
 
-@partial(jax.jit, static_argnums=(0, 3))
+class Limits(NamedTuple):
+    """How many tokens a translation may have, by the tokens of its source."""
+
+    most: Int[Array | np.ndarray, "S+1"]
+    fewest: Int[Array | np.ndarray, "S+1"] | None
+
+    @classmethod
+    def of(cls, options: GenerationConfig, source_length: int, most: int) -> "Limits":
+        """Those of the rule itself, which float32 would round, but never more than `most`."""
+
+        def each(rule: Callable[[int], int]) -> np.ndarray:
+            lengths = range(1, source_length + 1)
+            return np.array([0] + [min(rule(length), most) for length in lengths], np.int32)
+
+        longest = each(options.max_length)
+        asked = options.min_length_ratio or options.min_length_extra
+        return cls(longest, np.minimum(each(options.min_length), longest) if asked else None)
+
+
 def generate(
     models: Model | tuple[Model, ...],
     params: Any,
-    source_ids: Int[Array, "B S"],
+    source_ids: Int[Array | np.ndarray, "B S"],
     options: GenerationConfig = GenerationConfig(),
     *,
-    prefix: Int[Array, "B P"] | None = None,
-    keys: Array | None = None,
+    prefix: Int[Array | np.ndarray, "B P"] | None = None,
+    keys: Array | np.ndarray | None = None,
 ) -> BeamResult:
-    """Translate a batch of ids, compiled as one program.
+    """Translate a batch of ids, compiled as one program for all penalties and temperatures.
 
     Args:
       models, params: one Transformer, or its configuration, and its parameters; or tuples of
@@ -172,12 +196,28 @@ def generate(
       depend, to the last bit, on the others in the batch nor on its row.
     """
     models, params = ensemble(models, params)
-    params = prepare(models, params)
     configs = [model.config for model in models]
-    max_length = max_target_length(configs, options, source_ids.shape[1])
-    search = start_search(models, params, options, max_length, source_ids, prefix, keys)
-    search = run(make_method(options), make_step_fn(models, params, options), search)
-    return make_method(options).result(search)
+    most = max_target_length(configs, options, source_ids.shape[1])
+    method = make_method(options, most)
+    limits = Limits.of(options, source_ids.shape[1], most)
+    return _generate(models, most, params, method, limits, source_ids, prefix, keys)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _generate(
+    models: tuple[Transformer, ...],
+    room: int,
+    params: tuple[Any, ...],
+    method: Method,
+    limits: Limits,
+    source_ids: Int[Array, "B S"],
+    prefix: Int[Array, "B P"] | None,
+    keys: Array | None,
+) -> BeamResult:
+    params = prepare(models, params)
+    search = start_search(models, params, method, limits, room, source_ids, prefix, keys)
+    search = run(method, make_step_fn(models, params), search)
+    return method.result(search)
 
 
 @partial(jax.jit, static_argnums=(0, 2))
@@ -229,42 +269,52 @@ def max_target_length(
     return asked if limit is None else min(asked, limit)
 
 
-def make_method(options: GenerationConfig) -> Method:
-    """The search that `options` ask for."""
+def make_method(options: GenerationConfig, most: int) -> Method:
+    """The search that `options` ask for, of translations of `most` tokens at most.
+
+    A pytree: its numbers are arguments of a program, which serves all values of them.
+    """
     if options.sampling:
+        greedy = options.temperature == 0
         return Sampling(
             options.num_beams,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
+            temperature=1.0 if greedy else float(options.temperature),
+            top_k=1 if greedy else options.top_k,
+            top_p=options.top_p and float(options.top_p),
             no_repeat_ngram_size=options.no_repeat_ngram_size,
         )
     form = gnmt_length_penalty if options.length_penalty_form == "gnmt" else power_length_penalty
-
-    def coverage_bonus(state: State) -> Array:
-        """-inf is no score: attention never vanishes, but its float may."""
-        attended = jnp.clip(state.coverage, 1e-9, 1.0)
-        real = state.caches[0].cross_mask[:, 0]
-        return options.coverage_penalty * jnp.sum(jnp.where(real, jnp.log(attended), 0.0), axis=-1)
-
-    def reorder(state: State, beams: Array) -> State:
-        coverage = None if state.coverage is None else take(state.coverage, beams)
-        return State(tuple(cache.reorder(beams) for cache in state.caches), coverage)
-
     return BeamSearch(
         options.beam_size,
         n_best=options.n_best,
-        length_penalty=form(float(options.length_penalty)),
+        length_penalty=TabledPenalty.of(form(options.length_penalty), most),
         early_stopping=options.early_stopping,
         no_repeat_ngram_size=options.no_repeat_ngram_size,
-        bonus=coverage_bonus if options.coverage_penalty else None,
-        reorder=reorder,
+        bonus=CoverageBonus(float(options.coverage_penalty)) if options.coverage_penalty else None,
+        reorder=_reorder,
     )
 
 
-def make_step_fn(
-    models: tuple[Transformer, ...], params: tuple[Any, ...], options: GenerationConfig
-) -> StepFn:
+@partial(jax.tree_util.register_dataclass, data_fields=["penalty"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class CoverageBonus:
+    """Wu et al. (2016), eq. 14: what of the source no token has looked at costs `penalty`."""
+
+    penalty: float | Float[Array, ""]
+
+    def __call__(self, state: State) -> Float[Array, "B K"]:
+        """-inf is no score: attention never vanishes, but its float may."""
+        attended = jnp.clip(state.coverage, 1e-9, 1.0)
+        real = state.caches[0].cross_mask[:, 0]
+        return self.penalty * jnp.sum(jnp.where(real, jnp.log(attended), 0.0), axis=-1)
+
+
+def _reorder(state: State, beams: Array) -> State:
+    coverage = None if state.coverage is None else take(state.coverage, beams)
+    return State(tuple(cache.reorder(beams) for cache in state.caches), coverage)
+
+
+def make_step_fn(models: tuple[Transformer, ...], params: tuple[Any, ...]) -> StepFn:
     """One token of all members; the mean of their probabilities counts."""
 
     def step(tokens: Array, state: State) -> tuple[Array, State]:
@@ -299,7 +349,8 @@ def _mean_of_probabilities(logits: list[Array]) -> Array:
 def start_search(
     models: tuple[Transformer, ...],
     params: tuple[Any, ...],
-    options: GenerationConfig,
+    method: Method,
+    limits: Limits,
     room: int,
     source_ids: Int[Array, "B S"],
     prefix: Int[Array, "B P"] | None,
@@ -310,9 +361,9 @@ def start_search(
 ) -> Search:
     """A search with the sentences encoded and no token yet, and with room for so many.
 
-    Its state has the K beams of `options` and caches of K · room slots, or as many as are given.
+    Its state has the K beams of `method` and caches of K · room slots, or as many as are given.
     """
-    num_beams = num_beams or options.num_beams
+    num_beams = num_beams or method.num_beams
     caches = []
     for model, variables in zip(models, params, strict=True):
         model = model.bind({"params": variables})
@@ -327,33 +378,18 @@ def start_search(
             )
         )
     lengths = jnp.sum(source_ids != PAD_ID, axis=1, dtype=jnp.int32)
-    configs = [model.config for model in models]
-    most = max_target_length(configs, options, source_ids.shape[1])
-
-    def limits(of: Callable[[int], int]) -> Array:
-        """Of each sentence; of each length by the rule itself, which float32 would round."""
-        each = [0] + [min(of(length), most) for length in range(1, source_ids.shape[1] + 1)]
-        return jnp.array(each, jnp.int32)[lengths]
-
-    max_lengths = limits(options.max_length)
-    at_least = jnp.minimum(limits(options.min_length), max_lengths)
-    sentences = Sentences(
-        max_lengths=max_lengths,
-        min_lengths=at_least if options.min_length_ratio or options.min_length_extra else None,
-        prefix=prefix,
-        keys=keys,
-    )
+    most, fewest = jax.tree.map(lambda each: jnp.asarray(each)[lengths], limits)
+    sentences = Sentences(most, fewest, prefix, keys)
     shape = source_ids.shape[0], num_beams, source_ids.shape[1]
-    coverage = (
-        jnp.zeros(shape, jnp.float32) if options.coverage_penalty and not options.sampling else None
-    )
-    return make_method(options).start(sentences, room, State(tuple(caches), coverage))
+    covers = isinstance(method, BeamSearch) and method.bonus is not None
+    coverage = jnp.zeros(shape, jnp.float32) if covers else None
+    return method.start(sentences, room, State(tuple(caches), coverage))
 
 
 def prefill(
     models: tuple[Transformer, ...],
     params: tuple[Any, ...],
-    options: GenerationConfig,
+    method: Method,
     *given: Any,
 ) -> Search:
     """`start_search` for sentences that go on in the rows of another search, which has the slots.
@@ -361,14 +397,13 @@ def prefill(
     Beam search has taken its first step: while all beams are equal it takes one of them, and the
     K-th part of the time.
     """
-    method = make_method(options)
-    if isinstance(method, BeamSearch) and prefill_takes_first_step(models, options):
-        search = start_search(models, params, options, *given, num_beams=1, num_slots=1)
-        return method.first(make_step_fn(models, params, options), search)
-    return start_search(models, params, options, *given, num_slots=0)
+    if isinstance(method, BeamSearch) and prefill_takes_first_step(models, method):
+        search = start_search(models, params, method, *given, num_beams=1, num_slots=1)
+        return method.first(make_step_fn(models, params), search)
+    return start_search(models, params, method, *given, num_slots=0)
 
 
-def prefill_takes_first_step(models: Sequence[Transformer], options: GenerationConfig) -> bool:
+def prefill_takes_first_step(models: Sequence[Transformer], method: Method) -> bool:
     """Whether `prefill` takes it."""
-    beams = 1 if options.sampling else options.beam_size
-    return 1 < beams <= models[0].config.vocab_size // 2
+    searches = isinstance(method, BeamSearch)
+    return searches and 1 < method.num_beams <= models[0].config.vocab_size // 2

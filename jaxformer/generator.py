@@ -18,6 +18,7 @@ from jaxformer.batching import bucket, groups, num_rows, pad
 from jaxformer.errors import UserError
 from jaxformer.generation import (
     GenerationConfig,
+    Limits,
     fewest_positions,
     make_method,
     make_step_fn,
@@ -28,7 +29,7 @@ from jaxformer.generation import (
     start_search,
 )
 from jaxformer.scoring import Model, ensemble
-from jaxformer.search import BeamResult, Search
+from jaxformer.search import BeamResult, Method, Search
 from jaxformer.transformer import Transformer
 
 #: Sentences that a program has room for, for each of its rows. While the last of them end, rows are
@@ -133,7 +134,6 @@ class Generator:
                 raise UserError(f"there are {len(each)} {name}: give one for each of the sources")
         # Of the caller's thread: those that search have one of their own.
         precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-        taken = int(prefill_takes_first_step(self._models, options))  # before they have a row
 
         def search(shape: _Shape, chosen: Sequence[int]) -> list[int]:
             """Those that need more room are returned."""
@@ -148,10 +148,14 @@ class Generator:
                 None if noise is None else noise[np.maximum(order, 0)],
             )
             counts = np.sum(order.reshape(len(self._devices), -1) >= 0, axis=1, dtype=np.int32)
+            most = max_target_length(self._configs, options, shape.length)
+            method = make_method(options, most)
+            how = method, Limits.of(options, shape.length, most)
             with jax.default_matmul_precision(precision):
                 (found, steps, out_of_room), turns = jax.device_get(
-                    _search(self._models, options, shape, self._mesh, self._params, given, counts)
+                    _search(self._models, shape, self._mesh, self._params, how, given, counts)
                 )
+            taken = prefill_takes_first_step(self._models, method)  # before they have a row
             more, needed = [], 0
             for place in np.flatnonzero(order >= 0):
                 index = int(order[place])
@@ -252,13 +256,13 @@ class _Batch(NamedTuple):
     turns: Int[Array, ""]  # steps so far
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _search(
     models: tuple[Transformer, ...],
-    options: GenerationConfig,
     shape: _Shape,
     mesh: Mesh,
     params: tuple[Any, ...],
+    how: tuple[Method, Limits],
     sources: _Sources,
     counts: Int[Array, "D"],
 ) -> tuple[tuple[BeamResult, Int[Array, "DP"], Bool[Array, "DP"]], Int[Array, "D"]]:
@@ -266,38 +270,38 @@ def _search(
 
     Returns their results, steps and whether they need more room, and the steps of each device.
     """
-    data = PartitionSpec("data")
+    everywhere, data = PartitionSpec(), PartitionSpec("data")
     search = jax.shard_map(
-        partial(_search_on_device, models, options, shape),
+        partial(_search_on_device, models, shape),
         mesh=mesh,
-        in_specs=(PartitionSpec(), data, data),
+        in_specs=(everywhere, everywhere, data, data),
         out_specs=data,
         check_vma=False,
     )
-    return search(params, sources, counts)
+    return search(params, how, sources, counts)
 
 
 def _search_on_device(
     models: tuple[Transformer, ...],
-    options: GenerationConfig,
     shape: _Shape,
     params: tuple[Any, ...],
+    how: tuple[Method, Limits],
     sources: _Sources,
     count: Int[Array, "1"],
 ) -> tuple[tuple[BeamResult, Int[Array, "P"], Bool[Array, "P"]], Int[Array, "1"]]:
     rows, room = shape.rows, shape.room
-    method, step_fn = make_method(options), make_step_fn(models, params, options)
+    (method, limits), step_fn = how, make_step_fn(models, params)
     (count,), num_sentences, block = count, len(sources[0]), shape.encoded
 
     def encode(first: Any) -> Search:
         def part(leaf):
             return jax.lax.dynamic_slice_in_dim(leaf, first, block)
 
-        return prefill(models, params, options, room, *jax.tree.map(part, sources))
+        return prefill(models, params, method, limits, room, *jax.tree.map(part, sources))
 
     def begin_rows() -> Search:
         some = jax.tree.map(lambda leaf: leaf[:rows], sources)
-        return start_search(models, params, options, room, *some, num_slots=shape.slots)
+        return start_search(models, params, method, limits, room, *some, num_slots=shape.slots)
 
     def store_finished(batch: _Batch) -> Any:
         done = batch.search.hypotheses, batch.search.steps, batch.out_of_room

@@ -1,10 +1,12 @@
 """Sampling with a temperature, of the best k tokens or the best of probability p."""
 
 import dataclasses
+from functools import partial
+from numbers import Real
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
 from jaxformer.search import (
@@ -23,6 +25,11 @@ from jaxformer.search import (
 )
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["temperature", "top_p"],
+    meta_fields=["num_samples", "top_k", "no_repeat_ngram_size", "bos_id", "eos_id", "pad_id"],
+)
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """Sequences drawn token by token, `num_samples` (K) a sentence, in the order drawn.
@@ -30,6 +37,8 @@ class Sampling:
     The logits are divided by the temperature, then only the `top_k` best are kept, then the
     smallest set of the best that holds `top_p` of what is left (Holtzman et al. 2020). The noise
     of a token follows from the sentence's key, the step and the number of the sample alone.
+
+    To `jax.jit` it is a pytree, of the temperature and of `top_p`; traced, they are not checked.
 
     Attributes:
       num_samples: K.
@@ -40,24 +49,29 @@ class Sampling:
     """
 
     num_samples: int = 1
-    temperature: float = 1.0
+    temperature: float | Float[Array, ""] = 1.0
     top_k: int | None = None
-    top_p: float | None = None
+    top_p: float | Float[Array, ""] | None = None
     no_repeat_ngram_size: int = 0
     bos_id: int = BOS_ID
     eos_id: int = EOS_ID
     pad_id: int = PAD_ID
 
     def __post_init__(self) -> None:
-        top_k, top_p = self.top_k, self.top_p
+        temperature, top_k, top_p = self.temperature, self.top_k, self.top_p
         require(self.num_samples >= 1, "num_samples", self.num_samples, "use 1 or more")
-        fits = self.temperature == 0 or 1e-30 <= self.temperature <= 1e30  # as float32 can divide
-        require(fits, "temperature", self.temperature, "use 0 (greedy), or 1e-30 to 1e30")
+        if isinstance(temperature, Real):
+            fits = temperature == 0 or 1e-30 <= temperature <= 1e30  # as float32 can divide
+            require(fits, "temperature", temperature, "use 0 (greedy), or 1e-30 to 1e30")
         require(top_k is None or top_k >= 1, "top_k", top_k, "use 1 or more, or None for all")
-        require(
-            top_p is None or 0 < top_p <= 1, "top_p", top_p, "use more than 0, at most 1, or None"
-        )
+        if isinstance(top_p, Real):
+            require(0 < top_p <= 1, "top_p", top_p, "use more than 0, at most 1, or None")
         require_ngram_size(self.no_repeat_ngram_size)
+
+    @property
+    def num_beams(self) -> int:
+        """K."""
+        return self.num_samples
 
     def start(self, sentences: Sentences, max_length: int, state: State) -> Search:
         """Nothing drawn yet, room for `max_length` tokens."""
@@ -105,12 +119,14 @@ class Sampling:
 
     def _draw(self, logits: Array, search: Search) -> Array:
         vocab_size = logits.shape[-1]
-        keep = min(self.top_k or vocab_size, vocab_size) if self.temperature > 0 else 1
+        greedy = isinstance(self.temperature, Real) and self.temperature == 0
+        keep = 1 if greedy else min(self.top_k or vocab_size, vocab_size)
         if keep < vocab_size or self.top_p is not None:
             logits, ids = top_k(logits, keep)
         else:
             ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)  # all of them, unsorted
-        logits = logits / (self.temperature or 1.0)
+        if not greedy:
+            logits = logits / self.temperature
         if self.top_p is not None:
             probs = jax.nn.softmax(logits, axis=-1)
             better = jnp.cumsum(probs, axis=-1) - probs  # what the tokens before this one hold

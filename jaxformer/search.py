@@ -51,6 +51,10 @@ class Method(Protocol):
     """A way to choose the next tokens: `BeamSearch` or `Sampling`."""
 
     @property
+    def num_beams(self) -> int:
+        """K, the hypotheses that a step goes on with."""
+
+    @property
     def no_repeat_ngram_size(self) -> int:
         """Tokens in a row that occur once at most; 0 is no limit."""
 

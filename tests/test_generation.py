@@ -11,18 +11,26 @@ import numpy as np
 import pytest
 
 from jaxformer.attention import MultiHeadAttention
-from jaxformer.beam import power_length_penalty
+from jaxformer.beam import TabledPenalty, gnmt_length_penalty, power_length_penalty
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
 from jaxformer.decoder import DecoderLayer
 from jaxformer.decoding import beam_search, sample
 from jaxformer.errors import UserError
 from jaxformer.feed_forward import FeedForward
-from jaxformer.generation import GenerationConfig, generate, prepare, start_search
+from jaxformer.generation import (
+    GenerationConfig,
+    Limits,
+    generate,
+    make_method,
+    prepare,
+    start_search,
+)
 from jaxformer.generator import Generator
 from jaxformer.scoring import attention_alignment, attention_maps, token_log_probs
 from jaxformer.transformer import Transformer
 from random_run import SEPARATE as CONFIG
 from random_run import params_of, random_params
+from train.benchmark.compiles import count_compiles
 
 B, S, K = 5, 7, 3
 OPTIONS = GenerationConfig(beam_size=K, max_length_extra=4)
@@ -61,9 +69,56 @@ def test_lengths_are_those_of_the_rule():
     """Not of float32, in which 1.3 times 90 is 116.99999."""
     options = GenerationConfig(max_length_ratio=1.3, max_length_extra=0, min_length_ratio=0.7)
     ids = jnp.full((2, 90), EOS_ID).at[1, 30:].set(PAD_ID)
-    found = start_search((Transformer(CONFIG),), (params_of(),), options, 117, ids, None, None)
+    limits = Limits.of(options, 90, 117)
+    method = make_method(options, 117)
+    found = start_search(
+        (Transformer(CONFIG),), (params_of(),), method, limits, 117, ids, None, None
+    )
     assert found.sentences.max_lengths.tolist() == [117, 39]
     assert found.sentences.min_lengths.tolist() == [62, 21]
+
+
+SEARCHED = [
+    dict(length_penalty=0.0),
+    dict(length_penalty=0.6),
+    dict(length_penalty=1.0, max_length_ratio=0.5, max_length_extra=T - S // 2),
+    dict(length_penalty=1.7, length_penalty_form="power"),
+]
+
+
+@pytest.mark.parametrize(
+    "every",
+    [
+        [dict(beam_size=K, max_length_extra=4) | each for each in SEARCHED],
+        [
+            dict(beam_size=2, max_length_extra=1, coverage_penalty=beta, min_length_extra=m)
+            for beta, m in ((1.0, 1), (9.5, 3))
+        ],
+        [
+            dict(sampling=True, temperature=t, top_p=p)
+            for t, p in ((1.0, 1.0), (0.3, 0.9), (1.7, 0.4))
+        ],
+    ],
+)
+def test_one_program_serves_all_numbers(every):
+    def found(each):
+        keys = jax.random.split(jax.random.key(0), B) if each.get("sampling") else None
+        return search(GenerationConfig(**each), keys=keys)
+
+    first = found(every[0])
+    with count_compiles() as compiled:
+        others = [found(each) for each in every[1:]]
+    assert not compiled
+    for other in others:
+        assert not np.array_equal(first.scores, other.scores)
+
+
+def test_a_looked_up_penalty_is_rounded_once():
+    table = TabledPenalty.of(gnmt_length_penalty(0.6), 3)
+    np.testing.assert_array_equal(
+        table(jnp.array([[1.0, 3.0]])), np.float32([[1.0, (8 / 6) ** 0.6]])
+    )
+    assert TabledPenalty.of(power_length_penalty(100_000.0), 3)(jnp.array([2.0])) == np.inf
 
 
 def test_the_softmax_layer_is_transposed_before_the_search():
@@ -501,7 +556,8 @@ def test_searches_promote_no_rank_and_stay_in_float32(options):
     arguments = {"prefix": ids, "keys": keys}
     with jax.numpy_rank_promotion("raise"), jax.enable_x64(True):
         params = jax.tree.map(jnp.asarray, params_of())
-        found = jax.eval_shape(generate, (CONFIG,), (params,), ids, options, **arguments)
+        program = functools.partial(generate, (CONFIG,), options=options)
+        found = jax.eval_shape(program, (params,), ids, **arguments)
     assert found.scores.dtype == jnp.float32
 
 

@@ -70,7 +70,7 @@ def shapes(monkeypatch):
     shapes, search = [], module._search
 
     def spy(*args):
-        shapes.append(tuple(args[2])[:4])
+        shapes.append(tuple(args[1])[:4])
         return search(*args)
 
     monkeypatch.setattr(module, "_search", spy)

@@ -156,7 +156,11 @@ def decode_program(
         ),
     )
     compiled = _refusals(
-        lambda: generate.lower((config.model,), (params,), sources, options).compile()
+        lambda: (
+            jax.jit(generate, static_argnums=(0, 3))
+            .lower((config.model,), (params,), sources, options)
+            .compile()
+        )
     )
     program = Program(compiled.as_text())
     # The one loop that goes on until the sentences are done; what else has no end is smaller.

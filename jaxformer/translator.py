@@ -3,14 +3,15 @@
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import repeat, zip_longest
+from itertools import zip_longest
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from jaxformer.batching import batches, in_windows, pad
 from jaxformer.config import BOS_ID, EOS_ID, Precision, TransformerConfig, check_choice
@@ -28,7 +29,6 @@ from jaxformer.run import (
     load_tokenizers,
     read_model_config,
 )
-from jaxformer.sampling import fold_in_rows
 from jaxformer.scoring import (
     alignment_layer,
     attention_alignment,
@@ -166,7 +166,7 @@ class Translator:
         batch_tokens: int | None = None,
         few_shapes: bool = False,
         window: int = WINDOW,
-        seed: int = 0,
+        seed: int | Iterable[int] = 0,
         warn: Callable[[str], None] = _print_warning,
         **options: Any,
     ) -> Iterator[list[Hypothesis]]:
@@ -174,15 +174,16 @@ class Translator:
 
         Args:
           lines: one sentence each.
-          prefixes: what the translation of each line begins with, as many as lines; the first
-            piece after it may go on with its last word.
+          prefixes: what the translation of each line begins with; the first piece after it may go
+            on with its last word.
           batch_tokens: source positions at once, over all devices; by default as
             `Generator.sentences`.
           few_shapes: compile a program for all lines that are not much shorter than the longest,
             where otherwise there is one or two for each doubling of the length.
           window: lines that are read before the first of them is translated. With 1 each line has
             its answer before the next is read; more are faster.
-          seed: of the noise, if `sampling`; a line's follows from this and its number alone.
+          seed: of the noise, if `sampling`; a line's follows from this and its number alone. Or
+            one for each line, which is translated as if it were the only one.
           warn: called with a message that names the line, if it is longer than
             `config.max_length` pieces and so translated in parts, has no translation, or a
             prefix that is longer than its translation may be.
@@ -195,30 +196,31 @@ class Translator:
 
         Raises:
           UserError: an option is impossible; when the first is asked for. A line is no text, or
-            prefixes are not as many as lines; after the lines before it.
+            prefixes or seeds are not as many as lines; after the lines before it.
         """
         _refuse_one_string(lines, prefixes)
         for name, value in (("window", window), ("batch_tokens", batch_tokens)):
             if value is not None and not (isinstance(value, Integral) and value >= 1):
                 raise UserError(f"{name} is {value!r}: give at least 1")
-        if not (isinstance(seed, Integral) and -(2**31) <= seed < 2**32):
-            raise UserError(f"seed is {seed!r}: give 0 to {2**32 - 1}")
+        if not isinstance(seed, Iterable):
+            _check_seed(seed)
         search = GenerationConfig.of(options)
         first_line = 1
-        for pairs in in_windows(_with_prefixes(lines, prefixes), window):
-            encoded = self.source_tokenizer.encode_batch([line for line, _ in pairs])
-            begun = self.target_tokenizer.encode_batch([prefix for _, prefix in pairs])
+        for requests in in_windows(_requests(lines, prefixes, seed), window):
+            encoded = self.source_tokenizer.encode_batch([request.line for request in requests])
+            begun = self.target_tokenizer.encode_batch([request.prefix for request in requests])
             limit, tokenizer = self._most_pieces, self.source_tokenizer
             parts = list(parts_of(encoded, limit, tokenizer, first_line=first_line, warn=warn))
             prefix_ids = [[] if part.number else begun[part.line - first_line] for part in parts]
+            noise = [(*requests[part.line - first_line].noise, part.number) for part in parts]
             for part, prefix in zip(parts, prefix_ids, strict=True):
                 if len(prefix) > (most := search.max_length(len(part.ids) + 1)):
                     warn(
                         f"line {part.line}: its prefix has {len(prefix)} pieces and a translation "
                         f"at most {most}: cut off there"
                     )
-            results = self._search(parts, search, prefix_ids, batch_tokens, few_shapes, seed)
-            found: list[list[list[Hypothesis]]] = [[] for _ in pairs]
+            results = self._search(parts, search, prefix_ids, batch_tokens, few_shapes, noise)
+            found: list[list[list[Hypothesis]]] = [[] for _ in requests]
             for part, result in zip(parts, results, strict=True):
                 hypotheses = self._hypotheses(result)
                 if hypotheses[0].score == -np.inf:
@@ -228,7 +230,7 @@ class Translator:
                     )
                 found[part.line - first_line].append(hypotheses)
             yield from map(join, found)
-            first_line += len(pairs)
+            first_line += len(requests)
 
     def score(
         self,
@@ -349,6 +351,7 @@ class Translator:
           UserError: the line is empty or too long.
         """
         _check_text("line", 1, line)
+        _check_seed(seed)
         ids = self.source_tokenizer.encode(line)
         limit = self._most_pieces
         if not ids:
@@ -359,7 +362,7 @@ class Translator:
             )
         source = [*ids, EOS_ID]
         part, search = Part(line=1, number=0, ids=ids), GenerationConfig.of(options)
-        (result,) = self._search([part], search, [[]], len(source), few_shapes=False, seed=seed)
+        (result,) = self._search([part], search, [[]], len(source), False, [(seed, 1, 0)])
         first = map(int, result.sequences[0][: result.lengths[0]])
         target = [token for token in first if token != EOS_ID]
         positions = fewest_positions(self._configs)
@@ -443,14 +446,13 @@ class Translator:
         prefixes: list[list[int]],
         batch_tokens: int | None,
         few_shapes: bool,
-        seed: int,
+        noise: list[tuple[int, int, int]],
     ) -> list[BeamResult]:
-        """What is found for each part."""
+        """What is found for each part; its noise follows from three numbers."""
         sources = [[*part.ids, EOS_ID] for part in parts]
         keys = None
         if options.sampling and parts:
-            numbers = np.array([part[:2] for part in parts], np.int32)
-            keys = _sentence_keys(jax.random.key(seed), numbers)
+            keys = _keys(*np.array(noise, np.int64).astype(np.uint32).T)
         return self._generator.sentences(
             sources,
             options,
@@ -480,20 +482,39 @@ def _refuse_one_string(*sides: Iterable[str] | None) -> None:
         raise UserError("one string was given where there may be several: put it into a list")
 
 
-def _with_prefixes(
-    lines: Iterable[str], prefixes: Iterable[str] | None
-) -> Iterator[tuple[str, str]]:
-    ended: Any = object()
-    pairs = zip_longest(lines, repeat("") if prefixes is None else prefixes, fillvalue=ended)
-    for number, (line, prefix) in enumerate(pairs, start=1):
-        if prefixes is None and line is ended:
-            return
-        if ended in (line, prefix):
-            missing = "line" if line is ended else "prefix"
-            raise UserError(f"there is no {missing} {number}: give as many prefixes as lines")
-        _check_text("line", number, line)
-        _check_text("prefix", number, prefix)
-        yield line, prefix
+class _Request(NamedTuple):
+    """A line to translate, and what is asked of it alone."""
+
+    line: str
+    prefix: str
+    noise: tuple[int, int]  # a seed, and which of the lines with this seed it is
+
+
+def _requests(
+    lines: Iterable[str], prefixes: Iterable[str] | None, seed: int | Iterable[int]
+) -> Iterator[_Request]:
+    given: dict[str, Iterable[Any]] = {"line": lines}
+    if prefixes is not None:
+        given["prefix"] = prefixes
+    if isinstance(seed, Iterable):
+        given["seed"] = seed
+    ended = object()
+    for number, values in enumerate(zip_longest(*given.values(), fillvalue=ended), start=1):
+        if ended in values:
+            missing = list(given)[values.index(ended)]
+            raise UserError(f"there is no {missing} {number}: give as many as there are others")
+        each: dict[str, Any] = dict(zip(given, values, strict=True))
+        noise: Any = (each["seed"], 1) if "seed" in each else (seed, number)
+        request = _Request(each["line"], each.get("prefix", ""), noise)
+        _check_text("line", number, request.line)
+        _check_text("prefix", number, request.prefix)
+        _check_seed(request.noise[0])
+        yield request
+
+
+def _check_seed(seed: Any) -> None:
+    if not (isinstance(seed, Integral) and -(2**31) <= int(seed) < 2**32):
+        raise UserError(f"seed is {seed!r}: give 0 to {2**32 - 1}")
 
 
 def _check_text(name: str, number: int, text: Any) -> None:
@@ -541,9 +562,9 @@ def _differ(one: Tokenizer, other: Tokenizer) -> bool:
 
 
 @jax.jit
-def _sentence_keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
-    lines = fold_in_rows(key, numbers[:, 0])
-    return jax.vmap(jax.random.fold_in)(lines, numbers[:, 1])
+@jax.vmap
+def _keys(seed: Array, line: Array, part: Array) -> Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), line), part)
 
 
 def _pair_batches(

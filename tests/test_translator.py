@@ -207,6 +207,9 @@ def test_what_came_before_a_line_that_is_no_text_is_translated(
         ({"batch_tokens": 512.5}, "batch_tokens is 512.5: give at least 1"),
         ({"seed": 2**32}, "seed is 4294967296: give 0 to 4294967295"),
         ({"seed": 0.5}, "seed is 0.5: give 0 to"),
+        ({"seed": [None]}, "seed is None: give 0 to"),
+        ({"seed": [1, 2]}, "there is no line 2: give as many as there are others"),
+        ({"seed": []}, "there is no seed 1: give as many as there are others"),
         ({"n_best": 2}, "n_best is 1 here: call generate for more"),
     ],
 )
@@ -356,7 +359,7 @@ def test_prefixes(translator):
     found = greedy(translator, SENTENCES[:2], prefixes=prefixes)
     assert found[0] == expected[0]
     assert found[1].startswith(prefixes[1]) and found[1] != expected[1]
-    with pytest.raises(UserError, match="there is no prefix 2: give as many prefixes as lines"):
+    with pytest.raises(UserError, match="there is no prefix 2: give as many as there are others"):
         greedy(translator, SENTENCES[:2], prefixes=["a"])
     with pytest.raises(UserError, match="there is no line 2"):
         greedy(translator, SENTENCES[:1], prefixes=["a", "b"])
@@ -405,6 +408,9 @@ def test_samples_depend_on_seed_and_line_alone(translator):
     together = draw(SENTENCES, seed=1)
     assert draw([*SENTENCES[:4], "red dogs"], seed=1)[:4] == together[:4]
     assert draw(SENTENCES, seed=2) != together
+    seeds = [7, -1, 2**32 - 1, 7, 0]
+    alone = [draw([line], seed)[0] for line, seed in zip(SENTENCES, seeds, strict=False)]
+    assert draw(SENTENCES[:5], iter(seeds)) == alone
 
 
 # ---------------------------------------------------------------------------------------------

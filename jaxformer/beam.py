@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxformer.batching import bucket
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
 from jaxformer.search import (
     BeamResult,
@@ -54,12 +53,9 @@ class TabledPenalty:
     divisors: Float[Array | np.ndarray, "T"]
 
     @classmethod
-    def of(cls, penalty: LengthPenalty, most: int) -> "TabledPenalty":
-        """Of lengths 0 to `most`, each rounded once, from float64.
-
-        There may be more of them, so that models of like lengths share programs.
-        """
-        lengths = np.arange(bucket(most + 1), dtype=np.float64)
+    def of(cls, penalty: LengthPenalty, size: int) -> "TabledPenalty":
+        """Of lengths below `size`, each rounded once, from float64."""
+        lengths = np.arange(size, dtype=np.float64)
         with np.errstate(over="ignore"):
             return cls(np.asarray(penalty(lengths), np.float32))
 

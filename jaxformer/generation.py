@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxformer.batching import bucket
 from jaxformer.beam import (
     BeamSearch,
     TabledPenalty,
@@ -287,7 +288,7 @@ def make_method(options: GenerationConfig, most: int) -> Method:
     return BeamSearch(
         options.beam_size,
         n_best=options.n_best,
-        length_penalty=TabledPenalty.of(form(options.length_penalty), most),
+        length_penalty=TabledPenalty.of(form(options.length_penalty), bucket(most + 1)),
         early_stopping=options.early_stopping,
         no_repeat_ngram_size=options.no_repeat_ngram_size,
         bonus=CoverageBonus(float(options.coverage_penalty)) if options.coverage_penalty else None,

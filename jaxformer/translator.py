@@ -21,7 +21,7 @@ from jaxformer.generator import Generator
 from jaxformer.linear import quantize
 from jaxformer.long_lines import Part, join, parts_of
 from jaxformer.results import Alignment, Explanation, Hypothesis, Score
-from jaxformer.run import (
+from jaxformer.run_directory import (
     check_same_arrays,
     describe_arrays,
     find_checkpoint,

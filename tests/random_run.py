@@ -11,7 +11,7 @@ import numpy as np
 import sentencepiece
 
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID, UNK_ID, TransformerConfig
-from jaxformer.run import save_params, save_tokenizers, write_config
+from jaxformer.run_directory import save_params, save_tokenizers, write_config
 from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import Transformer
 from small_run import sentence_pairs

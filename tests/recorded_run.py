@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from jaxformer.run import write_config
+from jaxformer.run_directory import write_config
 from small_run import small_config
 
 MACHINE = {"device": "cpu", "devices": 1, "cores": 2, "python": "3.12.1", "jax": "0.12.0"}

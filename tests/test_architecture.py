@@ -20,7 +20,7 @@ LAYERS = [
     "cache compilation constraints errors fingerprint results schedules sharding",
     "config dropout files linear search terminal",
     "batching beam embedding feed_forward losses masks positions residual sampling tokenizer",
-    "decoding flash run",
+    "decoding flash run_directory",
     "attention",
     "stack",
     "decoder encoder",

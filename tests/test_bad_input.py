@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from jaxformer.errors import UserError
-from jaxformer.run import load_tokenizers, write_config
+from jaxformer.run_directory import load_tokenizers, write_config
 from random_run import CONFIG, write_random_run
 from small_run import small_config, trained_run, write_corpus
 from train.arguments import config_names, load_config, override

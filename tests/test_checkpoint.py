@@ -15,11 +15,11 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-import jaxformer.run as run_directory
+from jaxformer import run_directory
 from damage import flip_a_bit, leave_out, swap, truncate
 from jaxformer.config import PRESETS
 from jaxformer.errors import UserError
-from jaxformer.run import (
+from jaxformer.run_directory import (
     best_step,
     checkpoint_steps,
     evaluations,
@@ -402,9 +402,26 @@ def test_names_with_which_checkpoints_could_not_be_read(tmp_path, monkeypatch, n
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"name it without|give one, for example where a bucket"):
         save_params(name, 1, {"a": np.ones(2)})
+
     with pytest.raises(UserError, match=r"name it without|give one, for example where a bucket"):
         only_trainer(Path(name)).__enter__()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_training_removes_while_it_is_read_is_read_from_the_newer_one(tmp_path, monkeypatch):
+    save_params(tmp_path, 1, {"a": np.ones(2)})
+    read = run_directory.read_arrays
+
+    def too_late(path):
+        if path.parent.name == "1":
+            save_params(tmp_path, 2, {"a": np.zeros(2)})
+            shutil.rmtree(path.parent)
+        return read(path)
+
+    monkeypatch.setattr(run_directory, "read_arrays", too_late)
+    np.testing.assert_array_equal(load_params(tmp_path, "last")["a"], [0, 0])
+    with pytest.raises(UserError, match="has no checkpoint 1: choose"):
+        load_params(tmp_path, 1)
 
 
 def test_the_average_is_the_default_until_training_goes_on(tmp_path):
@@ -439,7 +456,7 @@ def test_params_are_read_alone_on_another_machine_and_in_silence(tmp_path):
     shutil.rmtree(tmp_path / "here/checkpoints/1/optimizer")
     program = f"""
 import jax, numpy
-from jaxformer.run import load_params
+from jaxformer.run_directory import load_params
 params = load_params({str(tmp_path / "here")!r})
 assert jax.device_count() == 1
 print(*(type(x) is numpy.ndarray for x in jax.tree.leaves(params)))

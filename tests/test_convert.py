@@ -4,7 +4,7 @@ import pytest
 
 from jaxformer.cli import main
 from jaxformer.interop import ctranslate2, marian, stablehlo
-from jaxformer.run import write_config
+from jaxformer.run_directory import write_config
 from random_run import CONFIG, write_random_run
 
 FUNCTIONS = {

@@ -15,7 +15,7 @@ from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig
 from jaxformer.interop.ctranslate2 import to_ctranslate2
-from jaxformer.run import save_params
+from jaxformer.run_directory import save_params
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from random_run import CONFIG, SENTENCES, write_random_run

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxformer.errors import UserError
-from jaxformer.run import load_params
+from jaxformer.run_directory import load_params
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from small_run import LEXICON, small_config, trained_run

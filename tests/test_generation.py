@@ -114,11 +114,11 @@ def test_one_program_serves_all_numbers(every):
 
 
 def test_a_looked_up_penalty_is_rounded_once():
-    table = TabledPenalty.of(gnmt_length_penalty(0.6), 3)
+    table = TabledPenalty.of(gnmt_length_penalty(0.6), 4)
     np.testing.assert_array_equal(
         table(jnp.array([[1.0, 3.0]])), np.float32([[1.0, (8 / 6) ** 0.6]])
     )
-    assert TabledPenalty.of(power_length_penalty(100_000.0), 3)(jnp.array([2.0])) == np.inf
+    assert TabledPenalty.of(power_length_penalty(100_000.0), 4)(jnp.array([2.0])) == np.inf
 
 
 def test_the_softmax_layer_is_transposed_before_the_search():

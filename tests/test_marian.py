@@ -17,7 +17,7 @@ from jaxformer.config import BOS_ID, EOS_ID, PAD_ID, TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.interop.ctranslate2 import to_ctranslate2
 from jaxformer.interop.marian import from_marian, to_marian
-from jaxformer.run import (
+from jaxformer.run_directory import (
     load_params,
     load_tokenizers,
     read_model_config,

@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 
 from jaxformer.errors import UserError
-from jaxformer.run import write_config
+from jaxformer.run_directory import write_config
 from jaxformer.tokenizer import Tokenizer
 from random_corpus import unpack
 from small_run import LEXICON, change, small_config, write_corpus

@@ -7,7 +7,7 @@ import sentencepiece
 
 from jaxformer.config import UNK_ID
 from jaxformer.errors import UserError
-from jaxformer.run import load_tokenizers, save_tokenizers
+from jaxformer.run_directory import load_tokenizers, save_tokenizers
 from jaxformer.tokenizer import Tokenizer, VocabularyTokenizer
 from train.data import tokenizer as learning
 from train.data.tokenizer import learn_tokenizers

@@ -18,7 +18,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxformer.errors import UserError
-from jaxformer.run import (
+from jaxformer.run_directory import (
     AVERAGE,
     CHECKPOINTS_DIR,
     INFO,

@@ -11,7 +11,7 @@ from etils import epath
 
 from jaxformer.errors import UserError
 from jaxformer.fingerprint import fingerprint
-from jaxformer.run import OPTIMIZER, PARAMS, describe_arrays, reason
+from jaxformer.run_directory import OPTIMIZER, PARAMS, describe_arrays, reason
 
 
 class DamagedCheckpoint(UserError):
@@ -24,7 +24,7 @@ def split(state: Any) -> dict[str, Any]:
 
 
 def fingerprints(items: Mapping[str, Any]) -> dict[str, int]:
-    """Return what `jaxformer.run.is_intact` compares with."""
+    """Return what `jaxformer.run_directory.is_intact` compares with."""
     return {name: fingerprint(tree) for name, tree in items.items()}
 
 

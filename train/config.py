@@ -11,7 +11,7 @@ from typing import Any, Literal, get_type_hints
 from jaxformer.config import TransformerConfig, check_fields
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, PenaltyForm
-from jaxformer.run import CONFIG_FILE, read_config
+from jaxformer.run_directory import CONFIG_FILE, read_config
 
 
 @dataclasses.dataclass(frozen=True)

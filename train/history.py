@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxformer.errors import UserError
-from jaxformer.run import METRICS_FILE, read_config
+from jaxformer.run_directory import METRICS_FILE, read_config
 from train.config import flatten
 from train.metrics import read_metrics
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from jaxformer.errors import UserError
-from jaxformer.run import check_name
+from jaxformer.run_directory import check_name
 
 LOCK_FILE = ".lock"
 

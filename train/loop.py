@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxformer.errors import UserError, memory_errors
-from jaxformer.run import find_checkpoint, load_params
+from jaxformer.run_directory import find_checkpoint, load_params
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from train.checkpoint import Checkpoints

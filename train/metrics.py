@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from jaxformer.errors import UserError
-from jaxformer.run import METRICS_FILE
+from jaxformer.run_directory import METRICS_FILE
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:

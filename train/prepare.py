@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from jaxformer.errors import UserError
-from jaxformer.run import (
+from jaxformer.run_directory import (
     CONFIG_FILE,
     SOURCE_TOKENIZER_FILE,
     TARGET_TOKENIZER_FILE,

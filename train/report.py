@@ -14,7 +14,7 @@ from jaxformer.files import write_text
 from jaxformer.pages.heatmap import alignment_lines
 from jaxformer.pages.page import details, page, script_note, section, table
 from jaxformer.pages.pictures import can_draw, say_where
-from jaxformer.run import read_model_config
+from jaxformer.run_directory import read_model_config
 from jaxformer.transformer import parameter_shapes
 from train.arguments import refuse
 from train.curves import Chart, Line, png, svg

@@ -45,7 +45,7 @@ from jaxformer.config import BOS_ID, EOS_ID, PAD_ID, UNK_ID, TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.interop.directory import check_free, new_directory
 from jaxformer.positions import sinusoid
-from jaxformer.run import save_tokenizers
+from jaxformer.run_directory import save_tokenizers
 from jaxformer.tokenizer import Tokenizer
 from jaxformer.translator import Translator
 

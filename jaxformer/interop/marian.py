@@ -44,7 +44,7 @@ from jaxformer.interop.marian_weights import (
     import_params,
     read_tensors,
 )
-from jaxformer.run import (
+from jaxformer.run_directory import (
     CONFIG_FILE,
     load_params,
     load_tokenizers,

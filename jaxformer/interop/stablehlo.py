@@ -64,7 +64,7 @@ from jaxformer.config import BOS_ID, EOS_ID, PAD_ID, UNK_ID, TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, generate
 from jaxformer.interop.directory import check_free, new_directory
-from jaxformer.run import save_tokenizers
+from jaxformer.run_directory import save_tokenizers
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 

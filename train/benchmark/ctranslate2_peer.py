@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from jaxformer.interop.ctranslate2 import to_ctranslate2
-from jaxformer.run import load_tokenizers
+from jaxformer.run_directory import load_tokenizers
 from train.benchmark.turns import Translate
 
 

@@ -33,7 +33,7 @@ from jaxformer.config import (
 )
 from jaxformer.errors import UserError
 from jaxformer.files import check_writable
-from jaxformer.run import save_params, save_tokenizers, write_config
+from jaxformer.run_directory import save_params, save_tokenizers, write_config
 from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxformer.errors import UserError
-from jaxformer.run import reason
+from jaxformer.run_directory import reason
 from train.lock import acquire
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from jaxformer.errors import UserError
-from jaxformer.run import SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, TOKENIZER_FILE
+from jaxformer.run_directory import SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, TOKENIZER_FILE
 from jaxformer.tokenizer import Tokenizer
 from train.data.arrow import CACHE_VERSION, write_file
 from train.data.corpus import text_digest

@@ -241,12 +241,22 @@ def load_params(run: str | Path, checkpoint: int | str | None = None) -> dict[st
       run: the run directory.
       checkpoint: as for `find_checkpoint`.
 
-    Only this process reads; among several, each may call it on its own.
+    Only this process reads; among several, each may call it on its own. A training that goes on may
+    remove a checkpoint meanwhile: then it is the newer one that is "last" or "best" now.
 
     Raises:
       UserError: there is no such checkpoint, or it is damaged.
     """
-    directory = find_checkpoint(run, checkpoint)
+    while True:
+        directory = find_checkpoint(run, checkpoint)
+        try:
+            return _read_params(directory)
+        except UserError:
+            if find_checkpoint(run, checkpoint) == directory:
+                raise
+
+
+def _read_params(directory: Path) -> dict[str, Any]:
     params = read_arrays(directory / PARAMS)
     if not is_intact(directory, PARAMS, params):
         raise UserError(

@@ -5,30 +5,20 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from numbers import Integral
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from jaxformer.batching import batches, in_windows, pad
-from jaxformer.config import BOS_ID, EOS_ID, Precision, TransformerConfig, check_choice
+from jaxformer.config import BOS_ID, EOS_ID, Precision, TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, fewest_positions
 from jaxformer.generator import Generator
-from jaxformer.linear import quantize
+from jaxformer.loading import Checkpoints, Member, Runs, load_members
 from jaxformer.long_lines import Part, join, parts_of
 from jaxformer.results import Alignment, Explanation, Hypothesis, Score
-from jaxformer.run_directory import (
-    check_same_arrays,
-    describe_arrays,
-    find_checkpoint,
-    load_params,
-    load_tokenizers,
-    read_model_config,
-)
 from jaxformer.scoring import (
     alignment_layer,
     attention_alignment,
@@ -38,7 +28,6 @@ from jaxformer.scoring import (
 )
 from jaxformer.search import BeamResult
 from jaxformer.tokenizer import Tokenizer
-from jaxformer.transformer import parameter_shapes
 
 #: Lines that are read, sorted by length and translated together: enough to fill batches with
 #: sentences of like length, few enough that memory stays flat and output soon begins.
@@ -72,7 +61,7 @@ class Translator:
         source_tokenizer: Tokenizer,
         target_tokenizer: Tokenizer,
         *,
-        others: Sequence[tuple[TransformerConfig, Any]] = (),
+        others: Sequence[Member] = (),
         devices: list[jax.Device] | None = None,
     ) -> None:
         self._devices = jax.local_devices() if devices is None else devices
@@ -90,8 +79,8 @@ class Translator:
     @classmethod
     def load(
         cls,
-        run: str | Path | Sequence[str | Path],
-        checkpoint: str | int | Sequence[str | int] | None = None,
+        run: Runs,
+        checkpoint: Checkpoints = None,
         *,
         dtype: Precision | None = None,
         devices: list[jax.Device] | None = None,
@@ -111,33 +100,8 @@ class Translator:
           UserError: a directory is incomplete or damaged, or two do not fit together; the message
             says what is missing.
         """
-        runs = [run] if isinstance(run, str | Path) else list(run)
-        if not runs or checkpoint in ([], ()):
-            raise UserError("there is no run or checkpoint to load: name at least one")
-        checkpoints: Sequence[str | int | None] = (
-            [checkpoint] if checkpoint is None or isinstance(checkpoint, str | int) else checkpoint
-        )
-        if dtype is not None:
-            check_choice("dtype", dtype, Precision)
-        members, tokenizers = [], []
-        for directory in runs:
-            config = read_model_config(directory)
-            if dtype == "int8":
-                config = config.replace(dtype="float32", quantized=True)
-            elif dtype is not None:
-                config = config.replace(dtype=dtype)
-            tokenizers.append(_load_tokenizers(directory, config))
-            if any(map(_differ, tokenizers[0], tokenizers[-1])):
-                raise UserError(
-                    f"{directory} has other tokenizers than {runs[0]}: an ensemble needs the same"
-                )
-            expected = _parameters_of(config)
-            for name in checkpoints:
-                params = load_params(directory, name)
-                check_same_arrays(_shapes(params), expected, find_checkpoint(directory, name))
-                params = quantize(params) if config.quantized else params
-                members.append((config, jax.device_put(params)))
-        return cls(*members[0], *tokenizers[0], others=members[1:], devices=devices)
+        members, tokenizers = load_members(run, checkpoint, dtype)
+        return cls(*members[0], *tokenizers, others=members[1:], devices=devices)
 
     def translate(self, lines: Sequence[str], **options: Any) -> list[str]:
         """Translate lines; the result has as many, in the same order.
@@ -528,37 +492,6 @@ def _check_text(name: str, number: int, text: Any) -> None:
             f"{name} {number} has half of a character, U+{ord(text[error.start]):X}, which is no "
             "text: leave it out"
         ) from None
-
-
-def _load_tokenizers(run: str | Path, config: TransformerConfig) -> tuple[Tokenizer, Tokenizer]:
-    source, target = load_tokenizers(run)
-    for name, expected, tokenizer in (
-        ("source", config.source_vocab_size or config.vocab_size, source),
-        ("target", config.vocab_size, target),
-    ):
-        if tokenizer.vocab_size != expected:
-            raise UserError(
-                f"{run}: the {name} tokenizer has {tokenizer.vocab_size} pieces and the model "
-                f"{expected}: copy the tokenizer that the model was trained with"
-            )
-    return source, target
-
-
-def _parameters_of(config: TransformerConfig) -> dict[str, str]:
-    """The arrays of a model, by path."""
-    return _shapes(parameter_shapes(config.replace(quantized=False)))
-
-
-def _shapes(params: Any) -> dict[str, str]:
-    """Whatever their dtypes: a checkpoint may be in half of the precision."""
-    return describe_arrays(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
-    )
-
-
-def _differ(one: Tokenizer, other: Tokenizer) -> bool:
-    pieces = (tokenizer.pieces(range(tokenizer.vocab_size)) for tokenizer in (one, other))
-    return one.model != other.model or list.__ne__(*pieces)
 
 
 @jax.jit

@@ -27,7 +27,7 @@ LAYERS = [
     "transformer",
     "scoring",
     "generation",
-    "arguments generator long_lines",
+    "arguments generator loading long_lines",
     "translator",
     "__init__ interop pages",
     "convert",

@@ -15,8 +15,8 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxformer import run_directory
 from damage import flip_a_bit, leave_out, swap, truncate
+from jaxformer import run_directory
 from jaxformer.config import PRESETS
 from jaxformer.errors import UserError
 from jaxformer.run_directory import (

@@ -1,0 +1,88 @@
+"""From run directories to what a translator is made of: models, parameters and tokenizers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxformer.config import Precision, TransformerConfig, check_choice
+from jaxformer.errors import UserError
+from jaxformer.linear import quantize
+from jaxformer.run_directory import (
+    check_same_arrays,
+    describe_arrays,
+    find_checkpoint,
+    load_params,
+    load_tokenizers,
+    read_model_config,
+)
+from jaxformer.tokenizer import Tokenizer
+from jaxformer.transformer import parameter_shapes
+
+Runs = str | Path | Sequence[str | Path]
+Checkpoints = str | int | Sequence[str | int] | None
+Member = tuple[TransformerConfig, Any]
+
+
+def load_members(
+    run: Runs, checkpoint: Checkpoints, dtype: Precision | None
+) -> tuple[list[Member], tuple[Tokenizer, Tokenizer]]:
+    """The members of an ensemble, configurations and parameters on a device, and their tokenizers.
+
+    For the arguments and errors see `Translator.load`.
+    """
+    runs = [run] if isinstance(run, str | Path) else list(run)
+    if not runs or checkpoint in ([], ()):
+        raise UserError("there is no run or checkpoint to load: name at least one")
+    checkpoints: Sequence[str | int | None] = (
+        [checkpoint] if checkpoint is None or isinstance(checkpoint, str | int) else checkpoint
+    )
+    if dtype is not None:
+        check_choice("dtype", dtype, Precision)
+    members, tokenizers = [], []
+    for directory in runs:
+        config = read_model_config(directory)
+        if dtype == "int8":
+            config = config.replace(dtype="float32", quantized=True)
+        elif dtype is not None:
+            config = config.replace(dtype=dtype)
+        tokenizers.append(_load_tokenizers(directory, config))
+        if any(map(_differ, tokenizers[0], tokenizers[-1])):
+            raise UserError(
+                f"{directory} has other tokenizers than {runs[0]}: an ensemble needs the same"
+            )
+        expected = _shapes(parameter_shapes(config.replace(quantized=False)))
+        for name in checkpoints:
+            params = load_params(directory, name)
+            check_same_arrays(_shapes(params), expected, find_checkpoint(directory, name))
+            params = quantize(params) if config.quantized else params
+            members.append((config, jax.device_put(params)))
+    return members, tokenizers[0]
+
+
+def _load_tokenizers(run: str | Path, config: TransformerConfig) -> tuple[Tokenizer, Tokenizer]:
+    source, target = load_tokenizers(run)
+    for name, expected, tokenizer in (
+        ("source", config.source_vocab_size or config.vocab_size, source),
+        ("target", config.vocab_size, target),
+    ):
+        if tokenizer.vocab_size != expected:
+            raise UserError(
+                f"{run}: the {name} tokenizer has {tokenizer.vocab_size} pieces and the model "
+                f"{expected}: copy the tokenizer that the model was trained with"
+            )
+    return source, target
+
+
+def _shapes(params: Any) -> dict[str, str]:
+    """Whatever their dtypes: a checkpoint may be in half of the precision."""
+    return describe_arrays(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
+    )
+
+
+def _differ(one: Tokenizer, other: Tokenizer) -> bool:
+    pieces = (tokenizer.pieces(range(tokenizer.vocab_size)) for tokenizer in (one, other))
+    return one.model != other.model or list.__ne__(*pieces)

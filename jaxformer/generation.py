@@ -190,6 +190,7 @@ def generate(
       keys: [B] keys of the noise of each sentence, needed if `options.sampling`.
 
     Raises:
+      UserError: the arrays are not of these shapes.
       ValueError: `options.sampling` without keys.
 
     Returns:
@@ -197,6 +198,15 @@ def generate(
       depend, to the last bit, on the others in the batch nor on its row.
     """
     models, params = ensemble(models, params)
+    if not isinstance(options, GenerationConfig):
+        raise UserError(f"options are {options!r}: give a GenerationConfig")
+    if source_ids.ndim != 2:
+        raise UserError(f"source_ids are of shape {source_ids.shape}: give one row a sentence")
+    for name, each in (("prefix", prefix), ("keys", keys)):
+        if each is not None and each.shape[:1] != source_ids.shape[:1]:
+            raise UserError(
+                f"{name} is of shape {each.shape} for {len(source_ids)} sentences: give as many"
+            )
     configs = [model.config for model in models]
     most = max_target_length(configs, options, source_ids.shape[1])
     method = make_method(options, most)

@@ -13,6 +13,7 @@ from jaxformer.decoder import Decoder, DecoderLayer
 from jaxformer.dropout import Dropout
 from jaxformer.embedding import Embedding
 from jaxformer.encoder import Encoder, EncoderLayer
+from jaxformer.errors import UserError
 from jaxformer.losses import LossSums, cross_entropy_sums
 from jaxformer.masks import SegmentMask, padding_mask
 from jaxformer.positions import PositionalEncoding, segment_positions
@@ -26,6 +27,13 @@ def _not_padding(ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
 def _positions(segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"] | None:
     """Those that restart in each packed sentence; None, the plain 0 … T-1, without packing."""
     return None if segment_ids is None else segment_positions(segment_ids)
+
+
+def _check_rows(name: str, ids: Int[Array, "B T"]) -> None:
+    if ids.ndim != 2 or ids.shape[1] == 0:
+        raise UserError(
+            f"{name} are of shape {ids.shape}: give rows of ids, [B, length], none of them empty"
+        )
 
 
 def parameter_shapes(config: TransformerConfig) -> dict[str, Any]:
@@ -58,6 +66,9 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         config = self.config
+        if not isinstance(config, TransformerConfig):
+            kind = type(config).__name__
+            raise UserError(f"config is of type {kind}: give a TransformerConfig, as in PRESETS")
         self.embedding = self._embedding(config.vocab_size)
         self.source_embedding = (
             self.embedding
@@ -183,7 +194,12 @@ class Transformer(nn.Module):
         source_segment_ids: Int[Array, "B S"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B S D"]:
-        """Encoder output; at padding it is finite but means nothing."""
+        """Encoder output; at padding it is finite but means nothing.
+
+        Raises:
+          UserError: `source_ids` are no rows of ids, or empty.
+        """
+        _check_rows("source_ids", source_ids)
         if source_segment_ids is None:
             mask = SegmentMask(jnp.ones_like(source_ids), _not_padding(source_ids))
         else:
@@ -206,8 +222,15 @@ class Transformer(nn.Module):
         """Decoder output at all positions at once; `source_ids` says where `encoded` is padding.
 
         Raises:
+          UserError: `target_ids` are no rows of ids, empty, or not as many as `source_ids`.
           ValueError: only one side has segment ids.
         """
+        _check_rows("target_ids", target_ids)
+        if len(target_ids) != len(source_ids):
+            raise UserError(
+                f"there are {len(source_ids)} rows of source_ids and {len(target_ids)} of "
+                "target_ids: give as many"
+            )
         if (source_segment_ids is None) != (target_segment_ids is None):
             raise ValueError("packed rows need segment ids on both sides: give both or neither")
         queries, keys = target_segment_ids, source_segment_ids

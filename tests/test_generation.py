@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -63,6 +64,21 @@ def test_one_model_is_an_ensemble_of_one():
         token_log_probs(CONFIG, params_of(), SOURCE, labels),
         token_log_probs((CONFIG,), (params_of(),), SOURCE, labels),
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source_ids": SOURCE[0]}, "source_ids are of shape (7,): give one row a sentence"),
+        ({"options": {"beam_size": 2}}, "options are {'beam_size': 2}: give a GenerationConfig"),
+        ({"prefix": SOURCE[:2]}, "prefix is of shape (2, 7) for 5 sentences: give as many"),
+        ({"keys": jax.random.key(0)}, "keys is of shape () for 5 sentences: give as many"),
+    ],
+)
+def test_arguments_of_other_shapes(arguments, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(UserError, match=re.escape(message)):
+        generate(CONFIG, params_of(), **({"source_ids": SOURCE} | arguments))
 
 
 def test_lengths_are_those_of_the_rule():

@@ -11,6 +11,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -20,6 +21,7 @@ from jaxformer.config import BOS_ID, PAD_ID, PRESETS, TransformerConfig
 from jaxformer.decoder import Decoder, DecoderLayer
 from jaxformer.embedding import Embedding
 from jaxformer.encoder import Encoder, EncoderLayer
+from jaxformer.errors import UserError
 from jaxformer.feed_forward import FeedForward
 from jaxformer.linear import Linear
 from jaxformer.positions import PositionalEncoding
@@ -482,6 +484,31 @@ def assert_gradients_agree(actual, expected):
         )
 
     assert_close(without_key_biases(actual[1]), without_key_biases(expected[1]))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        ((4,), (4,), r"source_ids are of shape \(4,\): give rows of ids"),
+        ((2, 0), (2, 4), r"source_ids are of shape \(2, 0\): give rows of ids"),
+        ((2, 4), (2, 0), r"target_ids are of shape \(2, 0\): give rows of ids"),
+        ((2, 4), (3, 4), "there are 2 rows of source_ids and 3 of target_ids"),
+    ],
+)
+def test_ids_of_other_shapes(source, target, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(
+            Transformer(_COMMON).init,
+            jax.random.key(0),
+            *(jnp.ones(s, jnp.int32) for s in (source, target)),
+        )
+
+
+def test_a_name_is_no_config(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(UserError, match="config is of type str: give a TransformerConfig"):
+        Transformer("tiny").init(jax.random.key(0), PACKED_SOURCE, PACKED_TARGET)
 
 
 def test_packing_one_side_only_is_refused():

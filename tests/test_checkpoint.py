@@ -156,14 +156,11 @@ def test_a_step_is_saved_once(tmp_path):
     assert np.all(load_params(tmp_path)["scale"] == 1)
 
 
-def test_restore_by_step(tmp_path):
+def test_the_last_is_restored(tmp_path):
     save_all(tmp_path, [(make_state(step), {"loss": 1.0}) for step in (2, 9, 11)])
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.all_steps() == [2, 9, 11]
         assert int(checkpoints.restore(make_state()).step) == checkpoints.all_steps()[-1] == 11
-        assert int(checkpoints.restore(make_state(), step=9).step) == 9
-        with pytest.raises(UserError, match=r"no checkpoint 5: choose one of \[2, 9, 11\]"):
-            checkpoints.restore(make_state(), step=5)
 
 
 def test_another_model_or_optimizer_is_named_in_one_line(tmp_path):

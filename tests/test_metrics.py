@@ -80,13 +80,13 @@ def steps(run):
 
 
 def write_steps(run, *steps, start_step=0):
-    with MetricsWriter(run, start_step=start_step, tensorboard=False) as writer:
+    with MetricsWriter(run, start_step=start_step) as writer:
         for step in steps:
             writer.write(step, "train", {"loss": 1 / step})
 
 
 def test_a_record_is_one_line_of_strict_json_readable_at_once(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         values = {"loss": jnp.float32(0.5), "grad_norm": np.inf, "tokens": np.int32(97)}
         writer.write(3, "train", values | {"nll": float("nan"), "note": "안녕"})
         (line,) = lines(tmp_path)  # before it is closed
@@ -118,7 +118,7 @@ def test_a_new_run_starts_anew(tmp_path):
 
 def test_what_a_run_began_on_is_kept_until_it_starts_anew(tmp_path):
     for start_step in (0, 20):
-        with MetricsWriter(tmp_path, start_step=start_step, tensorboard=False) as writer:
+        with MetricsWriter(tmp_path, start_step=start_step) as writer:
             writer.write(start_step, "start", {"device": "cpu"})
             writer.write(start_step + 20, "train", {})
     expected = [("start", 0), ("train", 20), ("start", 20), ("train", 40)]
@@ -128,7 +128,7 @@ def test_what_a_run_began_on_is_kept_until_it_starts_anew(tmp_path):
 
 
 def test_a_second_record_replaces_the_first(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         for step, split, loss in [(5, "train", 1), (5, "test", 2), (7, "test", 3), (5, "test", 4)]:
             writer.write(step, split, {"loss": loss})
     found = {(record["step"], record["split"]): record["loss"] for record in read_metrics(tmp_path)}
@@ -164,7 +164,7 @@ def test_time_goes_on_over_resumed_runs(tmp_path, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     for start_step, duration in [(0, 30.0), (1, 12.0), (2, 5.0)]:
-        with MetricsWriter(tmp_path, start_step=start_step, tensorboard=False) as writer:
+        with MetricsWriter(tmp_path, start_step=start_step) as writer:
             now += duration
             writer.write(start_step + 1, "train", {})
         now += 500.0  # between the runs
@@ -186,7 +186,7 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
     def write(text):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with MetricsWriter(tmp_path, tensorboard=False) as writer, monkeypatch.context() as patch:
+    with MetricsWriter(tmp_path) as writer, monkeypatch.context() as patch:
         patch.setattr(writer, "_file", SimpleNamespace(write=write))
         with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: No space left"):
             writer.write(1, "train", {"loss": 1.0})
@@ -372,5 +372,5 @@ def test_records_stay_if_others_cannot_take_their_place(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: No space left"):
-        MetricsWriter(tmp_path, start_step=10, tensorboard=False)
+        MetricsWriter(tmp_path, start_step=10)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before

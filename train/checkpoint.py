@@ -187,8 +187,8 @@ class Checkpoints:
             )
             self._manager.save(step, args=args, metrics=record, force=True)
 
-    def restore(self, example: State, step: int | None = None) -> State:
-        """Return the state that was saved at `step`, by default the last that is undamaged.
+    def restore(self, example: State) -> State:
+        """Return the state of the last checkpoint that is undamaged.
 
         Damaged ones that are passed over are reported on standard error and renamed, so that
         training can save these steps again.
@@ -197,22 +197,21 @@ class Checkpoints:
           example: a state of the same structure, of arrays or of `jax.ShapeDtypeStruct`s with
             shardings. The result has its structure, shapes, dtypes and shardings; the number of
             devices need not be that of the saving run.
-          step: which checkpoint.
 
         Raises:
-          UserError: there is no such checkpoint, none that is undamaged, or its model or optimizer
-            is another one; the message names the first array that differs.
+          UserError: there is no checkpoint, none that is undamaged, or its model or optimizer is
+            another one; the message names the first array that differs.
         """
         self.wait()
-        newest = self._find(step)
-        for candidate in [newest] if step is not None else reversed(self.all_steps()):
+        steps = self._existing()
+        for step in reversed(steps):
             try:
-                return self._restore(example, candidate)
+                return self._restore(example, step)
             except DamagedCheckpoint as error:
-                if step is not None or candidate == self.all_steps()[0]:
+                if step == steps[0]:
                     raise
-                self._set_aside(candidate, error)
-        raise AssertionError  # the first candidate is there, the last returns or raises
+                self._set_aside(step, error)
+        raise AssertionError  # there is a first step, and the last returns or raises
 
     def _restore(self, example: State, step: int) -> State:
         directory = self.directory / str(step)
@@ -275,7 +274,11 @@ class Checkpoints:
         self.wait()
         averaged: list[int] = []
         mean: Any = None
-        for step in map(self._find, steps):
+        if missing := set(steps) - set(self._existing()):
+            raise UserError(
+                f"{self._run} has no checkpoint {min(missing)}: choose one of {self.all_steps()}"
+            )
+        for step in steps:
             try:
                 saved = load_params(self._run, step)
             except UserError as error:
@@ -337,13 +340,11 @@ class Checkpoints:
         worst = math.inf if self._mode == "min" else -math.inf
         return record["values"].get(self._metric, worst)
 
-    def _find(self, step: int | None) -> int:
+    def _existing(self) -> list[int]:
         steps = self.all_steps()
         if not steps:
             raise UserError(f"{self._run} has no checkpoint yet: train longer")
-        if step is not None and step not in steps:
-            raise UserError(f"{self._run} has no checkpoint {step}: choose one of {steps}")
-        return steps[-1] if step is None else step
+        return steps
 
 
 def _warn(message: str) -> None:

@@ -55,11 +55,10 @@ class MetricsWriter:
     Args:
       run: the run directory, which exists.
       start_step: the step training resumes from: later records are dropped. 0 starts anew.
-      tensorboard: whether to write events too.
       active: False makes this writer do nothing, for all processes but the first.
 
     Raises:
-      UserError: metrics.jsonl is damaged or not writable, or tensorboardX is not installed.
+      UserError: metrics.jsonl is damaged or not writable.
     """
 
     def __init__(
@@ -67,7 +66,6 @@ class MetricsWriter:
         run: str | Path,
         *,
         start_step: int = 0,
-        tensorboard: bool = True,
         active: bool = True,
     ) -> None:
         self._path = Path(run) / METRICS_FILE
@@ -82,14 +80,13 @@ class MetricsWriter:
         records = read_metrics(run)
         self._written = {(record["step"], record["split"]) for record in records}
         self._start = time.monotonic() - max((record["time"] for record in records), default=0.0)
-        if tensorboard:
-            from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter
 
-            # TensorBoard hides what an interrupted run wrote from purge_step on. The suffix keeps
-            # two runs that start in the same second from writing to the same file.
-            self._events = SummaryWriter(
-                str(run), purge_step=start_step + 1, filename_suffix=f".from{start_step}"
-            )
+        # TensorBoard hides what an interrupted run wrote from purge_step on. The suffix keeps two
+        # runs that start in the same second from writing to the same file.
+        self._events = SummaryWriter(
+            str(run), purge_step=start_step + 1, filename_suffix=f".from{start_step}"
+        )
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Record `values`, such as {"loss": 3.2, "bleu": 41.02, "signature": "nrefs:1|…"}.

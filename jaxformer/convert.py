@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxformer.arguments import add_search, generation_options
 from jaxformer.errors import UserError
+from jaxformer.terminal import sigterm_as_exit
 
 # What --to can name, each with the options that it takes beside those of the search.
 _CONVERT_OPTIONS = {
@@ -97,25 +98,26 @@ def _convert(options: argparse.Namespace) -> None:
         raise UserError(
             f"--batch-size is {options.batch_size}: give at least 1, or leave it out for any number"
         )
-    match options.to:
-        case "jaxformer":
-            from jaxformer.interop.marian import from_marian
+    with sigterm_as_exit():
+        match options.to:
+            case "jaxformer":
+                from jaxformer.interop.marian import from_marian
 
-            from_marian(source, destination)
-            use = f"jaxformer translate {destination}"
-        case "marian":
-            from jaxformer.interop.marian import to_marian
+                from_marian(source, destination)
+                use = f"jaxformer translate {destination}"
+            case "marian":
+                from jaxformer.interop.marian import to_marian
 
-            to_marian(source, destination, **given)
-            use = f"transformers.MarianMTModel.from_pretrained({destination!r})"
-        case "ctranslate2":
-            from jaxformer.interop.ctranslate2 import to_ctranslate2
+                to_marian(source, destination, **given)
+                use = f"transformers.MarianMTModel.from_pretrained({destination!r})"
+            case "ctranslate2":
+                from jaxformer.interop.ctranslate2 import to_ctranslate2
 
-            to_ctranslate2(source, destination, **given)
-            use = f"ctranslate2.Translator({destination!r})"
-        case "stablehlo":
-            from jaxformer.interop.stablehlo import to_stablehlo
+                to_ctranslate2(source, destination, **given)
+                use = f"ctranslate2.Translator({destination!r})"
+            case "stablehlo":
+                from jaxformer.interop.stablehlo import to_stablehlo
 
-            to_stablehlo(source, destination, **given, **search)
-            use = "jax.export.deserialize(…), as help(jaxformer.interop.stablehlo) shows"
+                to_stablehlo(source, destination, **given, **search)
+                use = "jax.export.deserialize(…), as help(jaxformer.interop.stablehlo) shows"
     print(f"wrote {destination}: use it with {use}", file=sys.stderr)

@@ -1,11 +1,13 @@
 """Whole lines to standard output, how fast they come to standard error, and help."""
 
 import argparse
+import contextlib
 import io
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -38,6 +40,16 @@ def begin_program() -> None:
             hook(unraisable)
 
     sys.unraisablehook = tell
+
+
+@contextlib.contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """Let SIGTERM end the block as an exception would, so that nothing half-written is left."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_open(*names: str) -> None:

@@ -1,5 +1,7 @@
 """`jaxformer convert`: which export it calls with what, and what it says."""
 
+import signal
+
 import pytest
 
 from jaxformer.cli import main
@@ -135,3 +137,23 @@ def test_a_run_becomes_a_model_of_ctranslate2(tmp_path, capsys):
     assert package.contains_model(str(tmp_path / "out"))
     assert main(["convert", *arguments]) == 1
     assert "is not empty: give a new directory" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_sigterm_leaves_nothing_half_written(tmp_path, monkeypatch):
+    write_random_run(tmp_path / "run", CONFIG)
+    before = signal.getsignal(signal.SIGTERM)
+    written = []
+
+    def told_to_end(directory, *_):
+        written.extend(path.name for path in directory.iterdir())
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(stablehlo, "export_programs", lambda *_: {})
+    monkeypatch.setattr(stablehlo, "save_tokenizers", told_to_end)
+    arguments = [str(tmp_path / "run"), str(tmp_path / "out"), "--to", "stablehlo"]
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", *arguments, "--source-length", "8"])
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert written == ["params.npz"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert signal.getsignal(signal.SIGTERM) is before

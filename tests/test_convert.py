@@ -140,6 +140,7 @@ def test_a_run_becomes_a_model_of_ctranslate2(tmp_path, capsys):
 
 
 def test_sigterm_leaves_nothing_half_written(tmp_path, monkeypatch):
+    pytest.importorskip("flatbuffers")
     write_random_run(tmp_path / "run", CONFIG)
     before = signal.getsignal(signal.SIGTERM)
     written = []

@@ -86,8 +86,9 @@ class Generator:
         self._models, params = ensemble(models, params)
         self._configs = [model.config for model in self._models]
         self.computed_steps = self.needed_steps = 0
-        self._in_usual_room: Counter[GenerationConfig] = Counter()  # sentences
-        self._begun_again: Counter[GenerationConfig] = Counter()
+        # Sentences, by what searches have in common whatever their numbers are.
+        self._in_usual_room: Counter[jax.tree_util.PyTreeDef] = Counter()
+        self._begun_again: Counter[jax.tree_util.PyTreeDef] = Counter()
         self._counting = threading.Lock()
         self._on_cpu = self._devices[0].platform == "cpu"
         # One program leaves cores idle: its operations come one after the other, and many are too
@@ -188,15 +189,16 @@ class Generator:
         try:
             begun, again = [], []
             lengths, limit = list(map(len, sources)), fewest_positions(self._configs)
-            few = max(16, self._in_usual_room[options] // 4)
-            all_room = few_shapes or self._begun_again[options] > few
+            kind = jax.tree.structure(make_method(options, most=1))
+            few = max(16, self._in_usual_room[kind] // 4)
+            all_room = few_shapes or self._begun_again[kind] > few
             if not all_room:
-                self._in_usual_room[options] += len(sources)
+                self._in_usual_room[kind] += len(sources)
             for chosen, length in groups(lengths, few_shapes=few_shapes, limit=limit):
                 begun += start(chosen, length, all_room)
             for length, same in groupby(begun, key=lambda part: part[0]):
                 if more := [index for _, part in same for index in part.result()]:
-                    self._begun_again[options] += len(more)
+                    self._begun_again[kind] += len(more)
                     again += start(more, length, all_room=True)
             for _, part in again:
                 part.result()

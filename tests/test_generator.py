@@ -163,6 +163,29 @@ def test_beams_too_many_for_the_first_step_alone():
     assert_same(found, jax.tree.map(lambda leaf: np.asarray(leaf[0]), expected))
 
 
+@pytest.mark.parametrize(
+    "every",
+    [
+        [{"length_penalty": alpha} for alpha in (0.6, 0.0, 1.3)],
+        [{"sampling": True, "temperature": t, "top_p": p} for t, p in ((1.0, 0.9), (0.4, 0.5))],
+    ],
+)
+def test_other_numbers_compile_nothing(every):
+    generator = make_generator()
+
+    def search(numbers):
+        options = GenerationConfig(beam_size=3, max_length_extra=4, **numbers)
+        keys = jax.random.split(jax.random.key(0), 4) if options.sampling else None
+        found = generator.sentences(SOURCES[:4], options, keys=keys, few_shapes=True)
+        return [one.sequences.tolist() for one in found]
+
+    first = search(every[0])
+    with count_compiles() as compiled:
+        others = list(map(search, every[1:]))
+    assert not compiled
+    assert first not in others
+
+
 def test_two_searches_at_once_are_one(monkeypatch):
     generator = make_generator()
     threads = set()

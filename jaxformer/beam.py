@@ -24,6 +24,7 @@ from jaxformer.search import (
     log_normalizer,
     next_logits,
     no_hypotheses,
+    only_possible,
     require,
     require_ngram_size,
     take,
@@ -236,11 +237,7 @@ class BeamSearch:
         order = jnp.where(slots < num_finished, slots, self.beam_size + slots - num_finished)
         ranked = _concat(finished, live)
         ranked = jax.tree.map(lambda leaf: take(leaf, order), ranked)
-        exists = ranked.log_probs > -jnp.inf
-        return ranked._replace(
-            sequences=jnp.where(exists[:, :, None], ranked.sequences, self.pad_id),
-            lengths=jnp.where(exists, ranked.lengths, 0),
-        )
+        return only_possible(ranked, self.pad_id)
 
     @property
     def _num_returned(self) -> int:

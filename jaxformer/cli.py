@@ -1,12 +1,11 @@
 """The `jaxformer` command."""
 
 import argparse
-import codecs
 import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice, repeat, tee, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, get_args
@@ -17,6 +16,7 @@ from jaxformer.compilation import keep_compiled_programs
 from jaxformer.config import Precision
 from jaxformer.convert import add_convert
 from jaxformer.errors import UserError, memory_errors
+from jaxformer.files import lines_of
 from jaxformer.pages.inspection import add_inspect
 from jaxformer.terminal import (
     Progress,
@@ -172,20 +172,22 @@ def _translate(options: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         prefixes = None
         if options.prefix is not None:
-            prefixes = _lines(stack.enter_context(_open(options.prefix)), options.prefix)
+            prefixes = lines_of(stack.enter_context(_open(options.prefix)), options.prefix)
         translator = _load(options)
-        source, lines = tee(_lines(sys.stdin.buffer, "standard input"))
+        source, lines = tee(lines_of(sys.stdin.buffer, "standard input"))
         progress = Progress(sys.stderr, quiet=options.quiet)
+        # A multiple, so that no answer waits for lines of the next window.
+        together = min(_WINDOW, options.window)
         found = translator.generate(
             lines,
             prefixes=prefixes,
-            window=options.window,
+            window=options.window // together * together,
             seed=options.seed,
             **at_once,
             **search,
         )
         number = 0
-        for hypotheses in in_windows(found, min(_WINDOW, options.window)):
+        for hypotheses in in_windows(found, together):
             source_lines = list(islice(source, len(hypotheses)))
             links: Iterator[str] = repeat("")
             if options.alignment:
@@ -222,22 +224,29 @@ def _score(options: argparse.Namespace) -> None:
         )
     translator = _load(options)
     with _open(options.source) as source, _open(options.target) as target:
-        pairs = zip_longest(_lines(source, options.source), _lines(target, options.target))
         number = 0
-        for window in in_windows(pairs, _WINDOW):
+        for window in in_windows(_pairs(source, target, options), _WINDOW):
             sources, targets = zip(*window, strict=True)
-            if None in sources or None in targets:
-                ended = options.source if None in sources else options.target
-                raise UserError(
-                    f"{ended} ends before the other file: give as many lines, each the "
-                    "translation of the other's"
-                )
             scores = translator.score(sources, targets, first_line=number + 1, **at_once)
             number += len(window)
             for score in scores:
                 each = zip(score.tokens, score.token_log_probs, strict=True)
                 pieces = " ".join(f"{token}:{value:.6f}" for token, value in each)
                 write_line(f"{score.log_prob:.6f}" + f"\t{pieces}" * options.tokens)
+
+
+def _pairs(
+    source: BinaryIO, target: BinaryIO, options: argparse.Namespace
+) -> Iterator[tuple[str, str]]:
+    both = lines_of(source, options.source), lines_of(target, options.target)
+    for source_line, target_line in zip_longest(*both):
+        if source_line is None or target_line is None:
+            ended = options.source if source_line is None else options.target
+            raise UserError(
+                f"{ended} ends before the other file: give as many lines, each the translation of "
+                "the other's"
+            )
+        yield source_line, target_line
 
 
 def _load(options: argparse.Namespace) -> "Translator":
@@ -261,19 +270,3 @@ def _open(name: str) -> BinaryIO:
         return open(name, "rb")
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}; give a text file") from error
-
-
-def _lines(file: Iterable[bytes], name: str) -> Iterator[str]:
-    r"""Lines of UTF-8 that end in "\n" and nothing else, or one line in would not be one out.
-
-    A mark of the byte order before the first, which some editors write, is no part of it.
-    """
-    for number, line in enumerate(file, start=1):
-        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        try:
-            yield line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{name}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x}); "
-                "convert it, for example with iconv"
-            ) from error

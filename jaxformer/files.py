@@ -1,11 +1,37 @@
-"""Files that are written whole or not at all, and known to be possible before the work for them."""
+"""Lines of text, and files that are written whole or not at all, where they can be."""
 
+import codecs
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from jaxformer.errors import UserError
+
+
+def lines_of(file: Iterable[bytes], name: str | Path) -> Iterator[str]:
+    r"""Yield the lines of a UTF-8 file without their "\n" or "\r\n"; a BOM is skipped.
+
+    Only "\n" ends a line: `str.splitlines` would also split at U+2028 or U+0085, which occur
+    inside sentences, and shift one side of the corpus against the other.
+
+    Raises:
+      UserError: a line is not UTF-8; the message says where, by `name`.
+    """
+    for number, raw in enumerate(file, start=1):
+        if number == 1:
+            raw = raw.removeprefix(codecs.BOM_UTF8)
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if number == 1 and raw.startswith(b"\x1f\x8b"):
+                raise UserError(f"{name} is compressed: unpack it, with gunzip") from error
+            raise UserError(
+                f"{name}:{number}: not UTF-8 (byte 0x{raw[error.start]:02x} at column "
+                f"{error.start + 1}); convert it, for example with iconv"
+            ) from error
+        yield line.removesuffix("\n").removesuffix("\r")
 
 
 def write_text(path: Path, text: str, *, advice: str = "choose another place") -> None:

@@ -123,11 +123,14 @@ class Generator:
           For each sentence numpy arrays [N, T], or [N]. T depends on its length.
 
         Raises:
-          UserError: prefixes or keys are not as many as sentences.
+          UserError: prefixes or keys are not as many as sentences, or the keys are of another kind
+            than JAX makes by default.
         """
         results: list[Any] = [None] * len(sources)
         prefix_length = bucket(max(map(len, prefixes or [[]]), default=0))
         if keys is not None and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+            if keys.dtype != jax.eval_shape(jax.random.key, 0).dtype:
+                raise UserError(f"keys are {keys.dtype}: give keys of jax_default_prng_impl")
             keys = jax.random.key_data(keys)
         noise = None if keys is None else np.asarray(keys)
         for name, each in (("prefixes", prefixes), ("keys", noise)):
@@ -164,7 +167,7 @@ class Generator:
                     more.append(index)
                 else:
                     results[index] = jax.tree.map(lambda leaf, place=place: leaf[place], found)
-                    needed += int(steps[place]) - taken
+                    needed += max(0, int(steps[place]) - taken)
             with self._counting:
                 self.computed_steps += shape.rows * int(turns.sum())
                 self.needed_steps += needed
@@ -193,12 +196,14 @@ class Generator:
             few = max(16, self._in_usual_room[kind] // 4)
             all_room = few_shapes or self._begun_again[kind] > few
             if not all_room:
-                self._in_usual_room[kind] += len(sources)
+                with self._counting:
+                    self._in_usual_room[kind] += len(sources)
             for chosen, length in groups(lengths, few_shapes=few_shapes, limit=limit):
                 begun += start(chosen, length, all_room)
             for length, same in groupby(begun, key=lambda part: part[0]):
                 if more := [index for _, part in same for index in part.result()]:
-                    self._begun_again[kind] += len(more)
+                    with self._counting:
+                        self._begun_again[kind] += len(more)
                     again += start(more, length, all_room=True)
             for _, part in again:
                 part.result()

@@ -29,7 +29,7 @@ Member = tuple[TransformerConfig, Any]
 def load_members(
     run: Runs, checkpoint: Checkpoints, dtype: Precision | None
 ) -> tuple[list[Member], tuple[Tokenizer, Tokenizer]]:
-    """The members of an ensemble, configurations and parameters on a device, and their tokenizers.
+    """The members of an ensemble, configurations and parameters, and their tokenizers.
 
     For the arguments and errors see `Translator.load`.
     """
@@ -58,7 +58,7 @@ def load_members(
             params = load_params(directory, name)
             check_same_arrays(_shapes(params), expected, find_checkpoint(directory, name))
             params = quantize(params) if config.quantized else params
-            members.append((config, jax.device_put(params)))
+            members.append((config, params))
     return members, tokenizers[0]
 
 

@@ -50,6 +50,8 @@ def cut(ids: Sequence[int], limit: int, tokenizer: Tokenizer) -> Iterator[list[i
     ids = list(ids)
     first = tokenizer.pieces(ids[:1])
     code = ids[:1] if first and first[0].startswith(">>") and first[0].endswith("<<") else []
+    if len(code) == limit:  # nothing would be left for the rest
+        code = []
     begin, before = 0, list[int]()  # of the part; what goes before its ids
     while len(before) + len(ids) - begin > limit:
         part = before + ids[begin : begin + limit + 1 - len(before)]

@@ -19,6 +19,7 @@ from jaxformer.search import (
     log_normalizer,
     next_logits,
     no_hypotheses,
+    only_possible,
     require,
     require_ngram_size,
     top_k,
@@ -115,7 +116,7 @@ class Sampling:
 
     def result(self, search: Search) -> BeamResult:
         """The samples; their log_probs are the model's own, at temperature 1, as are the scores."""
-        return search.hypotheses[0]
+        return only_possible(search.hypotheses[0], self.pad_id)
 
     def _draw(self, logits: Array, search: Search) -> Array:
         vocab_size = logits.shape[-1]

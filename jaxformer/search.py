@@ -193,6 +193,15 @@ def no_hypotheses(batch_size: Any, beam_size: int, max_length: int, pad_id: int)
     return BeamResult(sequences, impossible, impossible, jnp.zeros(impossible.shape, jnp.int32))
 
 
+def only_possible(result: BeamResult, pad_id: int) -> BeamResult:
+    """Nothing but padding in the slots of probability 0."""
+    exists = result.log_probs > -jnp.inf
+    return result._replace(
+        sequences=jnp.where(exists[:, :, None], result.sequences, pad_id),
+        lengths=jnp.where(exists, result.lengths, 0),
+    )
+
+
 def require(condition: bool, name: str, value: object, fix: str) -> None:
     """Raise ValueError, naming argument, value and fix, unless `condition` holds."""
     if not condition:

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from jaxformer.batching import batches, in_windows, pad
 from jaxformer.config import BOS_ID, EOS_ID, Precision, TransformerConfig
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig, fewest_positions
+from jaxformer.generation import GenerationConfig, fewest_positions, max_target_length
 from jaxformer.generator import Generator
 from jaxformer.loading import Checkpoints, Member, Runs, load_members
 from jaxformer.long_lines import Part, join, parts_of
@@ -69,8 +69,9 @@ class Translator:
             raise UserError("devices are none: name one, or leave it out")
         members = ((config, params), *others)
         self._configs = tuple(self._with_own_kernel(config) for config, _ in members)
-        self._params = tuple(params for _, params in members)
-        self.config, self.params = self._configs[0], params
+        # For all but the search, which has copies of its own.
+        self._params = tuple(jax.device_put(params, self._devices[0]) for _, params in members)
+        self.config, self.params = self._configs[0], self._params[0]
         self.source_tokenizer = source_tokenizer
         self.target_tokenizer = target_tokenizer
         self._made: Generator | None = None
@@ -178,7 +179,8 @@ class Translator:
             prefix_ids = [[] if part.number else begun[part.line - first_line] for part in parts]
             noise = [(*requests[part.line - first_line].noise, part.number) for part in parts]
             for part, prefix in zip(parts, prefix_ids, strict=True):
-                if len(prefix) > (most := search.max_length(len(part.ids) + 1)):
+                most = max_target_length(self._configs, search, len(part.ids) + 1)
+                if len(prefix) > most:
                     warn(
                         f"line {part.line}: its prefix has {len(prefix)} pieces and a translation "
                         f"at most {most}: cut off there"

@@ -120,6 +120,14 @@ def test_a_program_that_asks_line_by_line_is_answered_line_by_line(translator, m
     assert answers == ["ONE\t0-0"] * 4 and translator.options["window"] == 1
 
 
+@pytest.mark.parametrize(("asked", "given"), [(5, 4), (4, 4), (3, 2), (1, 1)])
+def test_no_answer_waits_for_the_next_window(translator, run_with, monkeypatch, asked, given):
+    """Answers are printed two at a time here: what is left of a window would wait for more."""
+    monkeypatch.setattr(module, "_WINDOW", 2)
+    assert run_with(b"one\n", "--window", str(asked)) == (0, b"ONE\n", "")
+    assert translator.options["window"] == given
+
+
 def test_a_byte_order_mark_is_no_text(translator, run_with):
     assert run_with(b"\xef\xbb\xbfone\ntwo\n") == (0, b"ONE\nTWO\n", "")
 
@@ -256,14 +264,16 @@ def test_score_of_pipes(translator, tmp_path, capfd):
 
     assert score_of("ab\n\n", "a\nabc\n") == (0, "-2.000000\n-0.000000\n", "")
     status, output, error = score_of("ab\n\n", "a\n")
-    assert (status, output) == (1, "") and ".b ends before the other file: give as many" in error
+    assert (status, output) == (1, "-2.000000\n")
+    assert ".b ends before the other file: give as many" in error
 
 
 def test_a_line_that_is_not_utf8_is_named_after_those_before_it(translator, run_with):
     status, output, error = run_with(b"one\n\ntw\xff\n")
     assert (status, output) == (1, b"ONE\n\n")
     assert error == (
-        "error: standard input, line 3: not UTF-8 (byte 0xff); convert it, for example with iconv\n"
+        "error: standard input:3: not UTF-8 (byte 0xff at column 3); convert it, for example with "
+        "iconv\n"
     )
 
 

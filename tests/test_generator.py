@@ -10,6 +10,7 @@ import pytest
 
 import jaxformer.generator as module
 from jaxformer.config import EOS_ID
+from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, generate
 from jaxformer.generator import Generator
 from jaxformer.linear import quantize
@@ -254,6 +255,19 @@ def test_steps_that_are_not_needed_are_counted():
     steps = generator.computed_steps // 4
     assert generator.computed_steps == 4 * steps and 0 < steps <= 8
     assert steps <= generator.needed_steps <= min(8, steps) + 4 + 2
+
+
+def test_a_translation_of_no_tokens_needs_no_steps():
+    options = GenerationConfig(beam_size=2, max_length_ratio=0.0, max_length_extra=0)
+    generator = make_generator()
+    (found,) = generator.sentences(random_sources([4]), options)
+    assert not found.lengths.any() and generator.needed_steps == 0
+
+
+def test_keys_of_another_kind_are_refused():
+    keys = jax.random.split(jax.random.key(0, impl="rbg"), 1)
+    with pytest.raises(UserError, match="give keys of jax_default_prng_impl"):
+        make_generator().sentences(SOURCES[:1], GenerationConfig(sampling=True), keys=keys)
 
 
 @pytest.mark.parametrize("few_shapes", [False, True])

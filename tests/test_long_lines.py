@@ -28,6 +28,15 @@ def test_a_language_code_goes_before_every_part(pieces):
     assert [id for part in parts for id in part[1:]] == plain
 
 
+def test_a_language_code_that_would_leave_no_room_goes_before_none(pieces):
+    words = ["<pad>", "<s>", "</s>", "<unk>", ">>deu<<"]
+    words += sorted({piece for piece in pieces.pieces(pieces.encode(TEXT))})
+    coded = VocabularyTokenizer(pieces.model, words)
+    ids = coded.encode(">>deu<< red dogs")
+    parts = itertools.islice(cut(ids, 1, coded), 99)
+    assert list(parts) == [[id] for id in ids]
+
+
 @pytest.mark.parametrize("limit", [6, 31])
 def test_parts_begin_with_a_word_and_are_as_long_as_may_be(pieces, limit):
     ids = pieces.encode(TEXT)

@@ -290,6 +290,14 @@ def test_tokenizers_of_a_run_that_failed_are_not_used(folder):
     assert data.source_tokenizer.model != data.target_tokenizer.model
 
 
+def test_a_run_directory_that_is_moved_meanwhile(tmp_path):
+    with pytest.raises(KeyError), only_trainer(tmp_path / "run"):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        raise KeyError
+    with only_trainer(tmp_path / "moved"):
+        pass
+
+
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def acquire(*_, **__):
         raise OSError(errno.ENOSYS, "Function not implemented")

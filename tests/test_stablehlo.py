@@ -16,7 +16,9 @@ import pytest
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, generate
+from jaxformer.interop import stablehlo
 from jaxformer.interop.stablehlo import export_programs, to_stablehlo
+from jaxformer.run_directory import save_params
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from random_run import CONFIG, SENTENCES, random_params, write_random_run
@@ -138,6 +140,20 @@ def translate_elsewhere(folder, function):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split("\n")[:-1]
+
+
+def test_parameters_of_half_precision_are_written_in_full(tmp_path, monkeypatch):
+    """NumPy's files know no bfloat16."""
+    fake_serialization(monkeypatch)
+    monkeypatch.setattr(stablehlo, "export_programs", lambda *_: {})
+    params = write_random_run(tmp_path / "run", CONFIG)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    save_params(tmp_path / "run", 2, half)
+    to_stablehlo(tmp_path / "run", tmp_path / "hlo", source_length=8, checkpoint=2)
+    written = np.load(tmp_path / "hlo/params.npz")
+    np.testing.assert_array_equal(
+        written["embedding/embedding"], half["embedding"]["embedding"].astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize("batch_size", [None, len(SENTENCES)])

@@ -232,6 +232,15 @@ def test_a_prefix_that_is_cut_off_is_told(translator):
     assert len(best.ids) == 2
 
 
+def test_a_prefix_that_learned_positions_cut_off_is_told(tmp_path):
+    write_random_run(tmp_path / "run", CONFIG.replace(positions="learned", max_length=5))
+    translator = Translator.load(tmp_path / "run", devices=jax.devices()[:1])
+    said = []
+    options = {"prefixes": ["red dogs red dogs"], "beam_size": 1, "warn": said.append}
+    list(translator.generate(["red"], **options))
+    assert said[0].endswith("pieces and a translation at most 5: cut off there")
+
+
 def test_threads_that_come_first_share_what_one_of_them_makes(run, monkeypatch):
     translator = Translator.load(run, devices=jax.devices()[:1])
     made, make = [], module.Generator
@@ -386,6 +395,14 @@ def test_a_layer_that_is_not_there(translator):
     for layer in (-1, 1, 6):
         with pytest.raises(UserError, match=f"layer is {layer}: give 0 to 0"):
             translator.align(["red dogs"], ["rot"], layer=layer)
+
+
+def test_parameters_are_where_it_translates(run):
+    device = jax.devices()[3]
+    translator = Translator.load(run, devices=[device])
+    assert all(leaf.devices() == {device} for leaf in jax.tree.leaves(translator.params))
+    (score,) = translator.score(["red dogs"], ["rot"])
+    assert np.isfinite(score.log_prob)
 
 
 def test_the_attention_kernel_is_the_machines_own(translator, monkeypatch):

@@ -51,7 +51,8 @@ def only_trainer(run: Path) -> Iterator[None]:
         yield
     finally:
         # Before the release: after it the directory may be another's.
-        if [path.name for path in run.iterdir()] in ([], [LOCK_FILE]):
-            (run / LOCK_FILE).unlink(missing_ok=True)
-            run.rmdir()
+        with contextlib.suppress(FileNotFoundError):  # somebody has moved it
+            if [path.name for path in run.iterdir()] in ([], [LOCK_FILE]):
+                (run / LOCK_FILE).unlink(missing_ok=True)
+                run.rmdir()
         lock.release()

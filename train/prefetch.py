@@ -9,7 +9,7 @@ from typing import Any
 def prefetch(make: Callable[[int], Any], steps: range, depth: int = 4) -> Iterator[Any]:
     """Yield `make(step)` for each step, made ahead by a thread so that no device waits for it.
 
-    Leaving the loop ends the thread; an exception in `make` is raised here.
+    Closing this generator ends the thread; an exception in `make` is raised here.
     """
     ready: queue.Queue = queue.Queue(depth)
     abandoned = threading.Event()

@@ -115,7 +115,11 @@ def to_stablehlo(
             f"source_length is {source_length}: give 2, a token and eos, to {config.max_length}, "
             "the model's max_length"
         )
-    params: dict[str, Any] = jax.tree.map(np.asarray, _flat(translator.params))
+    params: dict[str, Any] = {
+        # A checkpoint may be in half of the precision, which .npz files do not know.
+        name: np.asarray(array, np.float32)
+        for name, array in _flat(translator.params).items()
+    }
     programs = export_programs(config, params, search, batch_size, source_length)
     with new_directory(directory) as partial:
         np.savez(partial / PARAMS_FILE, **params)

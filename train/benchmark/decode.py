@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from jaxformer.translator import Translator
 from train.benchmark.compiles import count_compiles
 from train.benchmark.processes import in_a_process
 from train.benchmark.turns import Translate, summary
+from train.data.files import read_lines
 from train.machine import describe_machine
 
 Engine = Callable[[Sequence[str]], tuple[list[str], float]]  # translations and seconds
@@ -256,11 +258,7 @@ def _read_lines(settings: DecodeBenchmark) -> list[str]:
             f"{settings.run} needs --source FILE, the sentences to translate; "
             f"without it give a preset: {', '.join(PRESETS)}"
         )
-    try:
-        text = Path(settings.source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {settings.source}: {error}") from error
-    lines = text.split("\n")[: settings.sentences or None]
+    lines = islice(read_lines(Path(settings.source)), settings.sentences or None)
     if sentences := [line for line in lines if line.strip()]:
         return sentences
     raise UserError(f"{settings.source} has no sentence: give a text file, a sentence a line")

@@ -1,6 +1,5 @@
 """Sentence pairs in local text files, line by line, with errors that name file and line."""
 
-import codecs
 import csv
 import difflib
 import json
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxformer.errors import UserError
+from jaxformer.files import lines_of
 
 Pair = tuple[str, str]
 # Where a row was found, for error messages, and its columns.
@@ -35,29 +35,13 @@ def existing(path: Path) -> Path:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    r"""Yield the lines of a UTF-8 file without their "\n" or "\r\n"; a BOM is skipped.
-
-    Only "\n" ends a line: `str.splitlines` would also split at U+2028 or U+0085, which occur
-    inside sentences, and shift one side of the corpus against the other.
-    """
+    """Yield the lines of a file, see `lines_of`."""
     try:
         file = path.open("rb")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     with file:
-        for number, raw in enumerate(file, start=1):
-            if number == 1:
-                raw = raw.removeprefix(codecs.BOM_UTF8)
-            try:
-                line = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                if number == 1 and raw.startswith(b"\x1f\x8b"):
-                    raise UserError(f"{path} is compressed: unpack it, with gunzip") from error
-                raise UserError(
-                    f"{path}:{number}: not UTF-8 (byte 0x{raw[error.start]:02x} at column "
-                    f"{error.start + 1}); convert the file, for example with iconv"
-                ) from error
-            yield line.removesuffix("\n").removesuffix("\r")
+        yield from lines_of(file, path)
 
 
 def pair_lines(source_path: Path, target_path: Path) -> Iterator[Pair]:

@@ -214,6 +214,16 @@ class TransformerConfig:
         return self.value_dim or self.query_key_dim
 
     @property
+    def encoder_vocab_size(self) -> int:
+        """`source_vocab_size`, or that of both sides."""
+        return self.source_vocab_size or self.vocab_size
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward network has a gate: a third matrix."""
+        return self.activation.endswith("glu")
+
+    @property
     def num_positions(self) -> int | None:
         """`max_length` if positions are learned, which then end there; None: no limit."""
         return self.max_length if self.positions == "learned" else None

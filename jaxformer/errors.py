@@ -12,6 +12,16 @@ class UserError(ValueError):
     """
 
 
+def reason(error: Exception) -> str:
+    """Return what a person can use of an error of orbax, as one line.
+
+    Tensorstore nests its messages, `failed "path": failed "path": reason [tensorstore_spec=…`.
+    """
+    text = str(error).partition(" [tensorstore_spec=")[0].partition(" [os_error_code=")[0]
+    lines = text.rpartition('": ')[2].splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 @contextlib.contextmanager
 def memory_errors(advice: str) -> Iterator[None]:
     """Raise `UserError`, with advice, where a device or this machine has too little memory."""

@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import os
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -34,25 +35,36 @@ def lines_of(file: Iterable[bytes], name: str | Path) -> Iterator[str]:
         yield line.removesuffix("\n").removesuffix("\r")
 
 
-def write_text(path: Path, text: str, *, advice: str = "choose another place") -> None:
+def write_bytes(path: Path, content: bytes, *, advice: str = "choose another place") -> None:
     """Write a file whole or not at all, in a folder that is made if need be.
 
     Raises:
       UserError: it cannot be written; `advice` says what to do then.
     """
-    # Renamed into place: a reader never meets half a file.
-    partial = path.with_name(f"{path.name}.partial")
+    # Renamed into place when all of it is on the disk: a reader never meets half a file, nor does
+    # one after a power cut. Whoever else writes it has a partial file of another name.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; {advice}") from error
-    except UnicodeEncodeError as error:  # a name that the shell gave is bytes that are no letters
-        raise UserError(f"cannot write {path}: it would not be UTF-8; {advice}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def write_text(path: Path, text: str, *, advice: str = "choose another place") -> None:
+    """`write_bytes` of UTF-8."""
+    try:
+        content = text.encode()
+    except UnicodeEncodeError as error:  # a name that the shell gave is bytes that are no letters
+        raise UserError(f"cannot write {path}: it would not be UTF-8; {advice}") from error
+    write_bytes(path, content, advice=advice)
 
 
 def check_writable(path: str | Path) -> None:

@@ -36,7 +36,9 @@ _MOST = 100_000
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """How to search for a translation. Lengths count target tokens with eos; S source tokens with.
+    """How to search for a translation.
+
+    Lengths count target tokens and S source tokens, both including eos.
 
     Attributes:
       beam_size: K, hypotheses kept at each step; 1 is greedy search.

@@ -48,7 +48,7 @@ def load_members(
             config = config.replace(dtype="float32", quantized=True)
         elif dtype is not None:
             config = config.replace(dtype=dtype)
-        tokenizers.append(_load_tokenizers(directory, config))
+        tokenizers.append(load_tokenizers(directory, config))
         if any(map(_differ, tokenizers[0], tokenizers[-1])):
             raise UserError(
                 f"{directory} has other tokenizers than {runs[0]}: an ensemble needs the same"
@@ -60,20 +60,6 @@ def load_members(
             params = quantize(params) if config.quantized else params
             members.append((config, params))
     return members, tokenizers[0]
-
-
-def _load_tokenizers(run: str | Path, config: TransformerConfig) -> tuple[Tokenizer, Tokenizer]:
-    source, target = load_tokenizers(run)
-    for name, expected, tokenizer in (
-        ("source", config.source_vocab_size or config.vocab_size, source),
-        ("target", config.vocab_size, target),
-    ):
-        if tokenizer.vocab_size != expected:
-            raise UserError(
-                f"{run}: the {name} tokenizer has {tokenizer.vocab_size} pieces and the model "
-                f"{expected}: copy the tokenizer that the model was trained with"
-            )
-    return source, target
 
 
 def _shapes(params: Any) -> dict[str, str]:

@@ -8,7 +8,8 @@ run/
                             id, only if the tokenizer's own numbering is not the model's
   metrics.jsonl             one JSON object per record; TensorBoard events lie beside it
   checkpoints/
-    2000/                   params/, optimizer/ and, if it was evaluated, metrics/
+    2000/                   params/, optimizer/, info/ with the fingerprints of both and, if it was
+                            evaluated, metrics/
     average/                params/ and info/, which names the steps that went in
 ```
 
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxformer.config import TransformerConfig
-from jaxformer.errors import UserError
+from jaxformer.errors import UserError, reason
 from jaxformer.files import write_text
 from jaxformer.tokenizer import Tokenizer, VocabularyTokenizer
 
@@ -109,13 +110,35 @@ def read_model_config(run: str | Path) -> TransformerConfig:
         raise UserError(f"{path}: {error}") from error
 
 
-def load_tokenizers(run: str | Path) -> tuple[Tokenizer, Tokenizer]:
+def load_tokenizers(
+    run: str | Path, config: TransformerConfig | None = None
+) -> tuple[Tokenizer, Tokenizer]:
     """Return the source and the target tokenizer: one object twice if the vocabulary is joint.
 
+    Args:
+      run: the run directory.
+      config: of the model whose vocabularies they must have, if that is known.
+
     Raises:
-      UserError: the directory holds neither a joint tokenizer nor a pair.
+      UserError: the directory holds neither a joint tokenizer nor a pair, or they are not those of
+        the model.
     """
-    run = Path(run)
+    source, target = _load_tokenizers(Path(run))
+    if config is None:
+        return source, target
+    for name, expected, tokenizer in (
+        ("source", config.encoder_vocab_size, source),
+        ("target", config.vocab_size, target),
+    ):
+        if tokenizer.vocab_size != expected:
+            raise UserError(
+                f"{run}: the {name} tokenizer has {tokenizer.vocab_size} pieces and the model "
+                f"{expected}: copy the tokenizer that the model was trained with"
+            )
+    return source, target
+
+
+def _load_tokenizers(run: Path) -> tuple[Tokenizer, Tokenizer]:
     if (run / TOKENIZER_FILE).is_file():
         joint = _load_tokenizer(run, TOKENIZER_FILE)
         return joint, joint
@@ -344,16 +367,6 @@ def read_arrays(path: Path) -> dict[str, Any]:
         ) from error
     finally:
         handler.close()
-
-
-def reason(error: Exception) -> str:
-    """Return what a person can use of an error of orbax, as one line.
-
-    Tensorstore nests its messages, `failed "path": failed "path": reason [tensorstore_spec=…`.
-    """
-    text = str(error).partition(" [tensorstore_spec=")[0].partition(" [os_error_code=")[0]
-    lines = text.rpartition('": ')[2].splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _read_json(path: Path) -> dict[str, Any]:

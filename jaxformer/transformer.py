@@ -73,7 +73,7 @@ class Transformer(nn.Module):
         self.source_embedding = (
             self.embedding
             if config.embeddings == "shared"
-            else self._embedding(config.source_vocab_size or config.vocab_size)
+            else self._embedding(config.encoder_vocab_size)
         )
         self.output_embedding = (
             self._embedding(config.vocab_size)

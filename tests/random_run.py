@@ -36,7 +36,7 @@ def write_random_run(run: Path, config: TransformerConfig) -> dict:
     params = random_params(config)
     write_config(run, {"model": config.to_dict()})
     save_params(run, 1, params)
-    source_vocab_size = config.source_vocab_size or config.vocab_size
+    source_vocab_size = config.encoder_vocab_size
     save_tokenizers(run, tokenizer(source_vocab_size), tokenizer(config.vocab_size))
     return params
 

@@ -21,7 +21,7 @@ from random_corpus import unpack
 from small_run import LEXICON, change, small_config, write_corpus
 from train.config import DataConfig
 from train.data import sources, tokenizer
-from train.data.arrow import write_arrow, write_file
+from train.data.arrow import write_arrow
 from train.data.sources import iterate, load_extra, load_split
 from train.lock import only_trainer
 from train.log import describe
@@ -202,8 +202,6 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "x.lock").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*x\.arrow: .*; make room, or set data"):
         write_arrow(tmp_path / "x.arrow", schema, [{"number": [1]}])
-    with pytest.raises(UserError, match=r"cannot write .*y: No such file or directory; make room"):
-        write_file(tmp_path / "none" / "y", b"")
 
 
 def test_of_several_writers_one_writes(tmp_path):

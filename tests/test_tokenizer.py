@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from jaxformer.config import UNK_ID
+from jaxformer.config import UNK_ID, TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.run_directory import load_tokenizers, save_tokenizers
 from jaxformer.tokenizer import Tokenizer, VocabularyTokenizer
@@ -230,3 +230,24 @@ def test_other_rules_are_another_tokenizer(tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "normalization_rules", lambda: rules)
     learn_tokenizers([PAIRS], tmp_path / "run", **settings)
     assert len(list(tmp_path.glob("tokenizer-*.model"))) == 2
+
+
+def test_a_cached_tokenizer_that_is_damaged(tmp_path):
+    settings = {"vocab_size": 90, "joint": True, "cache": tmp_path}
+    learn_tokenizers([PAIRS], tmp_path / "run", **settings)
+    (cached,) = tmp_path.glob("tokenizer-*.model")
+    cached.write_bytes(b"no model")
+    with pytest.raises(UserError, match=r"is damaged .*: delete it, to have it made again"):
+        learn_tokenizers([PAIRS], tmp_path / "run", **settings)
+
+
+def test_tokenizers_of_another_model(tmp_path):
+    learn_tokenizers([PAIRS], tmp_path, vocab_size=90, joint=True)
+    load_tokenizers(tmp_path, TransformerConfig(vocab_size=90))
+    with pytest.raises(
+        UserError, match="the target tokenizer has 90 pieces and the model 91: copy"
+    ):
+        load_tokenizers(
+            tmp_path,
+            TransformerConfig(vocab_size=91, source_vocab_size=90, embeddings="separate"),
+        )

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import sync_global_devices
 from orbax.checkpoint import checkpoint_managers as policies
 
-from jaxformer.errors import UserError
+from jaxformer.errors import UserError, reason
 from jaxformer.run_directory import (
     AVERAGE,
     CHECKPOINTS_DIR,
@@ -31,7 +31,6 @@ from jaxformer.run_directory import (
     evaluations,
     is_intact,
     load_params,
-    reason,
 )
 from train.checkpoint_items import (
     DamagedCheckpoint,

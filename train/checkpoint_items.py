@@ -9,9 +9,9 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxformer.errors import UserError
+from jaxformer.errors import UserError, reason
 from jaxformer.fingerprint import fingerprint
-from jaxformer.run_directory import OPTIMIZER, PARAMS, describe_arrays, reason
+from jaxformer.run_directory import OPTIMIZER, PARAMS, describe_arrays
 
 
 class DamagedCheckpoint(UserError):

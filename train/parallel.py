@@ -1,7 +1,7 @@
 """One step, run by many devices: as copies of each other, or as parts of one machine.
 
 A runner places the state and the batches and compiles the step. Which one it is changes nothing in
-the numbers: the step sums over everything and divides once.
+the numbers but dropout's noise: the step sums over everything and divides once.
 """
 
 import dataclasses

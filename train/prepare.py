@@ -216,7 +216,7 @@ def _tokenizers(
         from jax.experimental.multihost_utils import sync_global_devices
 
         sync_global_devices("tokenizers")
-    return load_tokenizers(run)
+    return load_tokenizers(run, config.model)
 
 
 def _check_packed_positions(config: TrainConfig, batches: Batches) -> None:

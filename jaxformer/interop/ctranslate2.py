@@ -129,7 +129,7 @@ def _model_spec(config: TransformerConfig, params: Mapping[str, Any]) -> Any:
         "head_dim": config.query_key_dim,
         "pre_norm": config.norm == "pre",
         "activation": common_spec.Activation[_ACTIVATIONS[config.activation]],
-        "ffn_glu": config.activation.endswith("glu"),
+        "ffn_glu": config.is_gated,
     }
     encoder = transformer_spec.TransformerEncoderSpec(config.encoder_layers, **architecture)
     decoder = transformer_spec.TransformerDecoderSpec(config.decoder_layers, **architecture)

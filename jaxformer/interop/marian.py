@@ -135,12 +135,12 @@ def to_marian(run: str | Path, directory: str | Path, checkpoint: str | int | No
     check_free(directory)
     config = read_model_config(run)
     check_expressible(config, Path(run) / CONFIG_FILE)
-    source, target = load_tokenizers(run)
+    source, target = load_tokenizers(run, config)
     section = read_config(run).get("marian") or own_section(config, source, target)
     special_ids, tokenizer_config = section["special_ids"], section["tokenizer_config"] or {}
     orders = {}
     for side, size in (
-        ("source", config.source_vocab_size or config.vocab_size),
+        ("source", config.encoder_vocab_size),
         ("target", config.vocab_size),
     ):
         # Our pad and bos may both be their pad.

@@ -173,7 +173,7 @@ def own_section(config: TransformerConfig, source: Tokenizer, target: Tokenizer)
             "architectures": ["MarianMTModel"],
             "model_type": "marian",
             "is_encoder_decoder": True,
-            "vocab_size": config.source_vocab_size or config.vocab_size,
+            "vocab_size": config.encoder_vocab_size,
             "decoder_vocab_size": config.vocab_size,
             "d_model": config.d_model,
             **of_stacks,

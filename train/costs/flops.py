@@ -59,7 +59,7 @@ def decode_step_flops(
 def _weights(config: TransformerConfig) -> tuple[int, int]:
     """Of query and output projection, or key and value; and of the feed-forward network."""
     head = config.query_key_dim + config.head_value_dim
-    matrices = 3 if config.activation.endswith("glu") else 2
+    matrices = 3 if config.is_gated else 2
     return config.d_model * config.num_heads * head, config.d_model * config.d_ff * matrices
 
 

@@ -2,15 +2,13 @@
 
 import contextlib
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxformer.errors import UserError
-from jaxformer.run_directory import reason
+from jaxformer.errors import UserError, reason
 from train.lock import acquire
 
 if TYPE_CHECKING:
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 # Part of every cache file's name: a change in what the files hold must change it.
 CACHE_VERSION = 1
 
-_ADVICE = "make room, or set data.cache_dir"
+ADVICE = "make room, or set data.cache_dir"
 
 
 def cache_folder(cache_dir: str | Path | None) -> Path:
@@ -43,29 +41,12 @@ def cache_folder(cache_dir: str | Path | None) -> Path:
     return folder
 
 
-def write_file(path: Path, content: bytes, *, advice: str = _ADVICE) -> None:
-    """Write a small file in one move: whoever reads it meanwhile sees all of it or nothing.
-
-    Raises:
-      UserError: it cannot be written; `advice` says what to do then.
-    """
-    # Whoever else writes it, on another host too, has a partial file of another name.
-    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
-    with _writing(path, advice):
-        try:
-            partial.write_bytes(content)
-            _move(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-
-
 @contextlib.contextmanager
-def _writing(path: Path, advice: str = _ADVICE) -> Iterator[None]:
+def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {ADVICE}") from error
 
 
 @contextlib.contextmanager

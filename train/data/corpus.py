@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxformer.config import EOS_ID
+from jaxformer.files import write_bytes
 from jaxformer.tokenizer import Tokenizer
 from train.data.arrow import (
+    ADVICE,
     CACHE_VERSION,
     cache_folder,
     locate_lists,
     reading,
     write_arrow,
-    write_file,
 )
 from train.data.sources import iterate
 from train.progress import Count
@@ -140,5 +141,5 @@ def text_digest(dataset: "datasets.Dataset", folder: Path) -> bytes:
     for table in iterate(columns, _ROWS_PER_BATCH):
         for batch in table.combine_chunks().to_batches():
             digest.update(batch.serialize())
-    write_file(note, digest.digest())
+    write_bytes(note, digest.digest(), advice=ADVICE)
     return digest.digest()

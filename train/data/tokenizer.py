@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from jaxformer.errors import UserError
+from jaxformer.files import write_bytes
 from jaxformer.run_directory import SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, TOKENIZER_FILE
 from jaxformer.tokenizer import Tokenizer
-from train.data.arrow import CACHE_VERSION, write_file
+from train.data.arrow import ADVICE, CACHE_VERSION, reading
 from train.data.corpus import text_digest
 from train.data.normalization import normalization_rules
 from train.data.sources import iterate
@@ -65,8 +66,7 @@ def learn_tokenizers(
     ]
     for file, tokenizer in zip(files, tokenizers, strict=True):
         path = Path(run) / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, tokenizer.model, advice="make room, or choose another --run")
+        write_bytes(path, tokenizer.model, advice="make room, or choose another --run")
     return tokenizers[0], tokenizers[-1]
 
 
@@ -80,9 +80,10 @@ def _learn_once(
         name.update(text_digest(dataset, cache))
     path = cache / f"tokenizer-{name.hexdigest()[:20]}.model"
     if path.exists():
-        return Tokenizer.load(path)
+        with reading(path):
+            return Tokenizer.load(path)
     tokenizer = _learn(corpora, columns, *settings)
-    write_file(path, tokenizer.model)
+    write_bytes(path, tokenizer.model, advice=ADVICE)
     return tokenizer
 
 

@@ -23,10 +23,11 @@ from jaxformer.errors import UserError
 from jaxformer.feed_forward import FeedForward
 from jaxformer.generation import GenerationConfig, generate
 from jaxformer.generator import Generator
-from jaxformer.linear import Linear, quantize
+from jaxformer.linear import Linear
 from jaxformer.losses import LossSums, cross_entropy, cross_entropy_sums
 from jaxformer.masks import SegmentMask, causal_mask, padding_mask, segment_mask
 from jaxformer.positions import PositionalEncoding, segment_positions, sinusoid
+from jaxformer.quantization import quantize
 from jaxformer.residual import Residual
 from jaxformer.results import Alignment, Explanation, Hypothesis, Score
 from jaxformer.sampling import Sampling

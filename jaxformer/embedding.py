@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxformer.linear import int8_product, kernel_first, kernel_first_is_faster, refuse_int8
+from jaxformer.linear import kernel_first, kernel_first_is_faster
+from jaxformer.quantization import int8_product, refuse_int8
 from jaxformer.sharding import constrain
 
 

@@ -20,10 +20,11 @@ from jaxformer.beam import (
 )
 from jaxformer.cache import DecoderCache
 from jaxformer.config import PAD_ID, TransformerConfig, check_fields
+from jaxformer.ensemble import Model, ensemble, mean_of_probabilities, speakable
 from jaxformer.errors import UserError
-from jaxformer.linear import map_matrices, refuse_int8, transpose_kernels
+from jaxformer.matrices import map_matrices, transpose_kernels
+from jaxformer.quantization import refuse_int8
 from jaxformer.sampling import Sampling
-from jaxformer.scoring import Model, ensemble, speakable
 from jaxformer.search import BeamResult, Method, Search, Sentences, StepFn, run, take
 from jaxformer.stack import unstack_layers
 from jaxformer.transformer import Transformer
@@ -347,16 +348,9 @@ def make_step_fn(models: tuple[Transformer, ...], params: tuple[Any, ...]) -> St
                     "coverage_penalty needs an attention that sows its weights: leave it out"
                 )
             coverage += sum(jnp.mean(weights, axis=1) for weights in attention) / len(attention)
-        return _mean_of_probabilities(logits), State(tuple(caches), coverage)
+        return mean_of_probabilities(logits), State(tuple(caches), coverage)
 
     return step
-
-
-def _mean_of_probabilities(logits: list[Array]) -> Array:
-    """Log of the members' mean probability, up to a constant; with one member its logits."""
-    if len(logits) == 1:
-        return logits[0]
-    return jax.nn.logsumexp(jnp.stack([jax.nn.log_softmax(member) for member in logits]), axis=0)
 
 
 def start_search(

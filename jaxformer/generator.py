@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from jaxformer.batching import bucket, groups, num_rows, pad
+from jaxformer.ensemble import Model, ensemble
 from jaxformer.errors import UserError
 from jaxformer.generation import (
     GenerationConfig,
@@ -28,7 +29,6 @@ from jaxformer.generation import (
     prepare,
     start_search,
 )
-from jaxformer.scoring import Model, ensemble
 from jaxformer.search import BeamResult, Method, Search
 from jaxformer.transformer import Transformer
 

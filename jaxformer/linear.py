@@ -1,17 +1,16 @@
 """Linear maps, in floating point or in 8-bit integers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from math import prod
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float
 
-from jaxformer.errors import UserError
+from jaxformer.quantization import int8_product, refuse_int8
 
 
 class Linear(nn.Module):
@@ -70,15 +69,6 @@ class Linear(nn.Module):
         xavier = nn.initializers.variance_scaling(self.gain**2, "fan_avg", "uniform")
         outputs = prod(self.features)
         return xavier(rng, (prod(shape) // outputs, outputs), dtype).reshape(shape)
-
-
-def refuse_int8(matrix: Any) -> None:
-    """Raise `UserError` where floats are wanted; int8 without a scale means nothing."""
-    if matrix.dtype == jnp.int8:
-        raise UserError(
-            "the parameters are int8 and the model is not: set config.quantized=True, or give "
-            "those that were trained"
-        )
 
 
 def affine(
@@ -152,124 +142,3 @@ bfloat16_affine.defvjp(_affine_forward, _affine_backward)
 
 def _add(y: Array, bias: Array | None) -> Array:
     return y if bias is None else y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-
-
-def int8_product(
-    x: Float[Array, "..."],
-    kernel: Int8[Array, "..."],
-    scale: Float[Array, "..."],
-    input_axes: int = 1,
-) -> Float[Array, "..."]:
-    """Return x W, multiplied in 8-bit integers and summed in 32 bits; W = kernel · scale.
-
-    Each row of x is rounded to -127 … 127 steps of its own largest absolute value / 127, so that a
-    row's result depends, to the last bit, on that row alone.
-
-    Args:
-      x: [..., *in], any floating dtype.
-      kernel, scale: [*in, *out] and [*out], as `quantize_matrix` makes them.
-      input_axes: how many axes *in has.
-
-    Returns:
-      [..., *out], float32.
-    """
-    axes = tuple(range(x.ndim - input_axes, x.ndim))
-    steps, unit = _round(x, axes)
-    product = jnp.tensordot(steps, kernel, input_axes, preferred_element_type=jnp.int32)
-    unit = unit.reshape(unit.shape[: x.ndim - input_axes] + (1,) * scale.ndim)
-    scale = scale.reshape((1,) * (x.ndim - input_axes) + scale.shape)
-    return product.astype(jnp.float32) * unit * scale
-
-
-def quantize_matrix(
-    kernel: Float[Array, "..."], input_axes: Sequence[int]
-) -> tuple[Int8[Array, "..."], Float[Array, "..."]]:
-    """Return an int8 kernel and its scale, which lacks the axes that products sum over."""
-    steps, unit = _round(kernel, input_axes)
-    return steps, jnp.squeeze(unit, input_axes)
-
-
-def _round(x: Array, axes: Sequence[int]) -> tuple[Array, Array]:
-    """The nearest multiples of the largest absolute value / 127 over `axes`, and that."""
-    unit = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axes, keepdims=True) / 127
-    return jnp.round(x / jnp.where(unit > 0, unit, 1.0)).astype(jnp.int8), unit
-
-
-def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters of a `Transformer` for the same with `config.quantized`.
-
-    Matrices become int8 with a float32 scale for each of their outputs; biases, LayerNorms, learned
-    positions and what a layer of one's own has besides stay.
-
-        config, params = config.replace(quantized=True), quantize(params)
-
-    Raises:
-      UserError: they are quantized already, or no such parameters.
-    """
-    found = False
-
-    def to_int8(node: dict[str, Any], name: str, axes: tuple[int, ...]) -> dict[str, Any]:
-        nonlocal found
-        found = True
-        if node[name].dtype == jnp.int8:
-            raise UserError("the parameters are int8 already: give those that were trained")
-        matrix, scale = quantize_matrix(jnp.asarray(node[name]), axes)
-        return {**node, name: matrix, "scale": scale}
-
-    small = map_matrices(params, to_int8)
-    if not found:
-        raise UserError("these are no parameters of a Transformer: give variables['params']")
-    return small
-
-
-def transpose_kernels(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters of a layer with a transposed copy beside each kernel."""
-
-    def transpose(node: dict[str, Any], name: str, axes: tuple[int, ...]) -> dict[str, Any]:
-        inputs = prod(node[name].shape[axis] for axis in axes)
-        return {**node, "transposed": node[name].reshape(inputs, -1).T}
-
-    return map_matrices(params, transpose)
-
-
-# The axes *in and *out of the kernels of a layer's parts.
-_ATTENTION = {"query": (1, 2), "key": (1, 2), "value": (1, 2), "output": (2, 1)}
-_KERNELS = {
-    "self_attention": _ATTENTION,
-    "cross_attention": _ATTENTION,
-    "feed_forward": {"hidden": (1, 1), "gate": (1, 1), "output": (1, 1)},
-}
-_EMBEDDINGS = ("embedding", "source_embedding", "output_embedding")
-
-
-def map_matrices(
-    params: Mapping[str, Any],
-    change: Callable[[dict[str, Any], str, tuple[int, ...]], dict[str, Any]],
-) -> dict[str, Any]:
-    """Change the matrices of a Transformer's, or of a layer's, own `Linear`s and `Embedding`s.
-
-    Parts that a layer of one's own has in their place are left as they are: nobody knows here what
-    they do with theirs.
-
-    Args:
-      params: of a `Transformer`, its layers together or apart, or of one layer.
-      change: (parameters of the module, name of the matrix, axes *in) -> its new parameters.
-    """
-
-    def walk(path: tuple[str, ...], node: Any, leading: int) -> Any:
-        if isinstance(node, tuple):  # layers apart
-            return tuple(walk((*path, "layer"), layer, 0) for layer in node)
-        if not isinstance(node, Mapping):
-            return node
-        if path[-1:] == ("layers",):
-            leading = 1
-        node = {child: walk((*path, child), value, leading) for child, value in node.items()}
-        part, name = ("", "", *path)[-2:]
-        if name in _EMBEDDINGS and jnp.ndim(node.get("embedding", 0)) == 2:
-            return change(node, "embedding", (1,))
-        inputs, outputs = _KERNELS.get(part, {}).get(name, (0, 0))
-        if inputs and jnp.ndim(node.get("kernel", 0)) == leading + inputs + outputs:
-            return change(node, "kernel", tuple(range(leading, leading + inputs)))
-        return node
-
-    return walk((), params, 0)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxformer.config import Precision, TransformerConfig, check_choice
 from jaxformer.errors import UserError
-from jaxformer.linear import quantize
+from jaxformer.quantization import quantize
 from jaxformer.run_directory import (
     check_same_arrays,
     describe_arrays,

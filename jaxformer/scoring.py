@@ -5,43 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxformer.config import BOS_ID, PAD_ID, TransformerConfig
+from jaxformer.ensemble import Model, as_transformer, ensemble, speakable
 from jaxformer.errors import UserError
-from jaxformer.positions import PositionalEncoding
 from jaxformer.transformer import Transformer
-
-#: A Transformer, perhaps with layers of one's own, or the configuration of one that has none.
-Model = Transformer | TransformerConfig
-
-
-def ensemble(
-    models: Model | tuple[Model, ...], params: Any
-) -> tuple[tuple[Transformer, ...], tuple[Any, ...]]:
-    """Models and parameters of the members: one model is an ensemble of one.
-
-    Raises:
-      UserError: something else was given in their place.
-    """
-    if not isinstance(models, tuple):
-        models, params = (models,), (params,)
-    if not isinstance(params, tuple | list) or len(params) != len(models):
-        raise UserError(f"there are {len(models)} models: give a tuple of as many parameters")
-    for member in params:
-        if "encoder" not in member:
-            raise UserError(
-                f"these are no parameters of a Transformer, but {', '.join(member) or 'nothing'}: "
-                "give variables['params']"
-            )
-    return tuple(map(_transformer, models)), tuple(params)
-
-
-def _transformer(model: Model) -> Transformer:
-    if not isinstance(model, Model):
-        raise UserError(f"a model is a Transformer or its TransformerConfig, not {model!r}")
-    return model if isinstance(model, Transformer) else Transformer(model)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -78,11 +47,6 @@ def token_log_probs(
     return jnp.where(labels != PAD_ID, mean, 0.0)
 
 
-def speakable(logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
-    """Logits without pad and bos: the model can score them as it can any id, but not say them."""
-    return logits.at[..., jnp.array([PAD_ID, BOS_ID])].set(-jnp.inf)
-
-
 class AttentionMaps(NamedTuple):
     """The weights of all three attentions, every layer and head; queries before keys."""
 
@@ -110,7 +74,7 @@ def attention_maps(
     Raises:
       UserError: an attention of one's own keeps no weights.
     """
-    _, sown = _transformer(model).apply(
+    _, sown = as_transformer(model).apply(
         {"params": params},
         source_ids,
         shift_right(labels),
@@ -152,20 +116,11 @@ def attention_alignment(
     Raises:
       UserError: there is no such layer.
     """
-    config = _transformer(model).config
+    config = as_transformer(model).config
     layer = alignment_layer(config) if layer is None else layer
     if not 0 <= layer < config.decoder_layers:
         raise UserError(f"layer is {layer}: give 0 to {config.decoder_layers - 1}, of the decoder")
     return jnp.mean(attention_maps(model, params, source_ids, labels).cross[layer], axis=1)
-
-
-def positional_encoding(
-    config: TransformerConfig, params: Any, length: int
-) -> Float[np.ndarray, "P D"]:
-    """What is added to the source's embeddings at positions 0 … length - 1."""
-    model = PositionalEncoding(config.positions, config.max_length)
-    variables = {"params": params.get("source_positions", {})}
-    return np.asarray(model.apply(variables, jnp.zeros((1, length, config.d_model))))[0]
 
 
 def shift_right(labels: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -18,12 +18,12 @@ from jaxformer.generation import GenerationConfig, fewest_positions, max_target_
 from jaxformer.generator import Generator
 from jaxformer.loading import Checkpoints, Member, Runs, load_members
 from jaxformer.long_lines import Part, join, parts_of
+from jaxformer.positions import positional_encoding
 from jaxformer.results import Alignment, Explanation, Hypothesis, Score
 from jaxformer.scoring import (
     alignment_layer,
     attention_alignment,
     attention_maps,
-    positional_encoding,
     token_log_probs,
 )
 from jaxformer.search import BeamResult

@@ -17,14 +17,16 @@ ROOT = Path(__file__).parent.parent
 
 # The modules of jaxformer, leaves first: each imports from the lines above its own, and no other.
 LAYERS = [
-    "cache compilation constraints errors fingerprint results schedules sharding",
-    "config dropout files linear search terminal",
+    "cache compilation constraints errors fingerprint matrices results schedules sharding",
+    "config dropout files quantization search terminal",
+    "linear",
     "batching beam embedding feed_forward losses masks positions residual sampling tokenizer",
     "decoding flash run_directory",
     "attention",
     "stack",
     "decoder encoder",
     "transformer",
+    "ensemble",
     "scoring",
     "generation",
     "arguments generator loading long_lines",

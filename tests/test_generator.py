@@ -13,7 +13,7 @@ from jaxformer.config import EOS_ID
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, generate
 from jaxformer.generator import Generator
-from jaxformer.linear import quantize
+from jaxformer.quantization import quantize
 from random_run import SEPARATE as CONFIG
 from random_run import params_of
 from train.benchmark.compiles import count_compiles

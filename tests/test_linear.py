@@ -11,15 +11,9 @@ import pytest
 from jaxformer.config import TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.generation import generate
-from jaxformer.linear import (
-    Linear,
-    affine,
-    int8_product,
-    kernel_first,
-    quantize,
-    quantize_matrix,
-    transpose_kernels,
-)
+from jaxformer.linear import Linear, affine, kernel_first
+from jaxformer.matrices import transpose_kernels
+from jaxformer.quantization import int8_product, quantize, quantize_matrix
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from random_run import CONFIG, random_params

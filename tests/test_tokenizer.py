@@ -244,9 +244,7 @@ def test_a_cached_tokenizer_that_is_damaged(tmp_path):
 def test_tokenizers_of_another_model(tmp_path):
     learn_tokenizers([PAIRS], tmp_path, vocab_size=90, joint=True)
     load_tokenizers(tmp_path, TransformerConfig(vocab_size=90))
-    with pytest.raises(
-        UserError, match="the target tokenizer has 90 pieces and the model 91: copy"
-    ):
+    with pytest.raises(UserError, match="target tokenizer has 90 pieces and the model 91: copy"):
         load_tokenizers(
             tmp_path,
             TransformerConfig(vocab_size=91, source_vocab_size=90, embeddings="separate"),

@@ -194,7 +194,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """How the devices share the work; it changes nothing in what is computed but dropout's noise."""
+    """How the devices share the work; of what is computed only dropout's noise depends on it."""
 
     strategy: Literal["pmap", "mesh"] = "pmap"
     """pmap: every device has the whole model; mesh: data x fsdp x tensor, for models too large"""

@@ -1,0 +1,54 @@
+"""Several models as one: their probabilities are averaged."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxformer.config import BOS_ID, PAD_ID, TransformerConfig
+from jaxformer.errors import UserError
+from jaxformer.transformer import Transformer
+
+#: A Transformer, perhaps with layers of one's own, or the configuration of one that has none.
+Model = Transformer | TransformerConfig
+
+
+def ensemble(
+    models: Model | tuple[Model, ...], params: Any
+) -> tuple[tuple[Transformer, ...], tuple[Any, ...]]:
+    """Models and parameters of the members: one model is an ensemble of one.
+
+    Raises:
+      UserError: something else was given in their place.
+    """
+    if not isinstance(models, tuple):
+        models, params = (models,), (params,)
+    if not isinstance(params, tuple | list) or len(params) != len(models):
+        raise UserError(f"there are {len(models)} models: give a tuple of as many parameters")
+    for member in params:
+        if "encoder" not in member:
+            raise UserError(
+                f"these are no parameters of a Transformer, but {', '.join(member) or 'nothing'}: "
+                "give variables['params']"
+            )
+    return tuple(map(as_transformer, models)), tuple(params)
+
+
+def as_transformer(model: Model) -> Transformer:
+    """The model, also of its configuration alone; raises `UserError` for anything else."""
+    if not isinstance(model, Model):
+        raise UserError(f"a model is a Transformer or its TransformerConfig, not {model!r}")
+    return model if isinstance(model, Transformer) else Transformer(model)
+
+
+def speakable(logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    """Logits without pad and bos: the model can score them as it can any id, but not say them."""
+    return logits.at[..., jnp.array([PAD_ID, BOS_ID])].set(-jnp.inf)
+
+
+def mean_of_probabilities(logits: list[Array]) -> Array:
+    """Log of the members' mean probability, up to a constant; with one member its logits."""
+    if len(logits) == 1:
+        return logits[0]
+    return jax.nn.logsumexp(jnp.stack([jax.nn.log_softmax(member) for member in logits]), axis=0)

@@ -1,0 +1,87 @@
+"""Products in 8-bit integers, and a model's matrices for them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8
+
+from jaxformer.errors import UserError
+from jaxformer.matrices import map_matrices
+
+
+def int8_product(
+    x: Float[Array, "..."],
+    kernel: Int8[Array, "..."],
+    scale: Float[Array, "..."],
+    input_axes: int = 1,
+) -> Float[Array, "..."]:
+    """Return x W, multiplied in 8-bit integers and summed in 32 bits; W = kernel · scale.
+
+    Each row of x is rounded to -127 … 127 steps of its own largest absolute value / 127, so that a
+    row's result depends, to the last bit, on that row alone.
+
+    Args:
+      x: [..., *in], any floating dtype.
+      kernel, scale: [*in, *out] and [*out], as `quantize_matrix` makes them.
+      input_axes: how many axes *in has.
+
+    Returns:
+      [..., *out], float32.
+    """
+    axes = tuple(range(x.ndim - input_axes, x.ndim))
+    steps, unit = _round(x, axes)
+    product = jnp.tensordot(steps, kernel, input_axes, preferred_element_type=jnp.int32)
+    unit = unit.reshape(unit.shape[: x.ndim - input_axes] + (1,) * scale.ndim)
+    scale = scale.reshape((1,) * (x.ndim - input_axes) + scale.shape)
+    return product.astype(jnp.float32) * unit * scale
+
+
+def quantize_matrix(
+    kernel: Float[Array, "..."], input_axes: Sequence[int]
+) -> tuple[Int8[Array, "..."], Float[Array, "..."]]:
+    """Return an int8 kernel and its scale, which lacks the axes that products sum over."""
+    steps, unit = _round(kernel, input_axes)
+    return steps, jnp.squeeze(unit, input_axes)
+
+
+def _round(x: Array, axes: Sequence[int]) -> tuple[Array, Array]:
+    """The nearest multiples of the largest absolute value / 127 over `axes`, and that."""
+    unit = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axes, keepdims=True) / 127
+    return jnp.round(x / jnp.where(unit > 0, unit, 1.0)).astype(jnp.int8), unit
+
+
+def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a `Transformer` for the same with `config.quantized`.
+
+    Matrices become int8 with a float32 scale for each of their outputs; biases, LayerNorms, learned
+    positions and what a layer of one's own has besides stay.
+
+        config, params = config.replace(quantized=True), quantize(params)
+
+    Raises:
+      UserError: they are quantized already, or no such parameters.
+    """
+    found = False
+
+    def to_int8(node: dict[str, Any], name: str, axes: tuple[int, ...]) -> dict[str, Any]:
+        nonlocal found
+        found = True
+        if node[name].dtype == jnp.int8:
+            raise UserError("the parameters are int8 already: give those that were trained")
+        matrix, scale = quantize_matrix(jnp.asarray(node[name]), axes)
+        return {**node, name: matrix, "scale": scale}
+
+    small = map_matrices(params, to_int8)
+    if not found:
+        raise UserError("these are no parameters of a Transformer: give variables['params']")
+    return small
+
+
+def refuse_int8(matrix: Any) -> None:
+    """Raise `UserError` where floats are wanted; int8 without a scale means nothing."""
+    if matrix.dtype == jnp.int8:
+        raise UserError(
+            "the parameters are int8 and the model is not: set config.quantized=True, or give "
+            "those that were trained"
+        )

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import importlib.util
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,17 @@ def config_names() -> list[str]:
     return sorted(path.stem for path in CONFIGS.glob("[a-z]*.py"))
 
 
-def load_config(name: str) -> TrainConfig:
+def load_config(name: str, *, also: Iterable[str] = ()) -> TrainConfig:
     """Return the variable `config` of train/configs/NAME.py or of another .py file.
 
     Raises:
-      UserError: there is none; the message offers the nearest name.
+      UserError: there is none; the message offers the nearest name, of these or `also` of others.
     """
     path = Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
     if not path.is_file():
-        near = difflib.get_close_matches(name, config_names(), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(config_names())}"
+        names = [*config_names(), *also]
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(names)}"
         raise UserError(
             f"no configuration {name!r}: {hint} (or give a .py file), before any --field VALUE"
         )

@@ -9,12 +9,17 @@ import flax
 import jax
 
 
+def cores() -> int:
+    """Of this process, which may have been given fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe_machine(devices: Sequence[jax.Device]) -> dict[str, Any]:
     """Devices, versions and flags, for a record."""
     return {
         "device": devices[0].device_kind,
         "devices": len(devices),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "python": platform.python_version(),
         "jax": jax.__version__,
         "jaxlib": jax.lib.__version__,

@@ -1,5 +1,6 @@
 """What was measured or planned, as aligned columns and as JSON lines."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -30,10 +31,18 @@ def keep_records(path: str | None, records: Iterable[dict[str, Any]]) -> Iterato
     if path is None:
         yield from records
         return
-    try:
-        with open(path, "a", encoding="utf-8", buffering=1) as file:
-            for record in records:
+    with _writing(path):
+        file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+    with file:
+        for record in records:
+            with _writing(path):
                 file.write(json.dumps(record) + "\n")
-                yield record
+            yield record
+
+
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error

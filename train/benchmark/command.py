@@ -126,16 +126,18 @@ def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
 
     if options.plot is not None:
         swept = options.batch, options.length, options.vocab_size, options.devices
-        if max(len(values or ()) for values in swept) < 2:
+        if max(len(set(values or ())) for values in swept) < 2:
             raise UserError(NOTHING_TO_DRAW)
         check_picture(options.plot)
     import jax
 
-    from train.benchmark.steps import benchmark_steps
+    from train.benchmark.steps import benchmark_steps, check_steps
 
     # What was compiled before would make compiling look free.
     jax.config.update("jax_enable_compilation_cache", False)
     benchmarks = [_step_benchmark(options, name, overrides) for name in options.config]
+    for benchmark in benchmarks:  # what is impossible is said before anything is measured
+        check_steps(benchmark)
     records: list[dict[str, Any]] = []
     try:
         measured = itertools.chain.from_iterable(map(benchmark_steps, benchmarks))
@@ -152,7 +154,9 @@ def _step_benchmark(
 ) -> "StepBenchmark":
     from train.benchmark.steps import StepBenchmark
 
-    config = TrainConfig(model=PRESETS[name]) if name in PRESETS else load_config(name)
+    config = (
+        TrainConfig(model=PRESETS[name]) if name in PRESETS else load_config(name, also=PRESETS)
+    )
     config = override(config, overrides, f"python -m train benchmark {options.kind}")
     batches = None
     if options.corpus:

@@ -1,12 +1,12 @@
 """The same translations by CTranslate2."""
 
-import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 
 from jaxformer.interop.ctranslate2 import to_ctranslate2
 from jaxformer.run_directory import load_tokenizers
 from train.benchmark.turns import Translate
+from train.machine import cores
 
 
 def ctranslate2_candidates(
@@ -52,11 +52,11 @@ def ctranslate2_candidates(
         )
         return [target.decode(map(ids.__getitem__, result.hypotheses[0])) for result in results]
 
-    cores = os.cpu_count() or 1
-    workers = min(cores, max(batches))
+    threads = cores()
+    workers = min(threads, max(batches))
 
     def candidates() -> Iterator[Translate]:
-        for inter_threads, intra_threads in ((1, cores), (workers, 1)):
+        for inter_threads, intra_threads in ((1, threads), (workers, 1)):
             engine = ctranslate2.Translator(
                 folder,
                 "auto",

@@ -115,6 +115,8 @@ def benchmark_decode(settings: DecodeBenchmark) -> Iterator[dict[str, Any]]:
         if settings.run in PRESETS:
             run, fixed = f"{scratch}/run", settings.length
             config = PRESETS[settings.run].replace(vocab_size=settings.vocab_size)
+            # Or a longer line would be translated in parts, each of so many tokens.
+            config = config.replace(max_length=max(config.max_length, settings.length))
             _write_random_run(Path(run), config)
             lines = _random_lines(config, settings.sentences or 128, settings.length)
         else:

@@ -1,6 +1,5 @@
 """The same training in Marian, by its `pymarian` package."""
 
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from jaxformer.errors import UserError
 from train.benchmark.turns import Turn
 from train.data.batches import Batches
 from train.data.corpus import Sentences
+from train.machine import cores
 
 # "… Cost 9.25 * 4,031 @ 4,031 after 12,093 : Time 0.91s : 4421.04 words/s …": labels and seconds.
 _UPDATE = re.compile(r"Cost \S+ \* ([\d,]+) .*?Time ([\d.]+)s")
@@ -47,7 +47,7 @@ def marian_turn(config: TransformerConfig, batches: Batches, scratch: str) -> Ca
     (folder / "vocabulary.yml").write_text("".join(lines))
     _write_words(corpus.source, folder / "source")
     _write_words(corpus.target, folder / "target")
-    threads = os.cpu_count() or 1
+    threads = cores()
     command: list[Any] = [sys.executable, "-m", "pymarian", "train", "--type", "transformer"]
     command += ["--train-sets", f"{folder}/source", f"{folder}/target"]
     command += ["--vocabs", *[f"{folder}/vocabulary.yml"] * 2, "--model", f"{folder}/model.npz"]

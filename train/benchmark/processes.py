@@ -27,8 +27,11 @@ def in_a_process(build: Callable[..., Callable], *arguments: Any) -> Iterator[Ca
     process.start()
     far_end.close()
 
-    def receive() -> Any:
+    def answer(*sent: Any) -> Any:
+        """Of what is sent, or of the beginning."""
         try:
+            for values in sent:
+                connection.send(values)
             result, error = connection.recv()
         except (EOFError, OSError) as problem:
             raise UserError(f"{build.__name__} has failed, see above") from problem
@@ -36,13 +39,12 @@ def in_a_process(build: Callable[..., Callable], *arguments: Any) -> Iterator[Ca
             raise UserError(error)
         return result
 
-    def call(*values: Any) -> Any:
-        connection.send(values)
-        return receive()
-
     try:
-        receive()
-        yield call
+        answer()
+        yield lambda *values: answer(values)
+    except BaseException:  # as Ctrl-C: it need not end what it does
+        process.terminate()
+        raise
     finally:
         connection.close()
         process.join()

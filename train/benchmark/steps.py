@@ -82,6 +82,23 @@ def benchmark_steps(settings: StepBenchmark) -> Iterator[dict[str, Any]]:
     Raises:
       UserError: a case or a peer is impossible here.
     """
+    cases = check_steps(settings)
+    device = jax.local_devices()[0]
+    best: dict[str, float] = {}
+
+    def at_best(dtype: str) -> tuple[float, float]:
+        """FLOP/s and bytes/s of a device, the best so far: others may have been at work before."""
+        for name, value in ((dtype, matmul_peak(dtype, device)), ("", memory_bandwidth(device))):
+            best[name] = max(value, best.get(name, 0.0))
+        return best[dtype], best[""]
+
+    for case in cases:
+        at_best(case.model.dtype)
+        yield from _measure(settings, case, at_best)
+
+
+def check_steps(settings: StepBenchmark) -> list[Case]:
+    """Return what `benchmark_steps` would measure; raises `UserError` like it."""
     for name in ("steps", "rounds"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name} is {getattr(settings, name)}: give at least 1")
@@ -91,18 +108,9 @@ def benchmark_steps(settings: StepBenchmark) -> Iterator[dict[str, Any]]:
         if peer == "marian" and (settings.batches is None or settings.kind != "train"):
             raise UserError("Marian is only measured in training, on a corpus: train --corpus")
         _check_peer(peer, settings)
-    cases = list(_cases(settings))  # what is impossible is said before anything is measured
     if settings.profile is not None:
         check_writable(Path(settings.profile) / "trace")
-    device = jax.local_devices()[0]
-    bandwidth = memory_bandwidth(device)
-    peaks: dict[str, float] = {}
-    for case in cases:
-        dtype = case.model.dtype
-        if dtype not in peaks:
-            peaks[dtype] = matmul_peak(dtype, device)
-        devices = separate_devices(jax.local_devices()[: case.devices])
-        yield from _measure(settings, case, peaks[dtype] * devices, bandwidth * devices)
+    return list(_cases(settings))
 
 
 def _check_peer(peer: str, settings: StepBenchmark) -> None:
@@ -115,6 +123,10 @@ def _check_peer(peer: str, settings: StepBenchmark) -> None:
     }
     if settings.kind == "train" and peer not in ("torch", "torch-compile"):
         wanted |= {"attention_dropout": (0.0,), "activation_dropout": (0.0,)}
+    if peer in ("torch", "torch-compile", "flax-plain"):
+        wanted |= {"output_bias": (False,)}
+    if peer == "flax-plain":
+        wanted |= {"attention_bias": (False,)}
     for name, values in wanted.items():
         if getattr(model, name) not in values:
             raise UserError(
@@ -144,6 +156,12 @@ def _cases(settings: StepBenchmark) -> Iterator[Case]:
         for name, value, least in (("batch", batch, 1), ("length", target, 1)):
             if value < least:
                 raise UserError(f"--{name} is {value}: give at least {least}")
+        limit = model.num_positions
+        if limit is not None and max(source, target) > limit:
+            raise UserError(
+                f"rows have {max(source, target)} positions and the model learns {limit}: give at "
+                "most these, or --model.max-length"
+            )
         if vocab_size <= UNK_ID + 1:
             raise UserError(
                 f"vocab_size is {vocab_size}: give at least 5, four of them are special"
@@ -161,7 +179,7 @@ def _cases(settings: StepBenchmark) -> Iterator[Case]:
 
 
 def _measure(
-    settings: StepBenchmark, case: Case, peak: float, bandwidth: float
+    settings: StepBenchmark, case: Case, at_best: Callable[[str], tuple[float, float]]
 ) -> Iterator[dict[str, Any]]:
     engines: dict[str, Callable[[int], Turn]] = {}
     with contextlib.ExitStack() as processes:
@@ -179,6 +197,8 @@ def _measure(
         for _ in range(settings.rounds):
             for name, turn in engines.items():
                 turns[name].append(turn(settings.steps))
+    devices = separate_devices(jax.local_devices()[: case.devices])
+    peak, bandwidth = (devices * value for value in at_best(case.model.dtype))
     if settings.profile is not None:
         with jax.profiler.trace(settings.profile):
             ours.turn(settings.steps)
@@ -212,6 +232,8 @@ def _measure(
             "ratio_min": min(ratios),
             "ratio_max": max(ratios),
             "model_flops": flops,
+            "model": case.model.to_dict(),
+            "corpus": settings.batches is not None,
             "machine": describe_machine(ours.devices),
             "peak_memory_bytes": max((turn.peak_memory or 0) for turn in measured) or None,
         }

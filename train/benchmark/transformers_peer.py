@@ -46,15 +46,18 @@ def transformers_candidates(
     model: Any = MarianMTModel.from_pretrained(folder, dtype=getattr(torch, kind))
     model = model.eval().to(device)
     model.generation_config.max_length = None  # of the model; here a batch has its own
+    if fixed is not None:  # or the last of so many tokens would be eos
+        model.generation_config.forced_eos_token_id = None
 
     def translate(batch: int, lines: Sequence[str]) -> list[str]:
-        sizes = [len(ids) for ids in tokenizer(list(lines))["input_ids"]]
+        encoded = tokenizer(list(lines))["input_ids"]
+        sizes = list(map(len, encoded))
         order = sorted(range(len(lines)), key=lambda index: -sizes[index])
         translations = [""] * len(lines)
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
-            inputs = tokenizer(
-                [lines[index] for index in chosen], return_tensors="pt", padding=True
+            inputs = tokenizer.pad(
+                {"input_ids": [encoded[index] for index in chosen]}, return_tensors="pt"
             )
             found = model.generate(
                 **inputs.to(device),

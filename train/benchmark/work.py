@@ -13,6 +13,9 @@ from train.data.corpus import EncodedCorpus
 
 Kind = Literal["train", "forward"]
 
+#: More say no more of a corpus, and they are all in memory.
+_PADDED_BATCHES = 200
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -54,40 +57,37 @@ def full_rows(case: Case) -> dict[str, np.ndarray]:
     }
 
 
-def padded_batches(
-    batches: Batches, *, multiple: int, number: int = 200
-) -> list[dict[str, np.ndarray]]:
+def padded_batches(batches: Batches, *, multiple: int) -> list[dict[str, np.ndarray]]:
     """The corpus as other toolkits batch it: sentences of like length, padded, as many positions.
 
-    Each side is as wide as its longest sentence. With a `multiple` of more than 1 the shapes are
-    few: both sides are as wide as the longer one, rounded up, and empty rows complete a batch.
+    With a `multiple` of 1, sentences are sorted by their target's and then by their source's
+    length, and each side is as wide as its longest sentence. With more the shapes are few: both
+    sides are as wide as the longer one, rounded up, and empty rows complete a batch.
     """
     corpus = batches.corpus
     positions = batches.rows_per_batch * batches.packing.target_length
-    lengths = np.maximum(corpus.source.lengths, corpus.target.lengths)
-    kept = np.flatnonzero(lengths <= batches.packing.target_length)
-    kept = kept[np.argsort(lengths[kept], kind="stable")]
-    widths = -(-lengths[kept] // multiple) * multiple
+    sources, targets = corpus.source.lengths, corpus.target.lengths
+    longer = np.maximum(sources, targets)
+    kept = np.flatnonzero(longer <= batches.packing.target_length)
+    order = (sources, targets) if multiple == 1 else (longer,)
+    kept = kept[np.lexsort([lengths[kept] for lengths in order])]
+    widths = -(-longer[kept] // multiple) * multiple
     padded, start = [], 0
     while start < len(kept):
-        stop = start + 1
-        while (
-            stop < len(kept)
-            and (stop + 1 - start) * widths[stop] <= positions
-            and (multiple == 1 or widths[stop] == widths[start])
-        ):
-            stop += 1
-        pairs, width = kept[start:stop], int(widths[stop - 1])
+        stop, width = start + 1, int(widths[start])
+        while stop < len(kept) and (multiple == 1 or widths[stop] == width):
+            wider = max(width, int(widths[stop]))
+            if (stop + 1 - start) * wider > positions:
+                break
+            stop, width = stop + 1, wider
+        pairs = kept[start:stop]
         rows, source, target = positions // width, width, width
         if multiple == 1:
-            rows = len(pairs)
-            source, target = (
-                int(side.lengths[pairs].max()) for side in (corpus.source, corpus.target)
-            )
+            rows, source, target = len(pairs), int(sources[pairs].max()), int(targets[pairs].max())
         padded.append(_pad(corpus, pairs, rows, source, target))
         start = stop
-    order = np.random.default_rng(0).permutation(len(padded))[:number]
-    return [padded[index] for index in order]
+    shuffled = np.random.default_rng(0).permutation(len(padded))[:_PADDED_BATCHES]
+    return [padded[index] for index in shuffled]
 
 
 def _pad(

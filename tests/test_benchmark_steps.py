@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from functools import partial
 
 import jax
@@ -17,13 +22,16 @@ from small_run import small_config, write_corpus
 from train.benchmark import marian_peer, peaks
 from train.benchmark.flax_plain import PlainTransformer
 from train.benchmark.peaks import matmul_peak, memory_bandwidth
+from train.benchmark.processes import in_a_process
 from train.benchmark.report import plot
 from train.benchmark.steps import StepBenchmark, benchmark_steps
 from train.benchmark.turns import Turn, summary
+from train.benchmark.work import padded_batches
 from train.cli import main
 from train.config import ParallelConfig, TrainConfig
 from train.costs.flops import forward_flops, train_flops
 from train.prepare import prepare
+from train.records import keep_records
 
 #: Compiled often, so as small as can be.
 MODEL = CONFIG.replace(decoder_layers=1, dropout=0.0)
@@ -132,6 +140,58 @@ def test_on_a_corpus_only_real_tokens_count(batches):
     assert plain["host_wait"] is None
 
 
+@pytest.mark.parametrize(("multiple", "most"), [(1, 0.1), (8, 0.6)])
+def test_peers_get_every_pair_once_with_little_padding(batches, multiple, most):
+    padded = padded_batches(batches, multiple=multiple)
+    corpus, limit = batches.corpus, batches.packing.target_length
+    lengths = np.stack([corpus.source.lengths, corpus.target.lengths], axis=1)
+    expected = sorted(map(tuple, lengths[lengths.max(axis=1) <= limit].tolist()))
+    found, positions = [], 0
+    for batch in padded:
+        rows, width = batch["labels"].shape
+        assert rows * max(width, batch["source_ids"].shape[1]) <= batches.rows_per_batch * limit
+        assert width % multiple == 0
+        positions += rows * width
+        counts = [np.count_nonzero(batch[name], axis=1) for name in ("source_ids", "labels")]
+        found += [tuple(pair) for pair in np.stack(counts, axis=1).tolist() if pair[1]]
+    assert sorted(found) == expected
+    assert 1 - sum(target for _, target in found) / positions < most
+
+
+def test_an_engine_that_dies_between_turns_is_told():
+    with in_a_process(partial, abs) as absolute:
+        assert absolute(-3) == 3
+        (process,) = multiprocessing.active_children()
+        process.kill()
+        process.join()
+        with pytest.raises(UserError, match="partial has failed, see above"):
+            absolute(-3)
+
+
+def test_ctrl_c_does_not_wait_for_the_turn_of_an_engine():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    began = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt), in_a_process(partial, time.sleep) as sleep:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            sleep(300)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - began < 200
+
+
+def test_what_fails_in_a_benchmark_is_not_taken_for_its_file(tmp_path):
+    def records():
+        yield {"a": 1}
+        raise ConnectionError("of a peer")
+
+    with pytest.raises(ConnectionError):
+        list(keep_records(str(tmp_path / "kept"), records()))
+    assert (tmp_path / "kept").read_text() == '{"a": 1}\n'
+    with pytest.raises(UserError, match=r"cannot write .*: Is a directory"):
+        list(keep_records(str(tmp_path), records()))
+
+
 @pytest.mark.parametrize(
     ("peer", "kind", "dtype"),
     [
@@ -182,6 +242,12 @@ def test_wrong_settings(changes, message):
         measured(**changes)
 
 
+def test_learned_positions_end():
+    model = MODEL.replace(positions="learned", max_length=7)
+    with pytest.raises(UserError, match="rows have 8 positions and the model learns 7"):
+        measured(config=dataclasses.replace(CONFIGURATION, model=model))
+
+
 def test_peers_refuse_what_they_cannot_do():
     pytest.importorskip("torch")
     configuration = dataclasses.replace(CONFIGURATION, model=MODEL.replace(activation="swiglu"))
@@ -189,7 +255,13 @@ def test_peers_refuse_what_they_cannot_do():
         settings = StepBenchmark("train", configuration, devices=(1,), peers=(peer,), batch=(2,))
         with pytest.raises(UserError, match=message):
             list(benchmark_steps(settings))
-    for changes in ({"positions": "learned"}, {"head_dim": 3}, {"attention_dropout": 0.1}):
+    for changes in (
+        {"positions": "learned"},
+        {"head_dim": 3},
+        {"attention_dropout": 0.1},
+        {"output_bias": True},
+        {"attention_bias": True},
+    ):
         other = dataclasses.replace(CONFIGURATION, model=MODEL.replace(**changes))
         settings = StepBenchmark("train", other, devices=(1,), peers=("flax-plain",), batch=(2,))
         (name,) = changes
@@ -256,6 +328,13 @@ def test_command_line(tmp_path, capsys):
     assert list(trace.rglob("*.xplane.pb"))
     assert main(["benchmark", "train", "nothing"]) == 1
     assert "no configuration 'nothing'" in capsys.readouterr().err
+    # Before the first is measured:
+    assert main(["benchmark", "train", "tiny,tinny"]) == 1
+    assert "no configuration 'tinny': did you mean tiny?" in capsys.readouterr().err
+    assert main(["benchmark", "train", "tiny,base", "--length", "8", "--batch", "3"]) == 1
+    assert "3 rows cannot be split over 8 devices" in capsys.readouterr().err
+    assert main(["benchmark", "train", "tiny", "--batch", "8,8", "--plot", "x.png"]) == 1
+    assert "nothing to draw" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["benchmark", "train", "tiny", "--batch", "1,two"])
     assert "invalid list of int value: '1,two'" in capsys.readouterr().err

@@ -274,7 +274,7 @@ class _GatedLayer(DecoderLayer):
 
 def test_a_transformer_with_layers_of_ones_own_is_searched_like_any_other():
     model = Transformer(CONFIG, decoder_layer=_GatedLayer)
-    params = model.init(jax.random.key(0), SOURCE, SOURCE)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), SOURCE, SOURCE)["params"]
     result = generate(model, params, SOURCE, OPTIONS)
     source, labels = flat_pairs(result)
     log_probs = token_log_probs(model, params, source, labels)
@@ -283,7 +283,9 @@ def test_a_transformer_with_layers_of_ones_own_is_searched_like_any_other():
     log_probs = token_log_probs((model, CONFIG), (params, params_of()), *flat_pairs(both))
     np.testing.assert_allclose(jnp.sum(log_probs, axis=1), both.log_probs.ravel(), rtol=1e-5)
     sentences = [[token for token in row if token != PAD_ID] for row in SOURCE.tolist()]
-    for row, found in enumerate(Generator(model, params).sentences(sentences, OPTIONS)):
+    for row, found in enumerate(
+        Generator(model, params, jax.devices()[:1]).sentences(sentences, OPTIONS)
+    ):
         np.testing.assert_array_equal(found.sequences[:, :T], result.sequences[row])
         np.testing.assert_allclose(found.log_probs, result.log_probs[row], rtol=1e-5)
     weights = attention_maps(model, params, source, labels).cross
@@ -338,12 +340,12 @@ class _UnseenLayer(DecoderLayer):
 @pytest.mark.parametrize("layer", [_ExpertsLayer, _UnseenLayer])
 def test_parts_of_ones_own_may_have_other_parameters_and_no_weights_to_show(layer):
     model = Transformer(CONFIG, decoder_layer=layer)
-    params = model.init(jax.random.key(0), SOURCE, SOURCE)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), SOURCE, SOURCE)["params"]
     result = generate(model, params, SOURCE[:1], OPTIONS)
     log_probs = token_log_probs(model, params, *flat_pairs(result, SOURCE[:1]))
     np.testing.assert_allclose(jnp.sum(log_probs, axis=1), result.log_probs.ravel(), rtol=1e-5)
     sentence = [token for token in SOURCE[0].tolist() if token != PAD_ID]
-    (found,) = Generator(model, params).sentences([sentence], OPTIONS)
+    (found,) = Generator(model, params, jax.devices()[:1]).sentences([sentence], OPTIONS)
     np.testing.assert_array_equal(found.sequences[:, :T], result.sequences[0])
     if layer is _UnseenLayer:
         with pytest.raises(UserError, match="coverage_penalty needs an attention that sows its"):
@@ -354,7 +356,7 @@ def test_parts_of_ones_own_may_have_other_parameters_and_no_weights_to_show(laye
 
 def test_parts_of_ones_own_keep_the_dtype_of_their_parameters():
     model = Transformer(CONFIG.replace(dtype="bfloat16"), decoder_layer=_GatedLayer)
-    params = model.init(jax.random.key(0), SOURCE, SOURCE)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), SOURCE, SOURCE)["params"]
     (prepared,) = prepare((model,), (params,), for_cpu=True)
     layer = prepared["decoder"]["layers"][0]
     assert layer["self_attention"]["query"]["kernel"].dtype == jnp.bfloat16

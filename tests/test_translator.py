@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import jaxformer.translator as module
+from jaxformer import loading
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig
 from jaxformer.long_lines import cut
@@ -590,4 +591,4 @@ def test_the_same_pieces_in_another_order_are_another_tokenizer(translator):
         VocabularyTokenizer(tokenizer.model, [*pieces[:4], *rest])
         for rest in (pieces[4:], pieces[:3:-1])
     )
-    assert module._differ(one, other) and not module._differ(one, one)
+    assert loading._differ(one, other) and not loading._differ(one, one)

@@ -124,8 +124,8 @@ class MultiHeadAttention(nn.Module):
 
         Args:
           query_input: where queries come from, and the width of the output.
-          key_value_input: where keys and values come from: the same array for self-attention, the
-            encoder output for encoder-decoder attention.
+          key_value_input: where keys and values come from, of width Dkv: the same array for
+            self-attention, the encoder output for encoder-decoder attention.
           mask: True = may attend, or segment ids.
           deterministic: no dropout; otherwise a "dropout" rng is needed if the rate is not 0.
         """

@@ -146,7 +146,7 @@ class GenerationConfig:
         return cls(**options)
 
 
-class State(NamedTuple):
+class DecodingState(NamedTuple):
     """What decoding remembers, of each member of the ensemble."""
 
     caches: tuple[DecoderCache, ...]
@@ -316,22 +316,22 @@ class CoverageBonus:
 
     penalty: float | Float[Array, ""]
 
-    def __call__(self, state: State) -> Float[Array, "B K"]:
+    def __call__(self, state: DecodingState) -> Float[Array, "B K"]:
         """-inf is no score: attention never vanishes, but its float may."""
         attended = jnp.clip(state.coverage, 1e-9, 1.0)
         real = state.caches[0].cross_mask[:, 0]
         return self.penalty * jnp.sum(jnp.where(real, jnp.log(attended), 0.0), axis=-1)
 
 
-def _reorder(state: State, beams: Array) -> State:
+def _reorder(state: DecodingState, beams: Array) -> DecodingState:
     coverage = None if state.coverage is None else take(state.coverage, beams)
-    return State(tuple(cache.reorder(beams) for cache in state.caches), coverage)
+    return DecodingState(tuple(cache.reorder(beams) for cache in state.caches), coverage)
 
 
 def make_step_fn(models: tuple[Transformer, ...], params: tuple[Any, ...]) -> StepFn:
     """One token of all members; the mean of their probabilities counts."""
 
-    def step(tokens: Array, state: State) -> tuple[Array, State]:
+    def step(tokens: Array, state: DecodingState) -> tuple[Array, DecodingState]:
         logits, caches, attention = [], [], []
         for model, variables, cache in zip(models, params, state.caches, strict=True):
             (output, cache), sown = model.apply(
@@ -348,7 +348,7 @@ def make_step_fn(models: tuple[Transformer, ...], params: tuple[Any, ...]) -> St
                     "coverage_penalty needs an attention that sows its weights: leave it out"
                 )
             coverage += sum(jnp.mean(weights, axis=1) for weights in attention) / len(attention)
-        return mean_of_probabilities(logits), State(tuple(caches), coverage)
+        return mean_of_probabilities(logits), DecodingState(tuple(caches), coverage)
 
     return step
 
@@ -390,7 +390,7 @@ def start_search(
     shape = source_ids.shape[0], num_beams, source_ids.shape[1]
     covers = isinstance(method, BeamSearch) and method.bonus is not None
     coverage = jnp.zeros(shape, jnp.float32) if covers else None
-    return method.start(sentences, room, State(tuple(caches), coverage))
+    return method.start(sentences, room, DecodingState(tuple(caches), coverage))
 
 
 def prefill(

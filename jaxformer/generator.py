@@ -153,11 +153,11 @@ class Generator:
             )
             counts = np.sum(order.reshape(len(self._devices), -1) >= 0, axis=1, dtype=np.int32)
             most = max_target_length(self._configs, options, shape.length)
-            method = make_method(options, most)
-            how = method, Limits.of(options, shape.length, most)
+            method, limits = make_method(options, most), Limits.of(options, shape.length, most)
+            arguments = self._params, method, limits, given, counts
             with jax.default_matmul_precision(precision):
                 (found, steps, out_of_room), turns = jax.device_get(
-                    _search(self._models, shape, self._mesh, self._params, how, given, counts)
+                    _search(self._models, shape, self._mesh, *arguments)
                 )
             taken = prefill_takes_first_step(self._models, method)  # before they have a row
             more, needed = [], 0
@@ -269,7 +269,8 @@ def _search(
     shape: _Shape,
     mesh: Mesh,
     params: tuple[Any, ...],
-    how: tuple[Method, Limits],
+    method: Method,
+    limits: Limits,
     sources: _Sources,
     counts: Int[Array, "D"],
 ) -> tuple[tuple[BeamResult, Int[Array, "DP"], Bool[Array, "DP"]], Int[Array, "D"]]:
@@ -281,23 +282,24 @@ def _search(
     search = jax.shard_map(
         partial(_search_on_device, models, shape),
         mesh=mesh,
-        in_specs=(everywhere, everywhere, data, data),
+        in_specs=(everywhere, everywhere, everywhere, data, data),
         out_specs=data,
         check_vma=False,
     )
-    return search(params, how, sources, counts)
+    return search(params, method, limits, sources, counts)
 
 
 def _search_on_device(
     models: tuple[Transformer, ...],
     shape: _Shape,
     params: tuple[Any, ...],
-    how: tuple[Method, Limits],
+    method: Method,
+    limits: Limits,
     sources: _Sources,
     count: Int[Array, "1"],
 ) -> tuple[tuple[BeamResult, Int[Array, "P"], Bool[Array, "P"]], Int[Array, "1"]]:
     rows, room = shape.rows, shape.room
-    (method, limits), step_fn = how, make_step_fn(models, params)
+    step_fn = make_step_fn(models, params)
     (count,), num_sentences, block = count, len(sources[0]), shape.encoded
 
     def encode(first: Any) -> Search:

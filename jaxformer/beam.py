@@ -68,7 +68,7 @@ class TabledPenalty:
 def gather_beams(state: State, beams: Int[Array, "B K"]) -> State:
     """The default `reorder`: beam k of each leaf [B, K, …] becomes what beam beams[b, k] was.
 
-    Leaves [] and [B] have no beams and stay. Any other shape raises ValueError rather than be
+    Leaves [] and [B] have no beams and stay. Any other shape raises UserError rather than be
     taken for shared or, where an axis happens to be K long, be mixed up.
     """
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.cache import DecoderCache, LayerCache
 from jaxformer.config import TransformerConfig
+from jaxformer.errors import UserError
 from jaxformer.masks import Mask
 from jaxformer.residual import layer_norm
 from jaxformer.stack import Layer, each_layer, output_gain, run_stack
@@ -130,15 +131,13 @@ class Decoder(nn.Module):
         Sows, if asked, "cross_attention": the weights [B, N, K, S] of each layer.
 
         Raises:
-          ValueError: the layers are of one's own, and would not decode as they train.
+          UserError: the layers are of one's own, and would not decode as they train.
         """
         own = self.layer_type
         if own.__call__ is not DecoderLayer.__call__ and (
             own.decode_step is DecoderLayer.decode_step
         ):
-            raise ValueError(
-                f"{own.__name__} has a __call__ of its own: give it a decode_step, too"
-            )
+            raise UserError(f"{own.__name__} has a __call__ of its own: give it a decode_step, too")
         cache, slots = cache.begin_position()
         self_mask, layers = cache.past[:, None], []
         for (layer, params), past in zip(each_layer(self), cache.layers, strict=True):

@@ -53,7 +53,7 @@ def beam_search(
       **options: `BeamSearch`'s other attributes.
 
     Raises:
-      ValueError: for sizes below their minimum, or shapes that do not fit them.
+      UserError: for sizes below their minimum, or shapes that do not fit them.
     """
     method = BeamSearch(beam_size, **options)
     sentences = _sentences(batch_size, max_length, length_limits, min_lengths, prefix)
@@ -97,7 +97,7 @@ def sample(
       and whose scores equal them. Samples cut off at the limit have no eos.
 
     Raises:
-      ValueError: for arguments out of their ranges, or shapes that do not fit the sizes.
+      UserError: for arguments out of their ranges, or shapes that do not fit the sizes.
     """
     method = Sampling(**options)
     sentences = _sentences(batch_size, max_length, length_limits, min_lengths, prefix)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxformer.errors import UserError
 from jaxformer.linear import kernel_first, kernel_first_is_faster
 from jaxformer.quantization import int8_product, refuse_int8
 from jaxformer.sharding import constrain
@@ -45,10 +46,10 @@ class Embedding(nn.Module):
         """Look up ids; one below 0 or past the table gives NaN instead of another's vector.
 
         Raises:
-          ValueError: they are no integers.
+          UserError: they are no integers.
         """
         if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise ValueError(f"ids are {ids.dtype}: give integers")
+            raise UserError(f"ids are {ids.dtype}: give integers")
         ids = jnp.where(ids < 0, self.vocab_size, ids.astype(jnp.int32))
         ids = constrain(ids, "vocab_batch", None)
         vectors = jnp.take(self.embedding, ids, axis=0, mode="fill").astype(self.dtype)

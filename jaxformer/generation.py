@@ -193,8 +193,7 @@ def generate(
       keys: [B] keys of the noise of each sentence, needed if `options.sampling`.
 
     Raises:
-      UserError: the arrays are not of these shapes.
-      ValueError: `options.sampling` without keys.
+      UserError: the arrays are not of these shapes, or `options.sampling` without keys.
 
     Returns:
       N hypotheses a sentence. Neither pad nor bos is ever generated. A sentence's result does not

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
+from jaxformer.errors import UserError
 from jaxformer.search import (
     BeamResult,
     Search,
@@ -133,7 +134,7 @@ class Sampling:
             better = jnp.cumsum(probs, axis=-1) - probs  # what the tokens before this one hold
             logits = jnp.where(better < self.top_p, logits, -jnp.inf)
         if search.sentences.keys is None:
-            raise ValueError("sentences have no keys: give one for each to draw from it")
+            raise UserError("sentences have no keys: give one for each to draw from it")
         keys = jax.vmap(jax.random.fold_in)(search.sentences.keys, search.steps)
         keys = jax.vmap(fold_in_rows, in_axes=(0, None))(keys, jnp.arange(self.num_samples))
         choice = jax.vmap(jax.vmap(jax.random.categorical))(keys, logits)

@@ -5,6 +5,8 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxformer.errors import UserError
+
 
 def warmup_inverse_sqrt(
     *, warmup_steps: int, d_model: int | None = None, peak: float | None = None
@@ -22,19 +24,19 @@ def warmup_inverse_sqrt(
       peak: the highest rate itself, given instead of `d_model` (fairseq's `--lr`).
 
     Raises:
-      ValueError: not exactly one of `d_model` and `peak` is given, or warmup_steps < 1.
+      UserError: not exactly one of `d_model` and `peak` is given, or warmup_steps < 1.
 
     >>> f"{warmup_inverse_sqrt(d_model=512, warmup_steps=4000)(4000):.3e}"
     '6.988e-04'
     """
     if warmup_steps < 1:
-        raise ValueError(f"warmup_steps is {warmup_steps}: give at least 1")
+        raise UserError(f"warmup_steps is {warmup_steps}: give at least 1")
     if d_model is not None and peak is None:
         highest = (d_model * warmup_steps) ** -0.5
     elif peak is not None and d_model is None:
         highest = peak
     else:
-        raise ValueError("give either d_model (the paper's formula) or peak (the highest rate)")
+        raise UserError("give either d_model (the paper's formula) or peak (the highest rate)")
 
     def schedule(count: ArrayLike) -> Array:
         step = jnp.maximum(jnp.asarray(count, jnp.float32), 1.0)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.constraints import delay_eos, forbid_repeated_ngrams, force_prefix
+from jaxformer.errors import UserError
 
 State = Any
 StepFn = Callable[[Int[Array, "B K"], State], tuple[Float[Array, "B K V"], State]]
@@ -203,11 +204,11 @@ def only_possible(result: BeamResult, pad_id: int) -> BeamResult:
 
 
 def require(condition: bool, name: str, value: object, fix: str) -> None:
-    """Raise ValueError, naming argument, value and fix, unless `condition` holds."""
+    """Raise UserError, naming argument, value and fix, unless `condition` holds."""
     if not condition:
-        raise ValueError(f"{name} is {value}: {fix}")
+        raise UserError(f"{name} is {value}: {fix}")
 
 
 def require_ngram_size(size: int) -> None:
-    """Raise ValueError if `size` is no `no_repeat_ngram_size`."""
+    """Raise UserError if `size` is no `no_repeat_ngram_size`."""
     require(size >= 0, "no_repeat_ngram_size", size, "use 1 or more, or 0 for no limit")

@@ -158,16 +158,16 @@ class Transformer(nn.Module):
         `labels` is the target itself: the token after each position of `target_ids`, 0 = padding.
 
         Raises:
-          ValueError: the model is quantized, and so not to be trained; or a subclass has `logits`
+          UserError: the model is quantized, and so not to be trained; or a subclass has `logits`
             of its own, which are never made here.
         """
         if type(self).logits is not Transformer.logits:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} has logits of its own and the loss makes none: give it a "
                 "loss of its own too"
             )
         if self.config.quantized:
-            raise ValueError("a quantized model has no loss: train it with quantized=False")
+            raise UserError("a quantized model has no loss: train it with quantized=False")
         hidden = self.hidden(
             source_ids,
             target_ids,
@@ -222,8 +222,8 @@ class Transformer(nn.Module):
         """Decoder output at all positions at once; `source_ids` says where `encoded` is padding.
 
         Raises:
-          UserError: `target_ids` are no rows of ids, empty, or not as many as `source_ids`.
-          ValueError: only one side has segment ids.
+          UserError: `target_ids` are no rows of ids, empty, or not as many as `source_ids`; or only
+            one side has segment ids.
         """
         _check_rows("target_ids", target_ids)
         if len(target_ids) != len(source_ids):
@@ -232,7 +232,7 @@ class Transformer(nn.Module):
                 "target_ids: give as many"
             )
         if (source_segment_ids is None) != (target_segment_ids is None):
-            raise ValueError("packed rows need segment ids on both sides: give both or neither")
+            raise UserError("packed rows need segment ids on both sides: give both or neither")
         queries, keys = target_segment_ids, source_segment_ids
         if queries is None or keys is None:
             queries, keys = jnp.ones_like(target_ids), _not_padding(source_ids)

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 
 # The modules of jaxformer, leaves first: each imports from the lines above its own, and no other.
 LAYERS = [
-    "cache compilation constraints errors fingerprint matrices results schedules sharding",
-    "config dropout files quantization search terminal",
+    "cache compilation constraints errors fingerprint matrices results sharding",
+    "config dropout files quantization schedules search terminal",
     "linear",
     "batching beam embedding feed_forward losses masks positions residual sampling tokenizer",
     "decoding flash run_directory",

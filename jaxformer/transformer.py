@@ -226,10 +226,9 @@ class Transformer(nn.Module):
             one side has segment ids.
         """
         _check_rows("target_ids", target_ids)
-        if len(target_ids) != len(source_ids):
+        if (ours := target_ids.shape[0]) != (theirs := source_ids.shape[0]):
             raise UserError(
-                f"there are {len(source_ids)} rows of source_ids and {len(target_ids)} of "
-                "target_ids: give as many"
+                f"there are {theirs} rows of source_ids and {ours} of target_ids: give as many"
             )
         if (source_segment_ids is None) != (target_segment_ids is None):
             raise UserError("packed rows need segment ids on both sides: give both or neither")

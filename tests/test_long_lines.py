@@ -17,10 +17,15 @@ def pieces():
     return tokenizer(61)
 
 
-def test_a_language_code_goes_before_every_part(pieces):
+@pytest.fixture(scope="module")
+def coded(pieces):
+    """With a language code among its pieces."""
     words = ["<pad>", "<s>", "</s>", "<unk>", ">>deu<<"]
     words += sorted({piece for piece in pieces.pieces(pieces.encode(TEXT))})
-    coded = VocabularyTokenizer(pieces.model, words)
+    return VocabularyTokenizer(pieces.model, words)
+
+
+def test_a_language_code_goes_before_every_part(coded):
     plain, ids = coded.encode(TEXT), coded.encode(f">>deu<< {TEXT}")
     assert ids == [4, *plain]
     parts = list(cut(ids, 9, coded))
@@ -28,10 +33,7 @@ def test_a_language_code_goes_before_every_part(pieces):
     assert [id for part in parts for id in part[1:]] == plain
 
 
-def test_a_language_code_that_would_leave_no_room_goes_before_none(pieces):
-    words = ["<pad>", "<s>", "</s>", "<unk>", ">>deu<<"]
-    words += sorted({piece for piece in pieces.pieces(pieces.encode(TEXT))})
-    coded = VocabularyTokenizer(pieces.model, words)
+def test_a_language_code_that_would_leave_no_room_goes_before_none(coded):
     ids = coded.encode(">>deu<< red dogs")
     parts = itertools.islice(cut(ids, 1, coded), 99)
     assert list(parts) == [[id] for id in ids]

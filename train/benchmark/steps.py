@@ -88,9 +88,10 @@ def benchmark_steps(settings: StepBenchmark) -> Iterator[dict[str, Any]]:
 
     def at_best(dtype: str) -> tuple[float, float]:
         """FLOP/s and bytes/s of a device, the best so far: others may have been at work before."""
-        for name, value in ((dtype, matmul_peak(dtype, device)), ("", memory_bandwidth(device))):
+        measured = {dtype: matmul_peak(dtype, device), "bandwidth": memory_bandwidth(device)}
+        for name, value in measured.items():
             best[name] = max(value, best.get(name, 0.0))
-        return best[dtype], best[""]
+        return best[dtype], best["bandwidth"]
 
     for case in cases:
         at_best(case.model.dtype)

@@ -162,7 +162,7 @@ class MultiHeadAttention(nn.Module):
         else:
             heads = dot_product_attention(query, key, value, mask, flash=self.flash)
         return Linear(
-            (query_input.shape[-1],),
+            query_input.shape[-1],
             input_axes=2,
             use_bias=self.use_bias,
             gain=self.output_gain,

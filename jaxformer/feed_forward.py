@@ -58,7 +58,7 @@ class FeedForward(nn.Module):
 
         def linear(features: int, name: str, gain: float = 1.0) -> Linear:
             return Linear(
-                (features,), gain=gain, dtype=self.dtype, quantized=self.quantized, name=name
+                features, gain=gain, dtype=self.dtype, quantized=self.quantized, name=name
             )
 
         function, gated = activation_function(self.activation)

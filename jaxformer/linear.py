@@ -22,7 +22,7 @@ class Linear(nn.Module):
     there may be a copy, "transposed" [out, in], for the products that `kernel_first` is for.
 
     Attributes:
-      features: *out, such as (N, H) to project to heads.
+      features: *out, such as (N, H) to project to heads; an integer is one axis.
       input_axes: how many axes *in has: 2 to join heads.
       use_bias: whether to add b.
       gain: of the kernel's initialisation, over Xavier's.
@@ -30,7 +30,7 @@ class Linear(nn.Module):
       quantized: whether the product is one of int8, see `int8_product`.
     """
 
-    features: Sequence[int]
+    features: int | Sequence[int]
     input_axes: int = 1
     use_bias: bool = True
     gain: float = 1.0
@@ -40,7 +40,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Map [..., *in] to [..., *out]."""
-        outputs = tuple(self.features)
+        outputs = (self.features,) if isinstance(self.features, int) else tuple(self.features)
         shape = x.shape[x.ndim - self.input_axes :] + outputs
         if self.quantized:
             kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.int8)
@@ -67,8 +67,8 @@ class Linear(nn.Module):
     @nn.nowrap
     def _initial(self, rng: Array, shape: Sequence[int], dtype: DTypeLike) -> Array:
         xavier = nn.initializers.variance_scaling(self.gain**2, "fan_avg", "uniform")
-        outputs = prod(self.features)
-        return xavier(rng, (prod(shape) // outputs, outputs), dtype).reshape(shape)
+        inputs = prod(shape[: self.input_axes])
+        return xavier(rng, (inputs, prod(shape) // inputs), dtype).reshape(shape)
 
 
 def affine(

@@ -25,7 +25,8 @@ TARGET = jnp.array([[1, 6, 5], [1, 30, 12]])
 
 
 @pytest.mark.parametrize(
-    ("shape", "features", "input_axes"), [((2, 3, 8), (4, 6), 1), ((2, 3, 4, 6), (8,), 2)]
+    ("shape", "features", "input_axes"),
+    [((2, 3, 8), (4, 6), 1), ((2, 3, 4, 6), (8,), 2), ((8,), 5, 1)],
 )
 def test_is_what_linen_calls_dense_general(shape, features, input_axes):
     ours = Linear(features, input_axes=input_axes)

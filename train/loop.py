@@ -26,7 +26,7 @@ from train.preemption import Preempted, Preemption
 from train.prefetch import prefetch
 from train.prepare import RunData, prepare
 from train.progress import Progress
-from train.scores import bleu_metric
+from train.scores import bleu_metric, lower_is_better
 from train.state import create_state, make_optimizer, make_schedule
 from train.step import Batch, make_train_step
 
@@ -65,7 +65,7 @@ def _train(config: TrainConfig, run: Path) -> None:
         keep_last=config.checkpoint.keep_last,
         keep_best=config.checkpoint.keep_best,
         metric=metric,
-        mode="min" if metric == "loss" else "max",
+        mode="min" if lower_is_better(metric) else "max",
     ) as checkpoints:
         model = Transformer(config.model)
         schedule = make_schedule(config.optimizer, config.model.d_model, config.steps)
@@ -241,4 +241,6 @@ def _out_of_patience(history: list[float], metric: str, patience: int) -> bool:
     if patience == 0 or len(history) <= patience:
         return False
     before, last = history[:-patience], history[-patience:]
-    return min(last) >= min(before) if metric == "loss" else max(last) <= max(before)
+    if lower_is_better(metric):
+        return min(last) >= min(before)
+    return max(last) <= max(before)

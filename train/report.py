@@ -21,6 +21,7 @@ from train.curves import Chart, Line, png, svg
 from train.history import PARTS, History
 from train.progress import duration
 from train.samples import Sample, best_and_worst
+from train.scores import lower_is_better
 
 
 def add_report(commands: Any) -> None:
@@ -148,8 +149,7 @@ def _best_validation(history: History) -> list[dict[str, Any]]:
     """The record of the best evaluation by the metric that the run itself goes by."""
     metric = history.settings.get("evaluate.metric", "bleu")
     records = [record for record in history.records("validation") if metric in record]
-    sign = -1 if metric == "loss" else 1
-    return sorted(records, key=lambda record: sign * record[metric])[-1:]
+    return sorted(records, key=lambda record: record[metric], reverse=lower_is_better(metric))[-1:]
 
 
 def _number(record: dict[str, Any], name: str) -> str:

@@ -68,6 +68,11 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> CorpusScore:
     return _score(CHRF(), hypotheses, references)
 
 
+def lower_is_better(metric: str) -> bool:
+    """Of what a validation split is judged by: "bleu", "chrf" or "loss"."""
+    return metric == "loss"
+
+
 def _score(metric: Any, hypotheses: Sequence[str], references: Sequence[str]) -> CorpusScore:
     if len(hypotheses) != len(references) or not references:
         raise UserError(

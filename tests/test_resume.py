@@ -156,9 +156,9 @@ def start(folder, run, *changes, processes=1, devices=8):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"
-    }
+    each = f"--xla_force_host_platform_device_count={devices // processes}"
+    # Of two such flags the last counts.
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {each}"}
     started = []
     for index in range(processes):
         hosts = [

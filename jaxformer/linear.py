@@ -17,9 +17,9 @@ class Linear(nn.Module):
     """x W + b over the last axes of x.
 
     Parameters: kernel [*in, *out], Xavier-uniform as one matrix, and bias [*out], zeros, if
-    `use_bias`. With `quantized` the kernel is int8 and has a scale [*out]; they start as zeros and
-    ones, to be filled with what `quantize` makes of a trained model. Beside a kernel of floats
-    there may be a copy, "transposed" [out, in], for the products that `kernel_first` is for.
+    `use_bias`. With `quantized` it has an int8_kernel instead and a scale [*out]; they start as
+    zeros and ones, to be filled with what `quantize` makes of a trained model. Beside a kernel of
+    floats there may be a copy, "transposed" [out, in], for the products that `kernel_first` is for.
 
     Attributes:
       features: *out, such as (N, H) to project to heads; an integer is one axis.
@@ -43,12 +43,12 @@ class Linear(nn.Module):
         outputs = (self.features,) if isinstance(self.features, int) else tuple(self.features)
         shape = x.shape[x.ndim - self.input_axes :] + outputs
         if self.quantized:
-            kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.int8)
+            kernel = self.param("int8_kernel", nn.initializers.zeros, shape, jnp.int8)
             scale = self.param("scale", nn.initializers.ones, outputs, jnp.float32)
         else:
-            kernel = self.param("kernel", self._initial, shape, jnp.float32)
-            refuse_int8(kernel)
-            kernel = kernel.astype(self.dtype)
+            if self.has_variable("params", "int8_kernel"):
+                refuse_int8(self.get_variable("params", "int8_kernel"))
+            kernel = self.param("kernel", self._initial, shape, jnp.float32).astype(self.dtype)
         bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, outputs, jnp.float32)

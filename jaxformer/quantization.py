@@ -55,7 +55,8 @@ def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters of a `Transformer` for the same with `config.quantized`.
 
     Matrices become int8 with a float32 scale for each of their outputs; biases, LayerNorms, learned
-    positions and what a layer of one's own has besides stay.
+    positions and what a layer of one's own has besides stay. Kernels are renamed, so that another
+    module than `Linear` in its place finds none, instead of multiplying without the scale.
 
         config, params = config.replace(quantized=True), quantize(params)
 
@@ -70,7 +71,8 @@ def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
         if node[name].dtype == jnp.int8:
             raise UserError("the parameters are int8 already: give those that were trained")
         matrix, scale = quantize_matrix(jnp.asarray(node[name]), axes)
-        return {**node, name: matrix, "scale": scale}
+        rest = {child: value for child, value in node.items() if child != name}
+        return {**rest, "int8_kernel" if name == "kernel" else name: matrix, "scale": scale}
 
     small = map_matrices(params, to_int8)
     if not found:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxformer.config import TransformerConfig
+from jaxformer.encoder import EncoderLayer
 from jaxformer.errors import UserError
 from jaxformer.generation import generate
 from jaxformer.linear import Linear, affine, kernel_first
@@ -195,7 +197,7 @@ def test_a_quantized_transformer_computes_nearly_the_same(changes):
 def test_every_matrix_is_quantized_and_nothing_else():
     leaves = jax.tree_util.tree_leaves_with_path(quantize(random_params(CONFIG)))
     for path, leaf in leaves:
-        matrix = path[-1].key in ("kernel", "embedding")
+        matrix = path[-1].key in ("int8_kernel", "embedding")
         assert leaf.dtype == (jnp.int8 if matrix else jnp.float32), path
 
 
@@ -214,8 +216,33 @@ def test_matrices_of_parts_of_ones_own_stay():
     own = {"gate": {"kernel": jnp.ones((2, 3, 4, 5))}, "Dense_0": {"kernel": jnp.ones((2, 3, 4))}}
     stacked = {"layers": {"feed_forward": own | {"hidden": {"kernel": jnp.ones((2, 3, 4))}}}}
     small = quantize({"decoder": stacked})["decoder"]["layers"]["feed_forward"]
-    assert small["hidden"]["kernel"].dtype == jnp.int8
+    assert small["hidden"]["int8_kernel"].dtype == jnp.int8
     assert small["gate"]["kernel"].dtype == small["Dense_0"]["kernel"].dtype == jnp.float32
+
+
+class _Dense(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, deterministic=True):
+        return nn.Dense(x.shape[-1], name="output")(nn.relu(nn.Dense(20, name="hidden")(x)))
+
+
+class _DenseLayer(EncoderLayer):
+    def make_feed_forward(self, output_gain):
+        return _Dense()
+
+
+def test_matrices_of_parts_of_ones_own_are_not_taken_for_what_they_are_not():
+    """Though they have the same names: steps from -127 to 127 without their scale."""
+    params = Transformer(CONFIG, _DenseLayer).init(jax.random.key(0), SOURCE, TARGET)["params"]
+    quantized = Transformer(dataclasses.replace(CONFIG, quantized=True), _DenseLayer)
+    with pytest.raises(flax.errors.ScopeParamNotFoundError, match='parameter named "kernel"'):
+        quantized.apply({"params": quantize(params)}, SOURCE, TARGET)
+
+
+def test_a_layer_of_floats_refuses_int8():
+    params = {"int8_kernel": jnp.ones((2, 3), jnp.int8), "scale": jnp.ones(3)}
+    with pytest.raises(UserError, match="the parameters are int8 and the model is not"):
+        Linear(3, use_bias=False).apply({"params": params}, jnp.ones(2))
 
 
 @pytest.mark.slow

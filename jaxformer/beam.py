@@ -73,7 +73,7 @@ def gather_beams(state: State, beams: Int[Array, "B K"]) -> State:
     """
 
     def gather(leaf: Array) -> Array:
-        fits = leaf.ndim < 2 or leaf.shape[:2] == beams.shape
+        fits = leaf.shape in ((), beams.shape[:1]) or leaf.shape[:2] == beams.shape
         require(
             fits, "the shape of a state leaf", leaf.shape, "make it [B, K, …], or pass reorder="
         )

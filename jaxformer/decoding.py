@@ -47,7 +47,8 @@ def beam_search(
       max_length: T, the most tokens of a hypothesis, eos among them; static.
       length_limits: the same for each sentence, cut to 0 … T. A sentence of limit 0 costs no step
         and has one hypothesis, the empty one, unfinished, of score 0. None means T for all.
-      min_lengths: the fewest tokens of each sentence's hypotheses, eos among them.
+      min_lengths: the fewest tokens of each sentence's hypotheses, eos among them; one above its
+        limit lets none end.
       prefix: the tokens each sentence's hypotheses begin with, followed by `pad_id`. They count
         in log-probabilities and lengths.
       **options: `BeamSearch`'s other attributes.
@@ -119,8 +120,8 @@ def _sentences(
     named = {"length_limits": length_limits, "min_lengths": min_lengths, "prefix": prefix}
     for name, array in named.items():
         if array is not None:
-            shape = (batch_size, *array.shape[1:2]) if name == "prefix" else (batch_size,)
-            fits = array.shape == shape and array.size > 0
+            ndim = 2 if name == "prefix" else 1
+            fits = array.ndim == ndim and array.shape[0] == batch_size and array.size > 0
             require(
                 fits,
                 f"the shape of {name}",

@@ -50,7 +50,8 @@ class Embedding(nn.Module):
         """
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise UserError(f"ids are {ids.dtype}: give integers")
-        ids = jnp.where(ids < 0, self.vocab_size, ids.astype(jnp.int32))
+        ids = ids.astype(jnp.int32)  # in which -1 of an unsigned type is below 0 again
+        ids = jnp.where(ids < 0, self.vocab_size, ids)
         ids = constrain(ids, "vocab_batch", None)
         vectors = jnp.take(self.embedding, ids, axis=0, mode="fill").astype(self.dtype)
         if self.quantized:

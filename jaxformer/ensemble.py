@@ -1,5 +1,6 @@
 """Several models as one: their probabilities are averaged."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,12 +28,21 @@ def ensemble(
     if not isinstance(params, tuple | list) or len(params) != len(models):
         raise UserError(f"there are {len(models)} models: give a tuple of as many parameters")
     for member in params:
-        if "encoder" not in member:
+        if not isinstance(member, Mapping) or "encoder" not in member:
+            given = ", ".join(member) if isinstance(member, Mapping) else repr(member)
             raise UserError(
-                f"these are no parameters of a Transformer, but {', '.join(member) or 'nothing'}: "
+                f"these are no parameters of a Transformer, but {given or 'nothing'}: "
                 "give variables['params']"
             )
-    return tuple(map(as_transformer, models)), tuple(params)
+    members = tuple(map(as_transformer, models))
+    for name in ("vocab_size", "encoder_vocab_size"):
+        sizes = {getattr(member.config, name) for member in members}
+        if len(sizes) > 1:
+            raise UserError(
+                f"the models have {name} {', '.join(map(str, sorted(sizes)))}: give some that have "
+                "one vocabulary in common"
+            )
+    return members, tuple(params)
 
 
 def as_transformer(model: Model) -> Transformer:

@@ -33,6 +33,8 @@ PenaltyForm = Literal["gnmt", "power"]
 
 # Of anything that arrays grow with: more is a slip, and XLA would not end in an exception.
 _MOST = 100_000
+# A power of the length: with more the longest are beyond float32, and their scores all 0.
+_MOST_PENALTY = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +98,9 @@ class GenerationConfig:
             value = getattr(self, name)
             if value is not None and not value >= minimum:
                 raise UserError(f"{name} is {value}: give at least {minimum}")
-            if value is not None and name != "top_k" and value > _MOST:
-                raise UserError(f"{name} is {value}: give at most {_MOST:,}")
+            most = _MOST_PENALTY if name == "length_penalty" else _MOST
+            if value is not None and name != "top_k" and value > most:
+                raise UserError(f"{name} is {value}: give at most {most:,}")
             if value == math.inf:
                 raise UserError(f"{name} is {value}: give a number")
         if not self.sampling and self.n_best is not None and self.n_best > self.beam_size:
@@ -204,16 +207,23 @@ def generate(
         raise UserError(f"options are {options!r}: give a GenerationConfig")
     if source_ids.ndim != 2:
         raise UserError(f"source_ids are of shape {source_ids.shape}: give one row a sentence")
-    for name, each in (("prefix", prefix), ("keys", keys)):
-        if each is not None and each.shape[:1] != source_ids.shape[:1]:
-            raise UserError(
-                f"{name} is of shape {each.shape} for {len(source_ids)} sentences: give as many"
-            )
+    sentences = source_ids.shape[0]
+    if prefix is not None and (prefix.ndim != 2 or prefix.shape[0] != sentences):
+        raise UserError(f"prefix is of shape {prefix.shape}: make it [{sentences}, P]")
+    if keys is not None and keys.shape != (sentences, *_key_shape(keys)):
+        raise UserError(f"keys are of shape {keys.shape}: give one for each of {sentences} rows")
     configs = [model.config for model in models]
     most = max_target_length(configs, options, source_ids.shape[1])
     method = make_method(options, most)
     limits = Limits.of(options, source_ids.shape[1], most)
     return _generate(models, most, params, method, limits, source_ids, prefix, keys)
+
+
+def _key_shape(keys: Array | np.ndarray) -> tuple[int, ...]:
+    """The shape of one of them: old-style keys are arrays of words."""
+    if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        return ()
+    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
 
 
 @partial(jax.jit, static_argnums=(0, 1))

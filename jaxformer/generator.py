@@ -123,9 +123,15 @@ class Generator:
           For each sentence numpy arrays [N, T], or [N]. T depends on its length.
 
         Raises:
-          UserError: prefixes or keys are not as many as sentences, or the keys are of another kind
-            than JAX makes by default.
+          UserError: prefixes or keys are not as many as sentences, the keys are of another kind
+            than JAX makes by default, or a sentence is longer than the learned positions.
         """
+        lengths, limit = list(map(len, sources)), fewest_positions(self._configs)
+        if limit is not None and max(lengths, default=0) > limit:
+            raise UserError(
+                f"a source has {max(lengths)} tokens and the model {limit} learned positions: "
+                "cut it"
+            )
         results: list[Any] = [None] * len(sources)
         prefix_length = bucket(max(map(len, prefixes or [[]]), default=0))
         if keys is not None and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
@@ -191,7 +197,6 @@ class Generator:
 
         try:
             begun, again = [], []
-            lengths, limit = list(map(len, sources)), fewest_positions(self._configs)
             kind = jax.tree.structure(make_method(options, most=1))
             few = max(16, self._in_usual_room[kind] // 4)
             all_room = few_shapes or self._begun_again[kind] > few

@@ -24,7 +24,12 @@ def sinusoid(
       d_model: D, even.
       interleaved: sines at even and cosines at odd indices as in the paper; otherwise all sines,
         then all cosines, at the same frequencies (Marian's layout).
+
+    Raises:
+      UserError: D is odd.
     """
+    if d_model % 2:
+        raise UserError(f"sinusoidal positions are of width {d_model}: make it even")
     # In float64 on the host: float32 powers cost three digits of the angle at position 1000.
     inverse_wavelengths = 10_000.0 ** (-np.arange(0, d_model, 2, dtype=np.float64) / d_model)
     angles = jnp.multiply.outer(
@@ -66,7 +71,8 @@ class PositionalEncoding(nn.Module):
         """Add the encoding of `positions`, by default 0 … T-1; past `max_length` learned ones NaN.
 
         Raises:
-          UserError: T is more than `max_length` learned positions, or `kind` is unknown.
+          UserError: T is more than `max_length` learned positions, D is odd and they are not
+            learned, or `kind` is unknown.
         """
         check_choice("kind", self.kind, Positions)
         d_model = x.shape[-1]

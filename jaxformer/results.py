@@ -12,7 +12,7 @@ class Hypothesis(NamedTuple):
     """One translation of a line."""
 
     text: str
-    score: float  # what hypotheses are ranked by: log_prob over the length penalty, if any
+    score: float  # what they are ranked by: log_prob over the length penalty, less that of coverage
     log_prob: float  # of its tokens, and of eos if it is finished, natural logarithm
     tokens: list[str]  # pieces of the vocabulary, without eos
     ids: list[int]  # the same as numbers
@@ -66,7 +66,8 @@ class Explanation:
       cross_attention: from decoder input to source: row t is where the model looked, layer by
         layer and head by head, to write target piece t.
       alignment: which source piece each target piece is from.
-      positional_encoding: the vector that is added at each position, of the longer side.
+      positional_encoding: the vector that is added at each position of the source, or at as many
+        as the target has if it is longer.
     """
 
     source: str

@@ -157,7 +157,7 @@ def test_values_of_numpy_and_jax_become_those_of_json():
         ),
         (DataConfig, {"batch_tokens": 99}, "data.batch_tokens is 99: give at least a row of data."),
         (EvaluateConfig, {"validation_beam_size": 0}, "evaluate.validation_beam_size is 0: give"),
-        (EvaluateConfig, {"length_penalty": 2e5}, "evaluate.length_penalty is 200000.0: give"),
+        (EvaluateConfig, {"length_penalty": 11.0}, "evaluate.length_penalty is 11.0: give"),
         (ParallelConfig, {"tensor": 2}, "need --parallel.strategy mesh"),
         (OptimizerConfig, {"epsilon": 0}, "optimizer.epsilon is 0: give more than 0"),
         (TrainConfig, {"accumulate": 10**20}, "accumulate is 100000000000000000000: give at most"),

@@ -11,7 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxformer.beam import best_extensions, gnmt_length_penalty, power_length_penalty
+from jaxformer.beam import (
+    best_extensions,
+    gather_beams,
+    gnmt_length_penalty,
+    power_length_penalty,
+)
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
 from jaxformer.decoding import beam_search, greedy_search, sample
 from jaxformer.search import log_normalizer, top_k
@@ -551,6 +556,7 @@ def misshapen_step(tokens, state):
             lambda: greedy_search(misshapen_step, 0, batch_size=B, max_length=2),
             r"the shape of the logits is \(3, 5\): make step_fn return \[3, 1, 'V'\]",
         ),
+        (lambda: gather_beams(jnp.zeros(B * K), jnp.zeros((B, K), jnp.int32)), "a state leaf is"),
         (lambda: draw(random_table(0), num_samples=0), "num_samples is 0: use 1"),
         (lambda: draw(random_table(0), temperature=-1.0), "temperature is -1.0: use 0"),
         (lambda: draw(random_table(0), top_k=0), "top_k is 0: use 1"),
@@ -677,6 +683,8 @@ def test_wrong_shapes_of_what_is_asked():
         search_with(random_table(0), min_lengths=jnp.zeros(2, jnp.int32))
     with pytest.raises(ValueError, match=r"the shape of prefix is \(2, 4\): make it \[3, P\]"):
         search_with(random_table(0), prefix=jnp.zeros((2, 4), jnp.int32))
+    with pytest.raises(ValueError, match=r"the shape of prefix is \(3,\): make it \[3, P\]"):
+        search_with(random_table(0), prefix=jnp.zeros(3, jnp.int32))
     with pytest.raises(ValueError, match="no_repeat_ngram_size is -1"):
         search_with(random_table(0), options=(("no_repeat_ngram_size", -1),))
 

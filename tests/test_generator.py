@@ -282,6 +282,12 @@ def test_padding_stays_within_learned_positions(few_shapes):
     np.testing.assert_array_equal(found.sequences, alone.sequences[0])
 
 
+def test_a_source_longer_than_learned_positions_is_refused():
+    generator = make_generator(CONFIG.replace(positions="learned", max_length=9))
+    with pytest.raises(UserError, match="a source has 10 tokens and the model 9 learned positions"):
+        generator.sentences([[5] * 9 + [EOS_ID]], OPTIONS)
+
+
 def test_wide_models_translate_as_many_long_sentences_as_short_ones():
     """On a CPU, where narrow ones have fewer rows the longer they are, and few with 8 bits."""
 

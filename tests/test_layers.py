@@ -177,6 +177,11 @@ def test_learned_positions_end_at_max_length():
     np.testing.assert_array_equal(np.isnan(out).any(-1), positions >= T)
 
 
+def test_sinusoids_come_in_pairs():
+    with pytest.raises(UserError, match="sinusoidal positions are of width 5: make it even"):
+        PositionalEncoding().init(jax.random.key(0), random(B, T, 5))
+
+
 def test_sinusoids_have_no_end():
     out = PositionalEncoding("sinusoidal", max_length=T).apply({}, random(1, 29, D))
     assert np.all(np.isfinite(out))
@@ -230,9 +235,11 @@ def test_logits_of_more_tokens_than_that():
     np.testing.assert_allclose(logits, hidden @ table.T, rtol=1e-4, atol=1e-4)
 
 
-def test_an_id_outside_the_vocabulary_is_no_number():
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint32])
+def test_an_id_outside_the_vocabulary_is_no_number(dtype, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it knows no unsigned ids
     module = Embedding(V, D)
-    ids = jnp.array([[V - 1, V, 0, 10 * V, -1]])
+    ids = jnp.array([[V - 1, V, 0, 10 * V, -1]]).astype(dtype)
     out = module.apply(random_variables(module, ids), ids)
     np.testing.assert_array_equal(np.isnan(out).all(-1), [[False, True, False, True, True]])
     np.testing.assert_array_equal(np.isnan(out).any(-1), [[False, True, False, True, True]])

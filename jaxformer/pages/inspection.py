@@ -77,8 +77,9 @@ def _translations(explanation: Explanation) -> str:
     return section(
         "Translations",
         table(("", "translation", "score", "log-probability"), rows, numbers=(0, 2, 3)),
-        '<p class="soft">The score is the log-probability over the length penalty, if any. Below, '
-        "the pieces of the first translation, each with its probability given those before it.</p>",
+        '<p class="soft">The score is the log-probability over the length penalty, less the '
+        "coverage penalty, if there are any. Below, the pieces of the first translation, each with "
+        "its probability given those before it.</p>",
         f'<div class="pieces">{pieces}</div>',
     )
 

@@ -93,6 +93,16 @@ def test_an_epoch_is_one_of_the_first_corpus(corpora):
         assert sum(rows[:-1]) < 45 <= sum(rows)
 
 
+@pytest.mark.parametrize(("weights", "rows_per_batch"), [((1, 3, 1), 5), ((5, 1, 1), 40)])
+def test_epochs_are_rows_of_the_first_corpus(corpora, weights, rows_per_batch):
+    """Also where a batch is most of an epoch, and long after the first."""
+    mixture = Mixture(corpora, weights, rows_per_batch, seed=3)
+    rows = 0
+    for step in range(50):
+        assert mixture.epochs(step) == pytest.approx(rows / 45)
+        rows += np.count_nonzero(corpus_numbers(mixture.at(step)) == 1)
+
+
 def test_a_batch_depends_on_its_step_alone(corpora):
     onward = Mixture(corpora, (2, 1, 1), 6, seed=3)
     forward = [onward.at(step) for step in range(40)]

@@ -91,6 +91,14 @@ def test_source_length_follows_the_corpus():
     assert 30 <= few <= 48
 
 
+def test_a_few_pages_among_sentences_make_no_row_longer():
+    """They are left out of training for their length; 2 in 5,000 once doubled every row."""
+    source, target = translation_lengths(5_000)
+    plain = choose_source_length(source, target, 64, seed=0)
+    source, target = np.append(source, [100_000] * 2), np.append(target, [2, 2])
+    assert choose_source_length(source, target, 64, seed=0) <= plain + 8
+
+
 def test_windows_cost_little():
     source, target = translation_lengths(20_000)
     lengths = {"source_length": 72, "target_length": 64, "seed": 0}
@@ -131,6 +139,7 @@ def test_epochs_take_the_segmentations_in_turns(first, second, rows_per_batch):
         expected.append(sorted(zip(*sides, strict=True)))
     rows, start = Rows(segmentations, seed=3), 0
     for epoch in range(5):
+        assert rows.epochs(start) == epoch
         stop = start + segmentations[epoch % 2][1].num_rows
         seen = [pair for piece in rows.onward(start, stop) for pair in unpack(piece)]
         assert sorted(seen) == expected[epoch % 2]
@@ -139,9 +148,17 @@ def test_epochs_take_the_segmentations_in_turns(first, second, rows_per_batch):
     batches = Batches(segmentations, rows_per_batch, seed=3)
     of_batches = [batches.at(step) for step in range(-(-start // rows_per_batch))]
     assert all(batch["labels"].any(axis=1).all() for batch in of_batches)
+    assert batches.epochs(len(of_batches)) == rows.epochs(len(of_batches) * rows_per_batch) >= 5
     seen = [pair for batch in of_batches for pair in unpack(batch)]
     of_rows = rows.onward(0, len(of_batches) * rows_per_batch)
     assert seen == [pair for piece in of_rows for pair in unpack(piece)]
+
+
+@given(LENGTHS, st.integers(1, 7))
+def test_the_share_of_real_targets_counts_the_rows_that_complete_an_epoch(lengths, rows_per_batch):
+    batches, _ = batches_of([(max(n, 2), max(m, 2)) for n, m in lengths], rows_per_batch)
+    labels = [batches.at(step)["labels"] > 0 for step in range(batches.steps_per_epoch)]
+    assert batches.target_fill == pytest.approx(np.mean(labels))
 
 
 def batches_of(lengths, rows_per_batch, seed=3, source_length=19, target_length=23):

@@ -25,7 +25,7 @@ class Log:
         self, writer: MetricsWriter, progress: Progress, batches: Batches, rows_per_step: int
     ) -> None:
         self._writer, self._progress = writer, progress
-        self._steps_per_epoch = batches.steps_per_epoch
+        self._epochs = batches.epochs
         self._positions = rows_per_step * batches.packing.target_length
         self._pending: list[dict[str, jax.Array]] = []
         self._compiled = False
@@ -78,7 +78,7 @@ class Log:
             "target_tokens": float(tokens.sum()),
             "padding": 1.0 - float(tokens.sum()) / (self._positions * len(steps)),
             "host_wait": self._waited / seconds,
-            "epoch": step / self._steps_per_epoch,
+            "epoch": self._epochs(step),
         }
         if self._compiled:
             values["tokens_per_second"] = float(tokens.sum()) / seconds
@@ -119,21 +119,17 @@ def describe(config: TrainConfig, params: Any, batches: Batches, start: int) -> 
         pairs = f"{len(part.corpus):,} pairs" + (
             f", {' and '.join(left_out)} left out" if left_out else ""
         )
-        if share == 1.0:
-            yield f"data       {pairs}"
-        else:
-            epoch = len(part) / (share * batches.rows_per_batch)
-            yield f"data       {share:.1%} {name}: {pairs}; {epoch:,.1f} steps an epoch"
+        if len(batches.parts) > 1:
+            pairs = f"{share:.1%} {name}: {pairs}"
+        steps = len(part) / (share * batches.rows_per_batch)
+        # Where empty rows complete the last batch of an epoch, that is a step too.
+        whole = len(batches.parts) == 1 and not part.take_turns
+        epoch = f"{batches.steps_per_epoch:,}" if whole else f"{steps:,.1f}"
+        yield f"data       {pairs}; {epoch} step{'s' * (epoch != '1')} an epoch"
     packing = batches.packing
-    fill = sum(
-        share * part.packing.target_fill
-        for part, share in zip(batches.parts, batches.shares, strict=True)
-    )
     yield (
         f"batches    {batches.rows_per_batch} rows of {packing.source_length} source and "
-        f"{packing.target_length} target positions, {fill:.1%} of the target's "
-        f"real; {batches.steps_per_epoch:,} steps an epoch"
-        + (" of data.train" if len(batches.parts) > 1 else "")
+        f"{packing.target_length} target positions, {batches.target_fill:.1%} of the target's real"
     )
 
 

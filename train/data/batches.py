@@ -57,6 +57,14 @@ class Rows:
         """Rows of the longest epoch."""
         return int(np.diff(self._starts).max())
 
+    def epochs(self, number: int) -> float:
+        """How many epochs the first `number` rows are, counted as in `onward`."""
+        turns, place = divmod(number, int(self._starts[-1]))
+        segmentation = int(np.searchsorted(self._starts, place, side="right")) - 1
+        first, last = self._starts[segmentation : segmentation + 2]
+        whole = turns * len(self._segmentations) + segmentation
+        return float(whole + (place - first) / (last - first))
+
     def _segmentation(self, epoch: int) -> Packed:
         return self._segmentations[epoch % len(self._segmentations)]
 
@@ -131,6 +139,7 @@ class Batches:
 
     Attributes:
       steps_per_epoch: batches until every row was visited once, of the longest segmentation.
+      target_fill: share of the target positions of an epoch that are real.
       parts: the rows of each corpus; here there is one.
       shares: of each corpus in the rows of a batch.
     """
@@ -140,6 +149,9 @@ class Batches:
         self.rows_per_batch = rows_per_batch
         self.parts = [Rows(segmentations, seed=seed)]
         self.steps_per_epoch = -(-len(self.parts[0]) // rows_per_batch)
+        self.target_fill = self.packing.target_fill
+        if not self.parts[0].take_turns:  # empty rows complete the last batch
+            self.target_fill *= len(self.parts[0]) / (self.steps_per_epoch * rows_per_batch)
         self.shares = [1.0]
 
     def at(self, step: int, rows: slice = slice(None)) -> HostBatch:
@@ -152,6 +164,13 @@ class Batches:
         height = stop - start
         stop = min(stop, self.rows_per_batch)
         return _join(self._rows(step, min(start, stop), stop), height)
+
+    def epochs(self, steps: int) -> float:
+        """How many epochs `steps` batches are."""
+        (rows,) = self.parts
+        if rows.take_turns:
+            return rows.epochs(steps * self.rows_per_batch)
+        return steps / self.steps_per_epoch
 
     def _rows(self, step: int, start: int, stop: int) -> list[HostBatch]:
         """Return the rows of a batch from `start` to before `stop`, in pieces."""

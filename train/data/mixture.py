@@ -51,11 +51,19 @@ class Mixture(Batches):
         ]
         self.shares = [weight / sum(weights) for weight in weights]
         self._weights = tuple(weights)
+        self.target_fill = sum(
+            share * part.packing.target_fill
+            for part, share in zip(self.parts, self.shares, strict=True)
+        )
         # The first step at whose end `divide` has given the first corpus all of its rows.
         share = Fraction(weights[0]) / sum(map(Fraction, weights))
         self.steps_per_epoch = math.ceil(
             (len(self.parts[0]) - Fraction(1, 2)) / share / rows_per_batch
         )
+
+    def epochs(self, steps: int) -> float:
+        """How many epochs of the first corpus `steps` batches are."""
+        return self.parts[0].epochs(divide(steps * self.rows_per_batch, self._weights)[0])
 
     def _rows(self, step: int, start: int, stop: int) -> list[HostBatch]:
         before = divide(step * self.rows_per_batch, self._weights)

@@ -149,10 +149,13 @@ def choose_source_length(
         packing = pack(source, target, source_length=length, target_length=target_length, seed=seed)
         return packing.target_fill
 
-    even = source.sum() / max(1, target.sum()) * target_length  # both sides run full at once
+    enough = np.quantile(source, 0.999) if len(source) else 0  # `pack` refuses it below
+    usual = source <= enough  # a handful of pages in the place of a sentence would count for all
+    # Both sides run full at once.
+    even = source[usual].sum() / max(1, target[usual].sum()) * target_length
     longest = _round_up(max(2 * even, source.max(initial=0)))
     goal = min(0.97, 0.995 * target_fill(longest))
-    shortest = _round_up(max(goal * even, np.quantile(source, 0.999)))
+    shortest = _round_up(max(goal * even, enough))
     for length in range(shortest, longest, _MULTIPLE):
         if target_fill(length) >= goal:
             return length

@@ -192,6 +192,15 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
             writer.write(1, "train", {"loss": 1.0})
 
 
+def test_a_full_disk_at_the_end_hides_no_other_error(tmp_path, monkeypatch):
+    def close():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UserError, match="first"), MetricsWriter(tmp_path) as writer:
+        monkeypatch.setattr(writer._events, "close", close)
+        raise UserError("first")
+
+
 def read_events(path):
     """Decode TFRecords: length, its checksum, that many bytes, their checksum."""
     data = path.read_bytes()

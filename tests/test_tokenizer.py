@@ -241,6 +241,17 @@ def test_a_cached_tokenizer_that_is_damaged(tmp_path):
         learn_tokenizers([PAIRS], tmp_path / "run", **settings)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, UserError("a file is damaged")])
+def test_what_stops_the_reading_is_not_called_sentencepieces_error(tmp_path, monkeypatch, error):
+    def sentences(*_):
+        yield "one"
+        raise error
+
+    monkeypatch.setattr(learning, "_sentences", sentences)
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        learn_tokenizers([PAIRS], tmp_path, vocab_size=90, joint=True)
+
+
 def test_tokenizers_of_another_model(tmp_path):
     learn_tokenizers([PAIRS], tmp_path, vocab_size=90, joint=True)
     load_tokenizers(tmp_path, TransformerConfig(vocab_size=90))

@@ -1,5 +1,6 @@
 """A run's numbers: metrics.jsonl, and TensorBoard's events beside it."""
 
+import contextlib
 import json
 import math
 import time
@@ -118,11 +119,11 @@ class MetricsWriter:
                     self._events.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
-        """Write out what is buffered."""
-        if self._file is not None:
-            self._file.close()
-        if self._events is not None:
-            self._events.close()
+        """Write out what is buffered, or on a full disk leave it: every record is written."""
+        for file in (self._file, self._events):
+            with contextlib.suppress(OSError):
+                if file is not None:
+                    file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from jaxformer.errors import UserError
@@ -104,9 +104,10 @@ def _learn(
             raise UserError(
                 f"cannot write {rules.name}: {error.strerror}; make room, or set TMPDIR"
             ) from error
+        sentences = _Remembering(_sentences(corpora, columns))
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_sentences(corpora, columns),
+                sentence_iterator=sentences,
                 model_writer=model,
                 vocab_size=vocab_size,
                 model_type=model_type,
@@ -121,8 +122,30 @@ def _learn(
                 minloglevel=2,  # errors only, and those are raised
             )
         except RuntimeError as error:
+            if sentences.error is not None:
+                raise sentences.error from None
             raise UserError(_explain(str(error), vocab_size, " and ".join(columns))) from error
     return Tokenizer(_without_file_name(model.getvalue()))
+
+
+class _Remembering:
+    """An iterator that keeps its error, such as Ctrl-C, of which sentencepiece leaves the text."""
+
+    def __init__(self, items: Iterator[str]) -> None:
+        self._items = items
+        self.error: BaseException | None = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            return next(self._items)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self.error = error
+            raise
 
 
 def _without_file_name(model: bytes) -> bytes:

@@ -140,6 +140,22 @@ def test_wrong_configuration_files(capsys, tmp_path, text, message):
     assert message in line and "mine.py" in line
 
 
+def test_a_configuration_file_is_a_program_like_any_other(tmp_path, monkeypatch):
+    """It imports what lies beside it, and may define dataclasses."""
+    (tmp_path / "base.py").write_text("steps = 7\n")
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from __future__ import annotations\nimport dataclasses\nfrom base import steps\n"
+        "from train.config import TrainConfig\n@dataclasses.dataclass\nclass Steps:\n"
+        "    number: int = steps\nconfig = TrainConfig(steps=Steps().number, run='~/mine')\n"
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = sys.path.copy()
+    config = load_config(str(path))
+    assert (config.steps, config.run) == (7, str(tmp_path / "mine"))
+    assert sys.path == before
+
+
 def fit_with(capsys, folder, tmp_path, *overrides):
     common = ["--data.path", folder, "--data.source", "en", "--data.target", "de"]
     common += ["--data.cache-dir", tmp_path / "cache", "--run", tmp_path / "run", "--steps", "1"]

@@ -112,6 +112,19 @@ def test_another_model_in_the_same_directory_is_refused(run, config):
         fit(change(config, model__d_model=8))
 
 
+def test_other_text_in_the_same_files_is_refused(run, config, folder):
+    other = shutil.copytree(folder, folder / "other", ignore=lambda *_: ["run", "cache"])
+    moved = change(config, run=str(shutil.copytree(run, folder / "moved")), data__path=str(other))
+    fit(moved)
+    for name in ("valid", "train"):
+        for side in ("en", "de"):
+            lines = (other / f"{name}.{side}").read_text().splitlines(keepends=True)
+            (other / f"{name}.{side}").write_text("".join(lines[::-1]))
+        named = {"valid": "validation"}.get(name, name)
+        with pytest.raises(UserError, match=f"has seen other text as data.{named}: give that to"):
+            fit(moved)
+
+
 def test_evaluation_settings_may_change_between_starts(run, config, folder):
     shutil.copytree(run, folder / "greedy")
     fit(change(config, run=str(folder / "greedy"), evaluate__beam_size=1, log_every=1))
@@ -279,7 +292,8 @@ def test_a_report_weighs_each_step_by_its_tokens():
     written = {}
     writer = SimpleNamespace(write=lambda step, split, values: written.update(values))
     progress = SimpleNamespace(update=lambda step, values: None)
-    batches = SimpleNamespace(steps_per_epoch=10, packing=SimpleNamespace(target_length=8))
+    packing = SimpleNamespace(target_length=8)
+    batches = SimpleNamespace(epochs=lambda steps: steps / 10, packing=packing)
     log = Log(writer, progress, batches, rows_per_step=5)
     for loss, tokens in ((1.0, 10.0), (3.0, 30.0)):
         step = {"loss": loss, "nll": loss / 2, "tokens": tokens}

@@ -23,10 +23,10 @@ def tokenizer(tmp_path_factory):
     return learn_tokenizers([text], tmp_path_factory.mktemp("run"), vocab_size=size, joint=True)[0]
 
 
-@given(st.text(LETTERS + " \t\u00a0\u3000\u2028\u200b\ufeff\x07", max_size=20))
+@given(st.text(LETTERS + " ▁\t\u00a0\u3000\u2028\xad\u200b\u2060\ufeff\x07", max_size=20))
 def test_text_comes_back_in_one_spelling(tokenizer, text):
-    gone = str.maketrans("", "", "\u200b\ufeff\x07")
-    expected = " ".join(text.translate(gone).split())
+    gone = str.maketrans("", "", "\xad\u200b\u2060\ufeff\x07")
+    expected = " ".join(text.translate(gone).replace("▁", " ").split())
     for spelling in (text, unicodedata.normalize("NFD", text)):
         assert tokenizer.decode(tokenizer.encode(spelling)) == expected
 
@@ -58,4 +58,4 @@ def test_no_rule_changes_what_a_text_says():
             assert unicodedata.normalize("NFD", one) == unicodedata.normalize("NFD", other)
             assert unicodedata.is_normalized("NFC", other)
         else:
-            assert not one.isprintable() and len(one) == 1
+            assert (not one.isprintable() or one == "▁") and len(one) == 1

@@ -121,9 +121,13 @@ def test_a_mixture_from_configuration_to_batches(folder):
     ]
     assert np.mean(capitals) == pytest.approx(0.25, abs=0.01)
     lines = list(describe(mixed, {}, run.batches, 0))
-    assert any("75.0% data.train: 200 pairs" in line for line in lines)
-    assert any("25.0% back: 40 pairs" in line for line in lines)
-    assert f"{run.batches.steps_per_epoch:,} steps an epoch of data.train" in lines[-1]
+    rows = run.batches.rows_per_batch
+    for share, name, part, pairs in zip(
+        (0.75, 0.25), ("data.train", "back"), run.batches.parts, (200, 40), strict=True
+    ):
+        steps = len(part) / (share * rows)
+        (line,) = [line for line in lines if f"{share:.1%} {name}: {pairs} pairs" in line]
+        assert line.endswith(f"; {steps:,.1f} steps an epoch")
 
 
 def test_without_weights_corpora_end_together(folder):

@@ -164,6 +164,14 @@ def test_a_csv_field_may_be_a_document(data):
     assert len(source) == 200_000
 
 
+def test_parquet_beside_columns_that_are_not_asked_for(data):
+    kinds = {"en": pa.string_view(), "ko": pa.string(), "m": pa.map_(pa.string(), pa.int32())}
+    rows = {"en": ["a"], "ko": ["b"], "m": [[("x", 1)]]}
+    table = pa.table({name: pa.array(rows[name], kind) for name, kind in kinds.items()})
+    pq.write_table(table, Path(data.path, "t.parquet"))
+    assert pairs_of(load_split(replace(data, train=("t.parquet",)), "train")) == [("a", "b")]
+
+
 def test_parquet_text_that_is_not_utf8(data):
     broken = pa.array([b"a", b"\xff"], pa.binary()).view(pa.string())
     table = pa.table({"en": broken, "ko": ["ㄱ", "ㄴ"]})
@@ -283,7 +291,9 @@ def test_files_that_are_not_there(data, names, message):
         ("t.tsv", "en\tko\n", "holds no sentence pair"),
         ("t.tsv", "en\tde\na\tb\n", r"t\.tsv:2: no column 'ko'; the columns are en, de$"),
         ("t.tsv", "en\tko\na\tb\nc\n", r"t\.tsv:3: 1 columns, but .* has 2 \(en, ko\)"),
-        ("t.csv", 'en,ko\na,"b\n', r"t\.csv:2: not CSV"),
+        ("t.tsv", "en\tko\ten\na\tb\tc\n", r"t\.tsv:1: two columns are called 'en'; rename one"),
+        ("t.csv", 'en,ko\na,"b\n', r"t\.csv:2: not CSV .*; mend its quotes"),
+        ("t.csv", "en,ko\na\rb,c\n", r"t\.csv:2: not CSV .*; mend its line ends"),
         ("t.jsonl", '{"en": "a", "ko": "b"}\n{"en"\n', r"t\.jsonl:2: not JSON"),
         ("t.jsonl", "[1, 2]\n", r"t\.jsonl:1: \[1, 2\] is not an object"),
         ("t.jsonl", '{"en": "a", "ko": null}', r"t\.jsonl:1: column 'ko' holds null, not text"),

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import importlib.util
 import io
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ def load_config(name: str, *, also: Iterable[str] = ()) -> TrainConfig:
     Raises:
       UserError: there is none; the message offers the nearest name, of these or `also` of others.
     """
-    path = Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
+    own = name.endswith(".py")
+    path = Path(name).expanduser() if own else CONFIGS / f"{name}.py"
     if not path.is_file():
         names = [*config_names(), *also]
         near = difflib.get_close_matches(name, names, n=1)
@@ -36,9 +38,13 @@ def load_config(name: str, *, also: Iterable[str] = ()) -> TrainConfig:
         raise UserError(
             f"no configuration {name!r}: {hint} (or give a .py file), before any --field VALUE"
         )
-    spec = importlib.util.spec_from_file_location(f"train.configs.{path.stem}", path)
+    module_name = f"configuration {path}" if own else f"train.configs.{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # As for any program: dataclasses look their module up, and it may import files beside it.
+    sys.modules[module_name] = module
+    sys.path.insert(0, str(path.parent.absolute()))
     try:
         spec.loader.exec_module(module)
     except UserError as error:
@@ -46,6 +52,8 @@ def load_config(name: str, *, also: Iterable[str] = ()) -> TrainConfig:
     except Exception as error:  # it is the user's program: whatever it raises
         message = " ".join(str(error).split())
         raise UserError(f"{path} cannot be run: {type(error).__name__}: {message}") from error
+    finally:
+        sys.path.remove(str(path.parent.absolute()))
     config = getattr(module, "config", None)
     if not isinstance(config, TrainConfig):
         raise UserError(f"{path} defines no `config`: write config = TrainConfig(…) in it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -263,6 +264,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        object.__setattr__(self, "run", os.path.expanduser(self.run))
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}: give at least 0")
         for name in ("steps", "accumulate", "log_every"):

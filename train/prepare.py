@@ -1,14 +1,17 @@
 """From a configuration to the data of a run: splits, tokenizers, token ids, batches."""
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
 
-from jaxformer.errors import UserError
+from jaxformer.errors import UserError, reason
+from jaxformer.files import write_text
 from jaxformer.run_directory import (
     CONFIG_FILE,
     SOURCE_TOKENIZER_FILE,
@@ -32,6 +35,9 @@ from train.evaluate import check_lengths
 
 if TYPE_CHECKING:
     import datasets
+
+# Digests of the sentences' lengths.
+_LENGTHS_FILE = "lengths.json"
 
 # What may differ from the run directory's config.json when a run goes on: how long and how
 # closely watched it is, where its files lie and what it takes of memory, not what is trained.
@@ -87,6 +93,9 @@ def prepare(config: TrainConfig) -> RunData:
     tokenizers = _tokenizers(config, run, training)
     corpora = [_segmentations(config, dataset, tokenizers) for dataset in training]
     validation = encode_corpus(pairs["validation"], *tokenizers, config.data.cache_dir)
+    names = ["data.train", *config.data.extra]
+    trained = {name: parts[0] for name, parts in zip(names, corpora, strict=True)}
+    _check_same_text(run, trained | {"data.validation": validation})
     batches = make_batches(config, corpora)
     check_lengths(config.model, validation)
     _check_packed_positions(config, batches)
@@ -195,6 +204,36 @@ def _check_same_run(config: TrainConfig, run: Path) -> None:
                 f"{run} holds a run with {name}={before[name]!r}, not {value!r}: "
                 "give that value to go on with it, or another --run to start anew"
             )
+
+
+def _check_same_text(run: Path, corpora: Mapping[str, EncodedCorpus]) -> None:
+    """Refuse to go on with text that is not what the run has seen, though it has the same name.
+
+    It is known again by the lengths of all sentences, in tokens of the run's own vocabulary: at no
+    cost, and whatever program or version has stored it.
+    """
+    here = {
+        name: sha256(
+            b"".join(
+                side.lengths.astype("<i4").tobytes() for side in (corpus.source, corpus.target)
+            )
+        ).hexdigest()
+        for name, corpus in corpora.items()
+    }
+    path = run / _LENGTHS_FILE
+    if checkpoint_steps(run) and path.is_file():
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({reason(error)}): delete it, to go on") from error
+        for name, digest in here.items():
+            if before.get(name) != digest:
+                raise UserError(
+                    f"{run} has seen other text as {name}: give that to go on with it, or another "
+                    "--run to start anew"
+                )
+    elif jax.process_index() == 0:
+        write_text(path, json.dumps(here, indent=2) + "\n", advice="choose another --run")
 
 
 def _tokenizers(

@@ -89,13 +89,16 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     try:
         yield from _name_fields(path, ((reader.line_num, fields) for fields in reader if fields))
     except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not CSV ({error}); mend its quotes") from error
+        mend = "line ends" if "new-line" in str(error) else "quotes"
+        raise UserError(f"{path}:{reader.line_num}: not CSV ({error}); mend its {mend}") from error
 
 
 def _name_fields(path: Path, rows: Iterable[tuple[int, list[str]]]) -> Iterator[Row]:
     """Pair the fields of each row with those of the first, the header."""
     rows = iter(rows)
-    _, header = next(rows, (0, []))
+    first, header = next(rows, (0, []))
+    if twice := next((name for name in header if name and header.count(name) > 1), None):
+        raise UserError(f"{path}:{first}: two columns are called {twice!r}; rename one")
     for number, fields in rows:
         if len(fields) != len(header):
             raise UserError(

@@ -14,8 +14,8 @@ from itertools import permutations
 _CODES = range(1, 0x30000)
 _SURROGATES = range(0xD800, 0xE000)
 _HANGUL = range(0xAC00, 0xD7A4)
-# A zero-width space and a byte order mark, which end up inside text.
-_INVISIBLE = "\u200b\ufeff"
+# A soft hyphen, a zero-width space, a word joiner and a byte order mark, which end up inside text.
+_INVISIBLE = "\u00ad\u200b\u2060\ufeff"
 
 
 @cache
@@ -36,7 +36,7 @@ def _rules() -> Iterator[tuple[str, str]]:
         if code in _SURROGATES:
             continue
         letter = chr(code)
-        if letter.isspace():
+        if letter.isspace() or letter == "▁":  # sentencepiece's sign for a space
             if letter != " ":
                 yield letter, " "
         elif letter in _INVISIBLE or unicodedata.category(letter) == "Cc":

@@ -22,6 +22,7 @@ from train.progress import Count
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
     from train.config import DataConfig
 
@@ -163,17 +164,35 @@ def _parquet(path: Path, data: "DataConfig") -> "datasets.Dataset":
     from datasets.exceptions import DatasetsError
 
     try:
-        pyarrow.parquet.read_schema(path)  # `datasets` would log a broken file before it raises
+        # `datasets` would log a broken file before it raises.
+        schema = pyarrow.parquet.read_schema(path)
         with _quiet():
             return datasets.load_dataset(
                 "parquet",
                 data_files=glob.escape(str(path)),
                 split="train",
                 cache_dir=data.cache_dir,
+                **_wanted_of(schema, data),
             )
     except (OSError, ValueError, DatasetsError) as error:
         reason = _first_line(error.__cause__ or error)
         raise UserError(f"{path} cannot be read as Parquet ({reason}): write it again") from error
+
+
+def _wanted_of(schema: "pa.Schema", data: "DataConfig") -> dict[str, Any]:
+    """Arguments that leave other columns out: they may hold what `datasets` does not know."""
+    import datasets
+    import pyarrow as pa
+
+    found = []
+    for column in (data.source, data.target):
+        names = column, column.partition(".")[0], _last_name(column, data)
+        found.append(next((name for name in names if schema.names.count(name) == 1), None))
+    if None in found:
+        return {}  # all of them, to be named in a message
+    columns = list(dict.fromkeys(found))
+    fields = pa.schema([schema.field(name) for name in columns])
+    return {"columns": columns, "features": datasets.Features.from_arrow_schema(fields)}
 
 
 def _stream_to_arrow(
@@ -217,7 +236,7 @@ def _select_columns(
                 f"{', '.join(dataset.column_names)}"
             )
         kind = getattr(dataset.features[name], "dtype", dataset.features[name])
-        if kind not in ("string", "large_string"):
+        if kind not in ("string", "large_string", "string_view"):
             raise UserError(f"{where}: column {name!r} holds {kind}, not text; name another column")
         column = dataset.data.column(name)
         if column.null_count:

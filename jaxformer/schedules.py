@@ -24,13 +24,16 @@ def warmup_inverse_sqrt(
       peak: the highest rate itself, given instead of `d_model` (fairseq's `--lr`).
 
     Raises:
-      UserError: not exactly one of `d_model` and `peak` is given, or warmup_steps < 1.
+      UserError: not exactly one of `d_model` and `peak` is given, or d_model or
+        warmup_steps is below 1.
 
     >>> f"{warmup_inverse_sqrt(d_model=512, warmup_steps=4000)(4000):.3e}"
     '6.988e-04'
     """
     if warmup_steps < 1:
         raise UserError(f"warmup_steps is {warmup_steps}: give at least 1")
+    if d_model is not None and d_model < 1:
+        raise UserError(f"d_model is {d_model}: give at least 1")
     if d_model is not None and peak is None:
         highest = (d_model * warmup_steps) ** -0.5
     elif peak is not None and d_model is None:

@@ -232,6 +232,12 @@ def test_labels_that_are_not_one_a_prediction_are_refused(monkeypatch, shape):
         cross_entropy(*arguments)
 
 
+def test_labels_that_are_no_integers_are_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(UserError, match="labels are float32: give integers"):
+        cross_entropy(jnp.ones((2, 8)), jnp.ones((5, 8)), jnp.ones(2))
+
+
 def test_no_tokens_have_no_loss():
     sums = cross_entropy_sums(jnp.ones((0, 8)), jnp.ones((5, 8)), jnp.ones(0, jnp.int32))
     assert [float(x) for x in sums] == [0, 0, 0]

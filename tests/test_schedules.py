@@ -47,6 +47,7 @@ def test_takes_the_traced_counts_that_optax_gives():
     [
         ({"warmup_steps": 10}, "either d_model .* or peak"),
         ({"warmup_steps": 10, "d_model": 512, "peak": 1e-3}, "either d_model .* or peak"),
+        ({"warmup_steps": 10, "d_model": 0}, "d_model is 0: give at least 1"),
         ({"warmup_steps": 0, "d_model": 512}, "warmup_steps is 0: give at least 1"),
     ],
 )

@@ -1,6 +1,7 @@
 """`python -m train benchmark decode`: what it reports, not how fast it is."""
 
 import json
+from importlib.metadata import version
 
 import pytest
 
@@ -76,6 +77,7 @@ def test_the_peer_says_the_same(run, source, peer, one_by_one):
         )
     )
     assert (ours["engine"], theirs["engine"]) == ("jaxformer float32", f"{peer} float32")
+    assert theirs["version"] == f"{peer} {version(peer)}"
     assert theirs["same_as_first"] == 1.0
     assert theirs["tokens"] == ours["tokens"]
 

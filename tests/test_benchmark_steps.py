@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from functools import partial
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -205,6 +206,7 @@ def test_torch_does_the_same_work(peer, kind, dtype):
     ours, theirs = measured(kind, peers=(peer,), dtypes=(dtype,), rounds=1)
     assert (ours["engine"], theirs["engine"]) == ("jaxformer", peer)
     assert theirs["target_tokens_per_second"] > 0 and theirs["dtype"] == dtype
+    assert theirs["version"] == f"torch {version('torch')}"
     assert theirs["peak_memory_bytes"] > 0
     assert theirs["ratio_median"] == pytest.approx(
         ours["target_tokens_per_second"] / theirs["target_tokens_per_second"]

@@ -6,6 +6,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -678,7 +679,8 @@ def test_ngrams_occur_once(size):
     assert repeats(result) == 0 and repeats(free) > 0
 
 
-def test_wrong_shapes_of_what_is_asked():
+def test_wrong_shapes_of_what_is_asked(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=r"the shape of min_lengths is \(2,\): make it \[3\]"):
         search_with(random_table(0), min_lengths=jnp.zeros(2, jnp.int32))
     with pytest.raises(ValueError, match=r"the shape of prefix is \(2, 4\): make it \[3, P\]"):

@@ -3,10 +3,13 @@
 import os
 import platform
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import flax
 import jax
+
+import jaxformer
 
 
 def cores() -> int:
@@ -28,3 +31,12 @@ def describe_machine(devices: Sequence[jax.Device]) -> dict[str, Any]:
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
     }
+
+
+def engine_version(engine: str) -> str:
+    """The package behind the name of an engine, "torch-compile" or "ctranslate2 int8"."""
+    name = engine.split()[0]
+    if name == "jaxformer":  # which need not be installed
+        return f"jaxformer {jaxformer.__version__}"
+    package = {"torch-compile": "torch", "marian": "pymarian", "flax-plain": "flax"}.get(name, name)
+    return f"{package} {version(package)}"

@@ -42,7 +42,7 @@ from train.benchmark.compiles import count_compiles
 from train.benchmark.processes import in_a_process
 from train.benchmark.turns import Translate, summary
 from train.data.files import read_lines
-from train.machine import describe_machine
+from train.machine import describe_machine, engine_version
 
 Engine = Callable[[Sequence[str]], tuple[list[str], float]]  # translations and seconds
 
@@ -175,6 +175,7 @@ def _measure(
         same = sum(map(str.__eq__, outputs[name], outputs[first])) / len(lines)
         yield {
             "engine": name,
+            "version": engine_version(name),
             "sentences": len(lines),
             "tokens": tokens,
             "seconds": [round(value, 4) for value in seconds[name]],

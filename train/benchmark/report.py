@@ -33,8 +33,8 @@ def decode_table(records: Records) -> str:
             )
         )
     return (
-        aligned(rows)
-        + "\n\nneeded: share of the rows and steps computed that was for sentences not yet done"
+        f"{aligned(rows)}\n\n{_versions(records)}\n"
+        "needed: share of the rows and steps computed that was for sentences not yet done"
     )
 
 
@@ -115,6 +115,7 @@ def steps_table(records: Records) -> str:
         f"{machine['devices']} x {machine['device']}, {machine['cores']} cores; "
         f"Python {machine['python']}, jax {machine['jax']}, jaxlib {machine['jaxlib']}, "
         f"flax {machine['flax']}; XLA_FLAGS={machine['xla_flags']!r}, {machine['prng']} noise\n"
+        f"{_versions(records)}\n"
         f"measured peak {peaks}, {first['memory_bandwidth'] / 1e9:,.1f} GB/s\n"
         "faster by: how many times the tokens/s of this line ours are, median of the turns\n"
         "programs: of the state, the step, and whatever else was compiled before the second step\n"
@@ -122,6 +123,10 @@ def steps_table(records: Records) -> str:
         "GFLOP: by XLA, which counts once what a loop repeats, such as chunks of the loss"
     )
     return "\n\n".join((aligned(rows), aligned(programs), footer))
+
+
+def _versions(records: Records) -> str:
+    return ", ".join(dict.fromkeys(record["version"] for record in records))
 
 
 def _cell(value: float | None, form: str) -> str:

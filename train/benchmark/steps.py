@@ -39,7 +39,7 @@ from train.benchmark.turns import Turn, summary, take_turn
 from train.benchmark.work import Case, Kind, full_rows, padded_batches
 from train.config import TrainConfig
 from train.data.batches import Batches
-from train.machine import describe_machine
+from train.machine import describe_machine, engine_version
 
 PEERS = ("torch", "torch-compile", "marian", "flax-plain")
 
@@ -218,6 +218,7 @@ def _measure(
             "benchmark": settings.kind,
             "config": settings.name,
             "engine": name,
+            "version": engine_version(name),
             "batch": case.batch,
             "source_length": case.source,
             "target_length": case.target,

@@ -479,7 +479,7 @@ def _requests(
 
 
 def _check_seed(seed: Any) -> None:
-    if not (isinstance(seed, Integral) and -(2**31) <= int(seed) < 2**32):
+    if not (isinstance(seed, Integral) and 0 <= int(seed) < 2**32):
         raise UserError(f"seed is {seed!r}: give 0 to {2**32 - 1}")
 
 

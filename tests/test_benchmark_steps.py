@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,12 @@ from jaxformer.transformer import Transformer
 from random_run import CONFIG
 from small_run import small_config, write_corpus
 from train.benchmark import marian_peer, peaks
+from train.benchmark.decode import DecodeBenchmark, benchmark_decode
 from train.benchmark.flax_plain import PlainTransformer
 from train.benchmark.peaks import matmul_peak, memory_bandwidth
 from train.benchmark.processes import in_a_process
 from train.benchmark.report import plot
-from train.benchmark.steps import StepBenchmark, benchmark_steps
+from train.benchmark.steps import StepBenchmark, benchmark_steps, check_steps
 from train.benchmark.turns import Turn, summary
 from train.benchmark.work import padded_batches
 from train.cli import main
@@ -292,7 +293,6 @@ def test_marian_is_asked_for_the_same_and_its_log_is_read(batches, tmp_path, mon
         log = "\n".join(line.format(i, 100 + i, i / 2) for i in range(1, 6))
         return marian_peer.subprocess.CompletedProcess(command, 0, "", log)
 
-    monkeypatch.setattr(marian_peer, "find_spec", lambda _: True)
     monkeypatch.setattr(marian_peer.subprocess, "run", run)
     turn = marian_peer.marian_turn(CONFIG, batches, str(tmp_path))(3)
     assert turn == Turn([1.5, 2.0, 2.5], [0.0] * 3, [1103, 1104, 1105], [1103, 1104, 1105])
@@ -392,6 +392,18 @@ def test_configurations_and_a_corpus_from_the_command_line(tmp_path, capsys):
     sweep = ["--batch", "1,2", "--length", "4", "--plot", str(picture), *small]
     assert main(["benchmark", "train", f"{tmp_path}/narrow.py", *sweep]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_peer_that_is_not_installed_is_missed_before_anything_is_measured(monkeypatch):
+    def version(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("train.machine.version", version)
+    settings = StepBenchmark("train", CONFIGURATION, peers=("torch-compile",))
+    with pytest.raises(UserError, match=r'torch is not installed: pip install -e "\.\[parity\]"'):
+        check_steps(settings)
+    with pytest.raises(UserError, match="ctranslate2 is not installed: pip install ctranslate2"):
+        next(benchmark_decode(DecodeBenchmark("tiny", peer="ctranslate2")))
 
 
 def test_a_peer_has_one_device(monkeypatch):

@@ -207,6 +207,7 @@ def test_what_came_before_a_line_that_is_no_text_is_translated(
         ({"window": 0}, "window is 0: give at least 1"),
         ({"batch_tokens": 512.5}, "batch_tokens is 512.5: give at least 1"),
         ({"seed": 2**32}, "seed is 4294967296: give 0 to 4294967295"),
+        ({"seed": -1}, "seed is -1: give 0 to"),
         ({"seed": 0.5}, "seed is 0.5: give 0 to"),
         ({"seed": [None]}, "seed is None: give 0 to"),
         ({"seed": [1, 2]}, "there is no line 2: give as many as there are others"),
@@ -375,7 +376,7 @@ def test_prefixes(translator):
         greedy(translator, SENTENCES[:1], prefixes=["a", "b"])
 
 
-@pytest.mark.parametrize("seed", [0, 3_000_000_000, -1])
+@pytest.mark.parametrize("seed", [0, 3_000_000_000])
 def test_any_seed_draws(translator, seed):
     options = {"beam_size": 1, "sampling": True, "batch_tokens": 128}
     assert len(translator.translate(SENTENCES[:1], seed=seed, **options)) == 1

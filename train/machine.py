@@ -3,13 +3,14 @@
 import os
 import platform
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import flax
 import jax
 
 import jaxformer
+from jaxformer.errors import UserError
 
 
 def cores() -> int:
@@ -34,9 +35,17 @@ def describe_machine(devices: Sequence[jax.Device]) -> dict[str, Any]:
 
 
 def engine_version(engine: str) -> str:
-    """The package behind the name of an engine, "torch-compile" or "ctranslate2 int8"."""
+    """The package behind the name of an engine, "torch-compile" or "ctranslate2 int8".
+
+    Raises:
+      UserError: it is not installed.
+    """
     name = engine.split()[0]
-    if name == "jaxformer":  # which need not be installed
+    if name == "jaxformer":  # which need not be
         return f"jaxformer {jaxformer.__version__}"
     package = {"torch-compile": "torch", "marian": "pymarian", "flax-plain": "flax"}.get(name, name)
-    return f"{package} {version(package)}"
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError as error:
+        extra = '-e ".[parity]"' if package in ("torch", "transformers") else package
+        raise UserError(f"{package} is not installed: pip install {extra}") from error

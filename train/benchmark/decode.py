@@ -108,6 +108,8 @@ def benchmark_decode(settings: DecodeBenchmark) -> Iterator[dict[str, Any]]:
         raise UserError(
             f"{settings.run} is a preset, which knows no words: leave out --source, or give a run"
         )
+    if settings.peer is not None:
+        engine_version(settings.peer)
     if settings.profile is not None:
         check_writable(Path(settings.profile) / "trace")
     with tempfile.TemporaryDirectory() as scratch:

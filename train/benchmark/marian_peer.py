@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,8 @@ def marian_turn(config: TransformerConfig, batches: Batches, scratch: str) -> Ca
       scratch: an empty folder.
 
     Raises:
-      UserError: pymarian is not installed, or Marian has no such model.
+      UserError: Marian has no such model.
     """
-    if find_spec("pymarian") is None:
-        raise UserError("Marian is not installed: pip install pymarian")
     if (config.norm, config.embeddings) != ("post", "shared"):
         raise UserError(
             "the Marian of this comparison is post-norm, with shared embeddings: use such a model"

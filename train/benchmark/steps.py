@@ -109,6 +109,7 @@ def check_steps(settings: StepBenchmark) -> list[Case]:
         if peer == "marian" and (settings.batches is None or settings.kind != "train"):
             raise UserError("Marian is only measured in training, on a corpus: train --corpus")
         _check_peer(peer, settings)
+        engine_version(peer)
     if settings.profile is not None:
         check_writable(Path(settings.profile) / "trace")
     return list(_cases(settings))

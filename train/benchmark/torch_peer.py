@@ -29,12 +29,9 @@ def torch_turn(
       compiled: by `torch.compile`, a program for each shape; they are compiled here.
 
     Raises:
-      UserError: PyTorch is not installed, or has no such model.
+      UserError: PyTorch has no such model.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError('PyTorch is not installed: pip install -e ".[parity]"') from error
+    import torch
     from torch import nn
 
     if config.activation not in ("relu", "gelu") or config.embeddings != "shared":

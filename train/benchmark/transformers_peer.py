@@ -30,13 +30,13 @@ def transformers_candidates(
       fixed: tokens of every translation, if they are to have one length.
 
     Raises:
-      UserError: Transformers is not installed, has no such type, or cannot express the model.
+      UserError: PyTorch is not installed, or Transformers has no such type or model.
     """
     try:
         import torch
         from transformers import MarianMTModel, MarianTokenizer
     except ImportError as error:
-        raise UserError('Transformers is not installed: pip install -e ".[parity]"') from error
+        raise UserError('Transformers lacks PyTorch: pip install -e ".[parity]"') from error
     if kind not in ("float32", "bfloat16", "float16"):
         raise UserError(f"Transformers does not compute in {kind}: float32, bfloat16 or float16")
     folder = f"{scratch}/transformers-{kind}"

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxformer.errors import UserError
 from jaxformer.linear import kernel_first, kernel_first_is_faster
-from jaxformer.quantization import int8_product, refuse_int8
+from jaxformer.quantization import check_matrix, int8_product
 from jaxformer.sharding import constrain
 
 
@@ -34,13 +34,13 @@ class Embedding(nn.Module):
 
     def setup(self) -> None:
         shape = self.vocab_size, self.d_model
+        check_matrix(self, "embedding")
         if self.quantized:
-            self.embedding = self.param("embedding", nn.initializers.zeros, shape, jnp.int8)
+            self.embedding = self.param("int8_embedding", nn.initializers.zeros, shape, jnp.int8)
             self.scale = self.param("scale", nn.initializers.ones, (self.vocab_size,), jnp.float32)
         else:
             normal = nn.initializers.normal(self.d_model**-0.5)
             self.embedding = self.param("embedding", normal, shape, jnp.float32)
-            refuse_int8(self.embedding)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Look up ids; one below 0 or past the table gives NaN instead of another's vector.
@@ -50,7 +50,7 @@ class Embedding(nn.Module):
         """
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise UserError(f"ids are {ids.dtype}: give integers")
-        ids = ids.astype(jnp.int32)  # in which -1 of an unsigned type is below 0 again
+        ids = ids.astype(jnp.int32)  # in which what was -1 as uint32 is below 0 again
         ids = jnp.where(ids < 0, self.vocab_size, ids)
         ids = constrain(ids, "vocab_batch", None)
         vectors = jnp.take(self.embedding, ids, axis=0, mode="fill").astype(self.dtype)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.config import BOS_ID, PAD_ID, TransformerConfig
 from jaxformer.errors import UserError
+from jaxformer.quantization import check_kind, is_quantized
 from jaxformer.transformer import Transformer
 
 #: A Transformer, perhaps with layers of one's own, or the configuration of one that has none.
@@ -23,18 +24,24 @@ def ensemble(
     Raises:
       UserError: something else was given in their place.
     """
+    if isinstance(models, list):
+        raise UserError("models are a list: give a tuple of them, and one of their parameters")
     if not isinstance(models, tuple):
         models, params = (models,), (params,)
     if not isinstance(params, tuple | list) or len(params) != len(models):
         raise UserError(f"there are {len(models)} models: give a tuple of as many parameters")
     for member in params:
-        if not isinstance(member, Mapping) or "encoder" not in member:
-            given = ", ".join(member) if isinstance(member, Mapping) else repr(member)
+        if not isinstance(member, Mapping):
+            kind = type(member).__name__
+            raise UserError(f"parameters are a dictionary, not {kind}: give variables['params']")
+        if "encoder" not in member:
             raise UserError(
-                f"these are no parameters of a Transformer, but {given or 'nothing'}: "
-                "give variables['params']"
+                "these are no parameters of a Transformer, but "
+                f"{', '.join(map(str, member)) or 'nothing'}: give variables['params']"
             )
     members = tuple(map(as_transformer, models))
+    for model, member in zip(members, params, strict=True):
+        check_kind(model.config.quantized, is_quantized(member))
     for name in ("vocab_size", "encoder_vocab_size"):
         sizes = {getattr(member.config, name) for member in members}
         if len(sizes) > 1:

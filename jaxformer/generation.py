@@ -23,7 +23,6 @@ from jaxformer.config import PAD_ID, TransformerConfig, check_fields
 from jaxformer.ensemble import Model, ensemble, mean_of_probabilities, speakable
 from jaxformer.errors import UserError
 from jaxformer.matrices import map_matrices, transpose_kernels
-from jaxformer.quantization import refuse_int8
 from jaxformer.sampling import Sampling
 from jaxformer.search import BeamResult, Method, Search, Sentences, StepFn, run, take
 from jaxformer.stack import unstack_layers
@@ -33,7 +32,7 @@ PenaltyForm = Literal["gnmt", "power"]
 
 # Of anything that arrays grow with: more is a slip, and XLA would not end in an exception.
 _MOST = 100_000
-# A power of the length: with more the longest are beyond float32, and their scores all 0.
+# A power of the length: with more, scores of hundreds of tokens are beyond float32, all of them 0.
 _MOST_PENALTY = 10
 
 
@@ -255,7 +254,6 @@ def prepare(
 
     def prepared(config: TransformerConfig, member: Any) -> dict[str, Any]:
         def cast(node: dict[str, Any], name: str, axes: tuple[int, ...]) -> dict[str, Any]:
-            refuse_int8(node[name])
             return {**node, name: node[name].astype(config.dtype)}
 
         member = unstack_layers(member)

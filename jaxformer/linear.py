@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxformer.quantization import int8_product, refuse_int8
+from jaxformer.quantization import check_matrix, int8_product
 
 
 class Linear(nn.Module):
@@ -42,12 +42,11 @@ class Linear(nn.Module):
         """Map [..., *in] to [..., *out]."""
         outputs = (self.features,) if isinstance(self.features, int) else tuple(self.features)
         shape = x.shape[x.ndim - self.input_axes :] + outputs
+        check_matrix(self, "kernel")
         if self.quantized:
             kernel = self.param("int8_kernel", nn.initializers.zeros, shape, jnp.int8)
             scale = self.param("scale", nn.initializers.ones, outputs, jnp.float32)
         else:
-            if self.has_variable("params", "int8_kernel"):
-                refuse_int8(self.get_variable("params", "int8_kernel"))
             kernel = self.param("kernel", self._initial, shape, jnp.float32).astype(self.dtype)
         bias = None
         if self.use_bias:

@@ -55,8 +55,8 @@ def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters of a `Transformer` for the same with `config.quantized`.
 
     Matrices become int8 with a float32 scale for each of their outputs; biases, LayerNorms, learned
-    positions and what a layer of one's own has besides stay. Kernels are renamed, so that another
-    module than `Linear` in its place finds none, instead of multiplying without the scale.
+    positions and what a layer of one's own has besides stay. The matrices are renamed, so that
+    another module than ours in the place of one finds none, instead of leaving out the scale.
 
         config, params = config.replace(quantized=True), quantize(params)
 
@@ -68,22 +68,43 @@ def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
     def to_int8(node: dict[str, Any], name: str, axes: tuple[int, ...]) -> dict[str, Any]:
         nonlocal found
         found = True
-        if node[name].dtype == jnp.int8:
-            raise UserError("the parameters are int8 already: give those that were trained")
-        matrix, scale = quantize_matrix(jnp.asarray(node[name]), axes)
         rest = {child: value for child, value in node.items() if child != name}
-        return {**rest, "int8_kernel" if name == "kernel" else name: matrix, "scale": scale}
+        matrix, scale = quantize_matrix(jnp.asarray(node[name]), axes)
+        return {**rest, f"int8_{name}": matrix, "scale": scale}
 
     small = map_matrices(params, to_int8)
     if not found:
+        if is_quantized(params):
+            raise UserError("the parameters are int8 already: give those that were trained")
         raise UserError("these are no parameters of a Transformer: give variables['params']")
     return small
 
 
-def refuse_int8(matrix: Any) -> None:
-    """Raise `UserError` where floats are wanted; int8 without a scale means nothing."""
-    if matrix.dtype == jnp.int8:
+def is_quantized(params: Any) -> bool:
+    """Whether there is a matrix that `quantize` has made."""
+    if isinstance(params, tuple):  # layers apart
+        return any(map(is_quantized, params))
+    if not isinstance(params, Mapping):
+        return False
+    return any(str(name).startswith("int8_") or is_quantized(params[name]) for name in params)
+
+
+def check_kind(wanted: bool, given: bool) -> None:
+    """Raise `UserError` if parameters are not of the kind that a model wants: int8 or not."""
+    if wanted and not given:
+        raise UserError(
+            "the model is quantized and the parameters are not: give what `quantize` makes of "
+            "them, or set config.quantized=False"
+        )
+    if given and not wanted:
         raise UserError(
             "the parameters are int8 and the model is not: set config.quantized=True, or give "
             "those that were trained"
         )
+
+
+def check_matrix(module: Any, name: str) -> None:
+    """`check_kind` of a bound module and its matrix, if it has one by now."""
+    for given, matrix in ((False, name), (True, f"int8_{name}")):
+        if module.has_variable("params", matrix):
+            check_kind(module.quantized, given)

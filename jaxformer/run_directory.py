@@ -6,6 +6,7 @@ run/
   tokenizer.model           or tokenizer.source.model and tokenizer.target.model
   vocabulary.json           or vocabulary.source.json and vocabulary.target.json: the piece of each
                             id, only if the tokenizer's own numbering is not the model's
+  lengths.json              digests by which the trainer knows its text again
   metrics.jsonl             one JSON object per record; TensorBoard events lie beside it
   checkpoints/
     2000/                   params/, optimizer/, info/ with the fingerprints of both and, if it was

@@ -378,7 +378,9 @@ def test_a_layer_that_would_not_decode_as_it_trains_is_refused():
 @pytest.mark.parametrize(
     ("models", "params", "message"),
     [
-        (CONFIG, None, "no parameters of a Transformer, but None: give variables"),
+        (CONFIG, None, "parameters are a dictionary, not NoneType: give variables"),
+        (CONFIG, {1: 2}, "no parameters of a Transformer, but 1: give variables"),
+        ([CONFIG], [{}], "models are a list: give a tuple of them, and one of their parameters"),
         (CONFIG, {"params": {}}, "no parameters of a Transformer, but params: give variables"),
         ((CONFIG, CONFIG), {}, "there are 2 models: give a tuple of as many parameters"),
         ((CONFIG, CONFIG), ({},), "there are 2 models: give a tuple of as many parameters"),

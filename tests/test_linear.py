@@ -16,6 +16,7 @@ from jaxformer.generation import generate
 from jaxformer.linear import Linear, affine, kernel_first
 from jaxformer.matrices import transpose_kernels
 from jaxformer.quantization import int8_product, quantize, quantize_matrix
+from jaxformer.stack import unstack_layers
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from random_run import CONFIG, random_params
@@ -197,7 +198,7 @@ def test_a_quantized_transformer_computes_nearly_the_same(changes):
 def test_every_matrix_is_quantized_and_nothing_else():
     leaves = jax.tree_util.tree_leaves_with_path(quantize(random_params(CONFIG)))
     for path, leaf in leaves:
-        matrix = path[-1].key in ("int8_kernel", "embedding")
+        matrix = path[-1].key in ("int8_kernel", "int8_embedding")
         assert leaf.dtype == (jnp.int8 if matrix else jnp.float32), path
 
 
@@ -210,6 +211,13 @@ def test_a_model_of_floats_refuses_int8():
         generate(CONFIG, params, SOURCE)
     with pytest.raises(UserError, match="no parameters of a Transformer"):
         quantize({"Dense_0": {"kernel": jnp.ones((2, 3))}})
+    for small in (params, params["decoder"], unstack_layers(params)):
+        with pytest.raises(UserError, match="the parameters are int8 already"):
+            quantize(small)
+    with pytest.raises(UserError, match="the model is quantized and the parameters are not"):
+        Transformer(CONFIG.replace(quantized=True)).apply(
+            {"params": random_params(CONFIG)}, SOURCE, TARGET
+        )
 
 
 def test_matrices_of_parts_of_ones_own_stay():

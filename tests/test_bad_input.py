@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import sys
 
 import jax
@@ -154,6 +155,13 @@ def test_a_configuration_file_is_a_program_like_any_other(tmp_path, monkeypatch)
     config = load_config(str(path))
     assert (config.steps, config.run) == (7, str(tmp_path / "mine"))
     assert sys.path == before
+    other = shutil.copytree(tmp_path, tmp_path / "other", ignore=lambda *_: ["other"])
+    (other / "base.py").write_text("import os\nos.chdir('/')\nsteps = 8\n")
+    monkeypatch.chdir(other)
+    assert load_config("mine.py").steps == 8  # by the base of its own folder
+    assert sys.path == before
+    with pytest.raises(UserError, match=r"no configuration '~nobody-here/mine\.py'"):
+        load_config("~nobody-here/mine.py")
 
 
 def fit_with(capsys, folder, tmp_path, *overrides):

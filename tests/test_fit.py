@@ -122,7 +122,8 @@ def test_other_text_in_the_same_files_is_refused(run, config, folder):
             (other / f"{name}.{side}").write_text("".join(lines[::-1]))
         named = {"valid": "validation"}.get(name, name)
         with pytest.raises(UserError, match=f"has seen other text as data.{named}: give that to"):
-            fit(moved)
+            fit(change(moved, evaluate__beam_size=1))
+        assert read_train_config(moved.run).evaluate.beam_size == moved.evaluate.beam_size
 
 
 def test_evaluation_settings_may_change_between_starts(run, config, folder):

@@ -25,7 +25,8 @@ from train.data.arrow import write_arrow
 from train.data.sources import iterate, load_extra, load_split
 from train.lock import only_trainer
 from train.log import describe
-from train.prepare import _check_same_run, prepare
+from train.prepare import prepare
+from train.resume import check_same_run
 
 
 @pytest.fixture
@@ -175,7 +176,7 @@ def test_what_is_not_trained_may_change(tmp_path):
     (run / "checkpoints" / "60").mkdir(parents=True)
     more = {"model__remat": True, "model__scan_layers": True, "model__flash_attention": "none"}
     for changes in ({"steps": 80}, {"steps": 400}, {"accumulate": 2}, more, {"data__path": "x"}):
-        _check_same_run(change(config, **changes), run)
+        check_same_run(change(config, **changes), run)
     for changes, message in (
         ({"steps": 59}, "is at step 60 and steps is 59: give at least that"),
         ({"steps": 79}, "would fall from step 59 on: give at least 80"),
@@ -183,11 +184,11 @@ def test_what_is_not_trained_may_change(tmp_path):
         ({"optimizer__cooldown_steps": 10}, "optimizer.cooldown_steps=20, not 10"),
     ):
         with pytest.raises(UserError, match=message):
-            _check_same_run(change(config, **changes), run)
+            check_same_run(change(config, **changes), run)
     (run / "checkpoints" / "85").mkdir()
     for steps in (90, 400):
         with pytest.raises(UserError, match=r"since step 80 its learning rate falls towards that"):
-            _check_same_run(change(config, steps=steps), run)
+            check_same_run(change(config, steps=steps), run)
 
 
 def test_what_is_no_run_is_left_alone(folder, tmp_path):

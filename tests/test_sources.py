@@ -172,6 +172,11 @@ def test_parquet_beside_columns_that_are_not_asked_for(data):
     assert pairs_of(load_split(replace(data, train=("t.parquet",)), "train")) == [("a", "b")]
 
 
+def test_a_name_twice_matters_only_if_it_is_asked_for(data):
+    write(data, "t.tsv", "note\ten\tnote\tko\nx\ta\ty\tb\n")
+    assert pairs_of(load_split(replace(data, train=("t.tsv",)), "train")) == [("a", "b")]
+
+
 def test_parquet_text_that_is_not_utf8(data):
     broken = pa.array([b"a", b"\xff"], pa.binary()).view(pa.string())
     table = pa.table({"en": broken, "ko": ["ㄱ", "ㄴ"]})
@@ -291,7 +296,7 @@ def test_files_that_are_not_there(data, names, message):
         ("t.tsv", "en\tko\n", "holds no sentence pair"),
         ("t.tsv", "en\tde\na\tb\n", r"t\.tsv:2: no column 'ko'; the columns are en, de$"),
         ("t.tsv", "en\tko\na\tb\nc\n", r"t\.tsv:3: 1 columns, but .* has 2 \(en, ko\)"),
-        ("t.tsv", "en\tko\ten\na\tb\tc\n", r"t\.tsv:1: two columns are called 'en'; rename one"),
+        ("t.tsv", "en\tko\ten\na\tb\tc\n", r"t\.tsv:2: several columns are called 'en'; rename"),
         ("t.csv", 'en,ko\na,"b\n', r"t\.csv:2: not CSV .*; mend its quotes"),
         ("t.csv", "en,ko\na\rb,c\n", r"t\.csv:2: not CSV .*; mend its line ends"),
         ("t.jsonl", '{"en": "a", "ko": "b"}\n{"en"\n', r"t\.jsonl:2: not JSON"),

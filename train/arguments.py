@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import importlib.util
 import io
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def load_config(name: str, *, also: Iterable[str] = ()) -> TrainConfig:
       UserError: there is none; the message offers the nearest name, of these or `also` of others.
     """
     own = name.endswith(".py")
-    path = Path(name).expanduser() if own else CONFIGS / f"{name}.py"
+    path = Path(os.path.expanduser(name)) if own else CONFIGS / f"{name}.py"
     if not path.is_file():
         names = [*config_names(), *also]
         near = difflib.get_close_matches(name, names, n=1)
@@ -42,22 +43,35 @@ def load_config(name: str, *, also: Iterable[str] = ()) -> TrainConfig:
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # As for any program: dataclasses look their module up, and it may import files beside it.
-    sys.modules[module_name] = module
-    sys.path.insert(0, str(path.parent.absolute()))
+    sys.modules[module_name] = module  # where dataclasses look it up
     try:
-        spec.loader.exec_module(module)
+        with _imports_from(path.parent.absolute()):
+            spec.loader.exec_module(module)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # it is the user's program: whatever it raises
         message = " ".join(str(error).split())
         raise UserError(f"{path} cannot be run: {type(error).__name__}: {message}") from error
-    finally:
-        sys.path.remove(str(path.parent.absolute()))
     config = getattr(module, "config", None)
     if not isinstance(config, TrainConfig):
         raise UserError(f"{path} defines no `config`: write config = TrainConfig(…) in it")
     return dataclasses.replace(config, run=config.run or f"runs/{path.stem}")
+
+
+@contextlib.contextmanager
+def _imports_from(folder: Path) -> Iterator[None]:
+    """As for any program, what lies beside it can be imported; the next one has its own."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file is not None and folder in Path(file).parents:
+                del sys.modules[name]
 
 
 def list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:

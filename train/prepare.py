@@ -1,29 +1,24 @@
 """From a configuration to the data of a run: splits, tokenizers, token ids, batches."""
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
-from hashlib import sha256
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
 
-from jaxformer.errors import UserError, reason
-from jaxformer.files import write_text
+from jaxformer.errors import UserError
 from jaxformer.run_directory import (
-    CONFIG_FILE,
     SOURCE_TOKENIZER_FILE,
     TARGET_TOKENIZER_FILE,
     TOKENIZER_FILE,
     checkpoint_steps,
     load_tokenizers,
-    read_config,
     write_config,
 )
 from jaxformer.tokenizer import Tokenizer
-from train.config import TrainConfig, flatten, read_train_config
+from train.config import TrainConfig
 from train.data.arrow import cache_folder
 from train.data.batches import Batches
 from train.data.corpus import EncodedCorpus, encode_corpus
@@ -32,29 +27,10 @@ from train.data.packing import choose_source_length, pack
 from train.data.sources import load_extra, load_split
 from train.data.tokenizer import learn_tokenizers
 from train.evaluate import check_lengths
+from train.resume import check_same_run, check_same_text
 
 if TYPE_CHECKING:
     import datasets
-
-# Digests of the sentences' lengths.
-_LENGTHS_FILE = "lengths.json"
-
-# What may differ from the run directory's config.json when a run goes on: how long and how
-# closely watched it is, where its files lie and what it takes of memory, not what is trained.
-_MAY_CHANGE = (
-    "run",
-    "steps",
-    "log_every",
-    "distributed",
-    "data.path",
-    "data.test",
-    "data.cache_dir",
-    "accumulate",
-    "model.remat",
-    "model.scan_layers",
-    "model.flash_attention",
-)
-_MAY_CHANGE_SECTIONS = ("evaluate.", "checkpoint.", "parallel.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,18 +60,16 @@ def prepare(config: TrainConfig) -> RunData:
       UserError: the data or the run directory cannot be used.
     """
     run = Path(config.run)
-    _check_same_run(config, run)
+    check_same_run(config, run)
     splits = ["train", "validation", *(["test"] if config.data.test else [])]
     pairs = {split: load_split(config.data, split) for split in splits}
     training = [pairs["train"], *(load_extra(config.data, name) for name in config.data.extra)]
-    if jax.process_index() == 0:
-        write_config(run, config.to_dict())
     tokenizers = _tokenizers(config, run, training)
     corpora = [_segmentations(config, dataset, tokenizers) for dataset in training]
     validation = encode_corpus(pairs["validation"], *tokenizers, config.data.cache_dir)
     names = ["data.train", *config.data.extra]
     trained = {name: parts[0] for name, parts in zip(names, corpora, strict=True)}
-    _check_same_text(run, trained | {"data.validation": validation})
+    check_same_text(run, trained | {"data.validation": validation})
     batches = make_batches(config, corpora)
     check_lengths(config.model, validation)
     _check_packed_positions(config, batches)
@@ -106,6 +80,8 @@ def prepare(config: TrainConfig) -> RunData:
         )
     parts = jax.device_count() * config.accumulate
     rows = -(-batches.rows_per_batch // parts) * parts
+    if jax.process_index() == 0:  # when nothing is refused any more: a run keeps what it had
+        write_config(run, config.to_dict())
     return RunData(pairs, *tokenizers, validation, batches, rows)
 
 
@@ -158,82 +134,6 @@ def make_batches(config: TrainConfig, corpora: Sequence[Sequence[EncodedCorpus]]
         return Batches(packed[0], rows, seed=config.seed)
     weights = data.weights or [segmentations[0][1].num_rows for segmentations in packed]
     return Mixture(packed, weights, rows, seed=config.seed)
-
-
-def _check_same_run(config: TrainConfig, run: Path) -> None:
-    """A run directory holds one experiment: refuse to go on with another one in it.
-
-    Without a checkpoint there is nothing to go on with, and what is there is written anew: a run
-    that failed at its start takes a configuration that is mended. What is no run is left alone.
-    """
-    if not (run / CONFIG_FILE).exists():
-        if checkpoint_steps(run):
-            raise UserError(
-                f"{run} has checkpoints but no {CONFIG_FILE}: restore it, or choose another --run"
-            )
-        return
-    try:
-        if not checkpoint_steps(run):
-            read_config(run)
-            return
-        before = flatten(read_train_config(run))
-    except UserError as error:
-        raise UserError(f"{error}; choose another --run") from error
-    cooldown, reached = before["optimizer.cooldown_steps"], checkpoint_steps(run)[-1]
-    falls_from = before["steps"] - cooldown
-    if config.steps < reached:
-        raise UserError(
-            f"{run} is at step {reached} and steps is {config.steps}: give at least that"
-        )
-    if config.steps != before["steps"] and cooldown and falls_from < reached:
-        raise UserError(
-            f"{run} has steps={before['steps']}, and since step {falls_from} its learning rate "
-            f"falls towards that: give that value to go on, or another --run to train for "
-            f"{config.steps}"
-        )
-    if config.steps != before["steps"] and cooldown and config.steps - cooldown < reached:
-        raise UserError(
-            f"{run} is at step {reached}, and with steps={config.steps} its learning rate would "
-            f"fall from step {config.steps - cooldown} on: give at least {reached + cooldown}"
-        )
-    for name, value in flatten(config).items():
-        if name in _MAY_CHANGE or name.startswith(_MAY_CHANGE_SECTIONS):
-            continue
-        if before[name] != value:
-            raise UserError(
-                f"{run} holds a run with {name}={before[name]!r}, not {value!r}: "
-                "give that value to go on with it, or another --run to start anew"
-            )
-
-
-def _check_same_text(run: Path, corpora: Mapping[str, EncodedCorpus]) -> None:
-    """Refuse to go on with text that is not what the run has seen, though it has the same name.
-
-    It is known again by the lengths of all sentences, in tokens of the run's own vocabulary: at no
-    cost, and whatever program or version has stored it.
-    """
-    here = {
-        name: sha256(
-            b"".join(
-                side.lengths.astype("<i4").tobytes() for side in (corpus.source, corpus.target)
-            )
-        ).hexdigest()
-        for name, corpus in corpora.items()
-    }
-    path = run / _LENGTHS_FILE
-    if checkpoint_steps(run) and path.is_file():
-        try:
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({reason(error)}): delete it, to go on") from error
-        for name, digest in here.items():
-            if before.get(name) != digest:
-                raise UserError(
-                    f"{run} has seen other text as {name}: give that to go on with it, or another "
-                    "--run to start anew"
-                )
-    elif jax.process_index() == 0:
-        write_text(path, json.dumps(here, indent=2) + "\n", advice="choose another --run")
 
 
 def _tokenizers(

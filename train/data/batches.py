@@ -139,7 +139,8 @@ class Batches:
 
     Attributes:
       steps_per_epoch: batches until every row was visited once, of the longest segmentation.
-      target_fill: share of the target positions of an epoch that are real.
+      target_fill: share of the target positions of an epoch that are real; where segmentations
+        take turns, of the first.
       parts: the rows of each corpus; here there is one.
       shares: of each corpus in the rows of a batch.
     """

@@ -83,6 +83,10 @@ def _tsv_rows(path: Path) -> Iterator[Row]:
     return _name_fields(path, ((number, line.split("\t")) for number, line in lines if line))
 
 
+class _Several:
+    """In the place of fields whose columns have one name: it matters only if they are asked for."""
+
+
 def _csv_rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(1 << 30)  # a document may be a sentence
     reader = csv.reader((line + "\n" for line in read_lines(path)), strict=True)
@@ -96,16 +100,15 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 def _name_fields(path: Path, rows: Iterable[tuple[int, list[str]]]) -> Iterator[Row]:
     """Pair the fields of each row with those of the first, the header."""
     rows = iter(rows)
-    first, header = next(rows, (0, []))
-    if twice := next((name for name in header if name and header.count(name) > 1), None):
-        raise UserError(f"{path}:{first}: two columns are called {twice!r}; rename one")
+    _, header = next(rows, (0, []))
+    several = {name: _Several() for name in header if header.count(name) > 1}
     for number, fields in rows:
         if len(fields) != len(header):
             raise UserError(
                 f"{path}:{number}: {len(fields)} columns, but the header has {len(header)} "
                 f"({', '.join(header)})"
             )
-        yield f"{path}:{number}", dict(zip(header, fields, strict=True))
+        yield f"{path}:{number}", dict(zip(header, fields, strict=True)) | several
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
@@ -147,6 +150,8 @@ def _text(row: Any, column: str, where: str) -> str:
                 f"{where}: no column {column!r}; the columns are {', '.join(_columns(row))}"
             )
         value = value[key]
+    if isinstance(value, _Several):
+        raise UserError(f"{where}: several columns are called {column!r}; rename all but one")
     if not isinstance(value, str):
         raise UserError(f"{where}: column {column!r} holds {json.dumps(value)}, not text")
     if _SURROGATE.search(value):

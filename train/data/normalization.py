@@ -2,7 +2,7 @@
 
 sentencepiece's own rule, nmt_nfkc, also writes "，" as ",", "…" as "..." and "½" as "1⁄2"; a model
 of such pieces can never say what was there. Here letters that Unicode has in two spellings get one
-(NFC: "e" and U+0301 are "é"), every kind of white space is a space, and control characters go.
+(NFC: "e" and U+0301 are "é"), every kind of white space is a space, and what cannot be seen goes.
 """
 
 import unicodedata

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
+import os
 import pickle
 from collections.abc import Iterator
 from itertools import islice
@@ -121,8 +122,8 @@ def _hub(data: "DataConfig", split: str) -> "datasets.Dataset":
 
 
 def _local(data: "DataConfig", names: tuple[str, ...]) -> "datasets.Dataset":
-    folder = Path(data.path or ".").expanduser()
-    paths = [folder / Path(name).expanduser() for name in names]
+    folder = Path(os.path.expanduser(data.path or "."))
+    paths = [folder / os.path.expanduser(name) for name in names]
     if len(paths) == 1 and paths[0].suffix == ".parquet":
         dataset = _parquet(existing(paths[0]), data)
         last = [_last_name(column, data) for column in (data.source, data.target)]
@@ -186,7 +187,7 @@ def _wanted_of(schema: "pa.Schema", data: "DataConfig") -> dict[str, Any]:
 
     found = []
     for column in (data.source, data.target):
-        names = column, column.partition(".")[0], _last_name(column, data)
+        names = column, _last_name(column, data), column.partition(".")[0]
         found.append(next((name for name in names if schema.names.count(name) == 1), None))
     if None in found:
         return {}  # all of them, to be named in a message

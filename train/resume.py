@@ -1,0 +1,110 @@
+"""What a run directory goes on with: the same experiment, and the same text."""
+
+import json
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+
+import jax
+
+from jaxformer.errors import UserError, reason
+from jaxformer.files import write_text
+from jaxformer.run_directory import CONFIG_FILE, checkpoint_steps, read_config
+from train.config import TrainConfig, flatten, read_train_config
+from train.data.corpus import EncodedCorpus
+
+# Digests of the sentences' lengths.
+_LENGTHS_FILE = "lengths.json"
+
+# What may differ from the run directory's config.json when a run goes on: how long and how
+# closely watched it is, where its files lie and what it takes of memory, not what is trained.
+_MAY_CHANGE = (
+    "run",
+    "steps",
+    "log_every",
+    "distributed",
+    "data.path",
+    "data.test",
+    "data.cache_dir",
+    "accumulate",
+    "model.remat",
+    "model.scan_layers",
+    "model.flash_attention",
+)
+_MAY_CHANGE_SECTIONS = ("evaluate.", "checkpoint.", "parallel.")
+
+
+def check_same_run(config: TrainConfig, run: Path) -> None:
+    """A run directory holds one experiment: refuse to go on with another one in it.
+
+    Without a checkpoint there is nothing to go on with, and what is there is written anew: a run
+    that failed at its start takes a configuration that is mended. What is no run is left alone.
+    """
+    if not (run / CONFIG_FILE).exists():
+        if checkpoint_steps(run):
+            raise UserError(
+                f"{run} has checkpoints but no {CONFIG_FILE}: restore it, or choose another --run"
+            )
+        return
+    try:
+        if not checkpoint_steps(run):
+            read_config(run)
+            return
+        before = flatten(read_train_config(run))
+    except UserError as error:
+        raise UserError(f"{error}; choose another --run") from error
+    cooldown, reached = before["optimizer.cooldown_steps"], checkpoint_steps(run)[-1]
+    falls_from = before["steps"] - cooldown
+    if config.steps < reached:
+        raise UserError(
+            f"{run} is at step {reached} and steps is {config.steps}: give at least that"
+        )
+    if config.steps != before["steps"] and cooldown and falls_from < reached:
+        raise UserError(
+            f"{run} has steps={before['steps']}, and since step {falls_from} its learning rate "
+            f"falls towards that: give that value to go on, or another --run to train for "
+            f"{config.steps}"
+        )
+    if config.steps != before["steps"] and cooldown and config.steps - cooldown < reached:
+        raise UserError(
+            f"{run} is at step {reached}, and with steps={config.steps} its learning rate would "
+            f"fall from step {config.steps - cooldown} on: give at least {reached + cooldown}"
+        )
+    for name, value in flatten(config).items():
+        if name in _MAY_CHANGE or name.startswith(_MAY_CHANGE_SECTIONS):
+            continue
+        if before[name] != value:
+            raise UserError(
+                f"{run} holds a run with {name}={before[name]!r}, not {value!r}: "
+                "give that value to go on with it, or another --run to start anew"
+            )
+
+
+def check_same_text(run: Path, corpora: Mapping[str, EncodedCorpus]) -> None:
+    """Refuse to go on with text that is not what the run has seen, though it has the same name.
+
+    It is known again by the lengths of all sentences, in tokens of the run's own vocabulary: at no
+    cost, and whatever program or version has stored it.
+    """
+    here = {
+        name: sha256(
+            b"".join(
+                side.lengths.astype("<i4").tobytes() for side in (corpus.source, corpus.target)
+            )
+        ).hexdigest()
+        for name, corpus in corpora.items()
+    }
+    path = run / _LENGTHS_FILE
+    if checkpoint_steps(run) and path.is_file():
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({reason(error)}): delete it, to go on") from error
+        for name, digest in here.items():
+            if before.get(name) != digest:
+                raise UserError(
+                    f"{run} has seen other text as {name}: give that to go on with it, or another "
+                    "--run to start anew"
+                )
+    elif jax.process_index() == 0:
+        write_text(path, json.dumps(here, indent=2) + "\n", advice="choose another --run")

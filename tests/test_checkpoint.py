@@ -320,6 +320,26 @@ def test_a_damaged_checkpoint_is_left_out_of_the_average(tmp_path, capsys):
         checkpoints.remove_average()
 
 
+def test_an_average_stays_until_the_next_is_whole(tmp_path, monkeypatch):
+    """However the program ends meanwhile."""
+    save_all(tmp_path, [(make_state(step), {"loss": 1.0}) for step in (1, 2)])
+
+    def save(checkpointer, path, **_):
+        path.mkdir()
+        raise KeyboardInterrupt
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save_average(*checkpoints.average([1, 2]))
+        with monkeypatch.context() as patch:
+            patch.setattr(ocp.Checkpointer, "save", save)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoints.save_average(*checkpoints.average([2, 1]))
+        assert find_checkpoint(tmp_path).name == "average"
+        assert np.all(load_params(tmp_path)["scale"] == 1.5)
+        checkpoints.save_average(*checkpoints.average([1, 2]))
+        assert {path.name for path in checkpoints.directory.iterdir()} == {"1", "2", "average"}
+
+
 @pytest.mark.parametrize("text", ["", '{"metric": "lo', "3", '{"a": 1}'])
 def test_metrics_that_cannot_be_read_are_set_aside(tmp_path, capsys, text):
     save_all(tmp_path, [(make_state(step), {"loss": 1.0}) for step in (1, 2)])
@@ -430,6 +450,7 @@ def test_the_average_is_the_default_until_training_goes_on(tmp_path):
             checkpoints.save_average(checkpoints.average([1, 2])[0], [2, 1])
     average = find_checkpoint(tmp_path)
     assert average.name == "average"
+    assert not list(average.parent.glob("average.*"))
     assert json.loads((average / "info/metadata").read_text())["steps"] == [1, 2]
     assert np.all(load_params(tmp_path)["scale"] == 1.5)
 

@@ -116,6 +116,11 @@ def test_other_text_in_the_same_files_is_refused(run, config, folder):
     other = shutil.copytree(folder, folder / "other", ignore=lambda *_: ["run", "cache"])
     moved = change(config, run=str(shutil.copytree(run, folder / "moved")), data__path=str(other))
     fit(moved)
+    (folder / "moved/lengths.json").write_text("{}")
+    with pytest.raises(UserError, match=r"lengths\.json is damaged .*: delete it, to go on"):
+        fit(moved)
+    (folder / "moved/lengths.json").unlink()
+    fit(moved)
     for name in ("valid", "train"):
         for side in ("en", "de"):
             lines = (other / f"{name}.{side}").read_text().splitlines(keepends=True)
@@ -250,7 +255,9 @@ def test_patience(history, metric, patience, expected):
     assert _out_of_patience(history, metric, patience) is expected
 
 
-def test_early_stopping_also_holds_when_the_run_is_started_again(config, folder, monkeypatch):
+def test_early_stopping_also_holds_when_the_run_is_started_again(
+    config, folder, monkeypatch, capsys
+):
     quality = score(["a b c d"], ["a b c d"])  # as good at every step
 
     def evaluate(config, data, params, splits, beam_size):
@@ -268,7 +275,9 @@ def test_early_stopping_also_holds_when_the_run_is_started_again(config, folder,
     fit(stopping)
     steps = checkpoint_steps(folder / "patience")
     assert steps[-1] == 3
+    capsys.readouterr()
     fit(stopping)
+    assert "no better chrf in 2 evaluations: stopping" in capsys.readouterr().out
     assert checkpoint_steps(folder / "patience") == steps
 
 

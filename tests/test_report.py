@@ -102,6 +102,17 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert short_names([runs[0], runs[0]]) == ["run", "run"]
 
 
+def test_an_end_that_training_went_beyond_is_called_by_its_step(tmp_path, no_pictures):
+    run = write_recorded_run(tmp_path / "run")
+    assert "test, at the end" in page_of(tmp_path, run)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    *_, last, _, _ = map(json.loads, lines)
+    more = last | {"step": last["step"] + 50, "time": json.loads(lines[-1])["time"] + 9}
+    (run / "metrics.jsonl").write_text("\n".join([*lines, json.dumps(more), ""]))
+    page = page_of(tmp_path, run)
+    assert f"test, after step {last['step']:,}" in page and "at the end" not in page
+
+
 def test_where_the_time_went(run):
     parts = History(run).time_split()
     expected = {

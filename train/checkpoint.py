@@ -301,7 +301,9 @@ class Checkpoints:
         return cast, averaged
 
     def save_average(self, params: Any, steps: Sequence[int]) -> None:
-        """Save `params`, the average of `steps`, as `checkpoints/average`, replacing it.
+        """Save `params`, the average of `steps`, as `checkpoints/average`.
+
+        An older one stays until this one is whole.
 
         Raises:
           UserError: it could not be written.
@@ -313,11 +315,17 @@ class Checkpoints:
             "fingerprints": fingerprints({PARAMS: params}),
         }
         args = {PARAMS: ocp.args.StandardSave(params), INFO: ocp.args.JsonSave(info)}
-        with (
-            saving(self.directory),
-            ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer,
-        ):
-            writer.save(self.directory / AVERAGE, args=ocp.args.Composite(**args), force=True)
+        new, old = (self.directory / f"{AVERAGE}.{which}" for which in ("new", "old"))
+        with saving(self.directory):
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+                writer.save(new, args=ocp.args.Composite(**args), force=True)
+            if jax.process_index() == 0:
+                shutil.rmtree(old, ignore_errors=True)
+                if (self.directory / AVERAGE).exists():
+                    (self.directory / AVERAGE).rename(old)
+                new.rename(self.directory / AVERAGE)
+                shutil.rmtree(old, ignore_errors=True)
+        _meet(AVERAGE)
 
     def remove_average(self) -> None:
         """Remove `checkpoints/average`, if it is there."""

@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--length-penalty", type=float, help="alpha; default: the run's")
     evaluate.add_argument("--length-penalty-form", choices=get_args(PenaltyForm))
     evaluate.add_argument("--bleu-tokenize", help="sacreBLEU's tokenizer; default: the run's")
-    evaluate.add_argument("--output", help="file to write the translations to")
+    evaluate.add_argument("--output", help="file to write the translations to, or -")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(command=_evaluate)
     add_report(commands)
@@ -165,8 +165,9 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     }
     from train.evaluate import evaluate_run, write_lines
 
-    if options.output is not None:
-        check_writable(options.output)
+    output = "/dev/stdout" if options.output == "-" else options.output
+    if output is not None:
+        check_writable(output)
     values, translations = evaluate_run(
         options.run,
         split=options.split,
@@ -176,8 +177,8 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         **changes,
     )
     _show(values, as_json=options.json)
-    if options.output is not None:  # last: a disk that is full takes the scores from nobody
-        write_lines(Path(options.output), translations)
+    if output is not None:  # last: a disk that is full takes the scores from nobody
+        write_lines(Path(output), translations)
 
 
 def _show(values: dict[str, Any], *, as_json: bool) -> None:

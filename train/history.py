@@ -92,6 +92,7 @@ class History:
         seconds[train] += np.nan_to_num(self.column("train", "compile_seconds"))
         seconds = np.minimum(seconds, gaps)
         first = train & after(among("start"))
+        first[0] |= train[0]  # of a version that did not record the start
         parts = {
             "compile": seconds[first].sum(),
             "steps": seconds[train & ~first].sum(),

@@ -132,8 +132,10 @@ def _train(config: TrainConfig, run: Path) -> None:
                 values = agreed(np.array(list(numbers.values())))
                 return dict(zip(numbers, values.tolist(), strict=True))
 
+            no_gain = f"no better {metric} in {evaluate.patience} evaluations: stopping"
             if out_of_patience():
                 steps = range(0)
+                progress.message(no_gain)
             ready = log.timed(prefetch(load, steps))
             for step, batch in zip(steps, ready, strict=True):
                 state, metrics = train_step(state, batch, dropout_rng)
@@ -157,9 +159,7 @@ def _train(config: TrainConfig, run: Path) -> None:
                     )
                     raise Preempted
                 if evaluating and out_of_patience():
-                    progress.message(
-                        f"no better {metric} in {evaluate.patience} evaluations: stopping"
-                    )
+                    progress.message(no_gain)
                     break
             ready.close()  # or the thread would wait for more to be taken
 

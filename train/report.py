@@ -117,7 +117,10 @@ def _results(histories: Sequence[History]) -> str:
         summary = f"{last:,.0f} steps in {duration(seconds)}"
         records = [(f"validation, step {r['step']:,}", r) for r in _best_validation(history)]
         for split in ("validation", "test"):
-            records += [(f"{split}, at the end", r) for r in history.records(f"final_{split}")[-1:]]
+            for record in history.records(f"final_{split}")[-1:]:
+                at_end = record["step"] >= last  # or training goes on again
+                when = "at the end" if at_end else f"after step {record['step']:,}"
+                records.append((f"{split}, {when}", record))
         for what, record in records:
             rows.append(
                 (

@@ -97,11 +97,12 @@ def check_same_text(run: Path, corpora: Mapping[str, EncodedCorpus]) -> None:
     path = run / _LENGTHS_FILE
     if checkpoint_steps(run) and path.is_file():
         try:
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            before = {name: known[name] for name in here}
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is damaged ({reason(error)}): delete it, to go on") from error
         for name, digest in here.items():
-            if before.get(name) != digest:
+            if before[name] != digest:
                 raise UserError(
                     f"{run} has seen other text as {name}: give that to go on with it, or another "
                     "--run to start anew"

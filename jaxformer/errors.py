@@ -12,8 +12,18 @@ class UserError(ValueError):
     """
 
 
+def one_line(error: BaseException) -> str:
+    """All that an error says."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says at first, where more would be of no use."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def reason(error: Exception) -> str:
-    """Return what a person can use of an error of orbax, as one line.
+    """What a person can use of an error of what reads files, orbax above all.
 
     Tensorstore nests its messages, `failed "path": failed "path": reason [tensorstore_spec=…`.
     """
@@ -28,11 +38,11 @@ def memory_errors(advice: str) -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
-        reason = str(error) or "no more to be had"
-        raise UserError(f"too little memory: {reason}; {advice}") from error
+        said = str(error) or "no more to be had"
+        raise UserError(f"too little memory: {said}; {advice}") from error
     except RuntimeError as error:  # as `jax.errors.JaxRuntimeError` is
-        reason = " ".join(str(error).split())
-        if not reason.startswith("RESOURCE_EXHAUSTED"):
+        said = one_line(error)
+        if not said.startswith("RESOURCE_EXHAUSTED"):
             raise
-        reason = reason.removeprefix("RESOURCE_EXHAUSTED: ")[:200]
-        raise UserError(f"too little memory on the device: {reason}; {advice}") from error
+        said = said.removeprefix("RESOURCE_EXHAUSTED: ")[:200]
+        raise UserError(f"too little memory on the device: {said}; {advice}") from error

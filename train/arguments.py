@@ -13,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from jaxformer.errors import UserError
+from jaxformer.errors import UserError, one_line
 from train.config import TrainConfig, flatten
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -50,7 +50,7 @@ def load_config(name: str, *, also: Iterable[str] = ()) -> TrainConfig:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # it is the user's program: whatever it raises
-        message = " ".join(str(error).split())
+        message = one_line(error)
         raise UserError(f"{path} cannot be run: {type(error).__name__}: {message}") from error
     config = getattr(module, "config", None)
     if not isinstance(config, TrainConfig):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxformer.errors import UserError
+from jaxformer.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,9 @@ def bleu_metric(tokenize: str) -> Any:
         # force: no warning about text that looks tokenised, which "none" asks for.
         return BLEU(tokenize=tokenize, force=tokenize == "none")
     except (ImportError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"sacreBLEU's tokenizer {tokenize!r} cannot be used: {reason}") from error
+        raise UserError(
+            f"sacreBLEU's tokenizer {tokenize!r} cannot be used: {one_line(error)}"
+        ) from error
 
 
 def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> CorpusScore:

@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxformer.config import TransformerConfig
-from jaxformer.errors import UserError
+from jaxformer.errors import UserError, first_line
 from jaxformer.positions import sinusoid
 from jaxformer.transformer import parameter_shapes
 
@@ -237,9 +237,8 @@ def read_tensors(directory: Path) -> tuple[Path, Tensors]:
     except ImportError as error:
         raise UserError(f"{path} needs {error.name}: pip install {error.name}") from error
     except Exception as error:  # zipfile, pickle, torch and safetensors each have their own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"cannot read {path}: {reason}; download it again, or save it in float32"
+            f"cannot read {path}: {first_line(error)}; download it again, or save it in float32"
         ) from error
 
 

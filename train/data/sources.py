@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from jaxformer.errors import UserError
+from jaxformer.errors import UserError, first_line
 from train.data.arrow import CACHE_VERSION, cache_folder, reading, write_arrow
 from train.data.files import Pair, existing, pair_lines, pair_table_rows, table_suffixes
 from train.progress import Count
@@ -111,13 +111,13 @@ def _hub(data: "DataConfig", split: str) -> "datasets.Dataset":
             )
     except ConnectionError as error:
         raise UserError(
-            f"cannot reach data set {data.dataset!r} on the hub ({_first_line(error)}): without a "
+            f"cannot reach data set {data.dataset!r} on the hub ({first_line(error)}): without a "
             "network, leave data.dataset empty and name local files in data.path, data.train, …"
         ) from error
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(
             f"cannot load data set {data.dataset!r}, configuration {data.dataset_config!r}, "
-            f"split {split!r}: {_first_line(error)}"
+            f"split {split!r}: {first_line(error)}"
         ) from error
 
 
@@ -134,7 +134,7 @@ def _local(data: "DataConfig", names: tuple[str, ...]) -> "datasets.Dataset":
             selected.data.validate(full=True)
         except ValueError as error:  # as `pyarrow.ArrowInvalid` is
             raise UserError(
-                f"{paths[0]} cannot be read as text ({_first_line(error)}): write it as UTF-8"
+                f"{paths[0]} cannot be read as text ({first_line(error)}): write it as UTF-8"
             ) from error
         return selected
     if len(paths) == 1 and paths[0].suffix in table_suffixes:
@@ -176,7 +176,7 @@ def _parquet(path: Path, data: "DataConfig") -> "datasets.Dataset":
                 **_wanted_of(schema, data),
             )
     except (OSError, ValueError, DatasetsError) as error:
-        reason = _first_line(error.__cause__ or error)
+        reason = first_line(error.__cause__ or error)
         raise UserError(f"{path} cannot be read as Parquet ({reason}): write it again") from error
 
 
@@ -259,7 +259,3 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             datasets.enable_progress_bars()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

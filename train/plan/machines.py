@@ -10,7 +10,7 @@ from math import prod
 
 import jax
 
-from jaxformer.errors import UserError
+from jaxformer.errors import UserError, one_line
 from train.costs.chips import CHIPS, Chip, chip_of
 
 TPUS = {chip.name: chip for chip in CHIPS if chip.dimensions}
@@ -79,8 +79,7 @@ def tpu_machine(topology: str) -> Machine:
         try:
             devices = get_topology_desc(platform="tpu", topology_name=topology, **cores).devices
         except Exception as error:  # JaxRuntimeError, RuntimeError or ValueError, by version
-            reason = " ".join(str(error).split())
-            raise UserError(f"libtpu refuses the topology {topology}: {reason}") from error
+            raise UserError(f"libtpu refuses the topology {topology}: {one_line(error)}") from error
     return Machine(topology, tuple(devices), chip.memory // chip.devices, chip)
 
 

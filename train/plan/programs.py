@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxformer.errors import UserError
+from jaxformer.errors import UserError, one_line
 from jaxformer.generation import GenerationConfig, generate
 from jaxformer.transformer import Transformer, parameter_shapes
 from train.config import TrainConfig
@@ -198,7 +198,7 @@ def _refusals(compile: Any) -> Any:
     try:
         return compile()
     except jax.errors.JaxRuntimeError as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if "RESOURCE_EXHAUSTED" in reason:
             raise DoesNotFit(reason) from error
         raise UserError(f"the compiler gives up: {reason}") from error

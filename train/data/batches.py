@@ -59,11 +59,16 @@ class Rows:
 
     def epochs(self, number: int) -> float:
         """How many epochs the first `number` rows are, counted as in `onward`."""
-        turns, place = divmod(number, int(self._starts[-1]))
-        segmentation = int(np.searchsorted(self._starts, place, side="right")) - 1
-        first, last = self._starts[segmentation : segmentation + 2]
-        whole = turns * len(self._segmentations) + segmentation
-        return float(whole + (place - first) / (last - first))
+        (epoch,), (place,) = self._locate(np.array([number]))
+        _, packing = self._segmentation(epoch)
+        return float(epoch + place / packing.num_rows)
+
+    def _locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Epochs of rows that are counted from 0 through all of them, and places in these."""
+        turns, places = np.divmod(rows, self._starts[-1])
+        segmentations = np.searchsorted(self._starts, places, side="right") - 1
+        epochs = turns * len(self._segmentations) + segmentations
+        return epochs, places - self._starts[segmentations]
 
     def _segmentation(self, epoch: int) -> Packed:
         return self._segmentations[epoch % len(self._segmentations)]
@@ -85,10 +90,7 @@ class Rows:
 
         In pieces, one an epoch.
         """
-        turns, places = np.divmod(np.arange(start, stop), self._starts[-1])
-        segmentations = np.searchsorted(self._starts, places, side="right") - 1
-        places -= self._starts[segmentations]
-        epochs = turns * len(self._segmentations) + segmentations
+        epochs, places = self._locate(np.arange(start, stop))
         return [
             self._make_rows(epoch, self._order(epoch)[places[epochs == epoch]])
             for epoch in np.unique(epochs).tolist() or [0]

@@ -3,9 +3,10 @@
 import codecs
 import contextlib
 import os
+import sys
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from jaxformer.errors import UserError
@@ -65,6 +66,34 @@ def write_text(path: Path, text: str, *, advice: str = "choose another place") -
     except UnicodeEncodeError as error:  # a name that the shell gave is bytes that are no letters
         raise UserError(f"cannot write {path}: it would not be UTF-8; {advice}") from error
     write_bytes(path, content, advice=advice)
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Write a file whole or not at all; in place what is none, such as a pipe.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    text = "".join(f"{line}\n" for line in lines)
+    printed = _is_standard_output(path)
+    if not printed and (path.is_file() or not path.exists()):
+        write_text(path.resolve(), text)
+        return
+    try:
+        if printed:  # beside what is printed, and not over it
+            sys.stdout.flush()
+            sys.stdout.buffer.write(text.encode())
+        else:
+            path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _is_standard_output(path: Path) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError):  # what stands for a terminal may be no file
+        return False
 
 
 def check_writable(path: str | Path) -> None:

@@ -9,13 +9,13 @@ import jax
 import pytest
 
 from jaxformer.errors import UserError
+from jaxformer.files import write_lines
 from jaxformer.run_directory import load_tokenizers, write_config
 from random_run import CONFIG, write_random_run
 from small_run import small_config, trained_run, write_corpus
 from train.arguments import config_names, load_config, override
 from train.cli import main
 from train.config import TrainConfig, flatten
-from train.evaluate import write_lines
 from train.loop import fit
 from train.preemption import Preempted
 from train.prepare import prepare

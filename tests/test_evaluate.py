@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 
 from jaxformer.errors import UserError
+from jaxformer.files import write_lines
 from jaxformer.run_directory import load_params
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from small_run import LEXICON, small_config, trained_run
 from train.data.corpus import encode_corpus
 from train.data.sources import load_split
-from train.evaluate import LossEvaluator, evaluate_run, score, write_lines
+from train.evaluate import LossEvaluator, evaluate_run
 from train.metrics import read_metrics
 from train.parallel import DataParallel
+from train.scores import score
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,11 @@ from jaxformer.translator import Translator
 from small_run import change, small_config, write_corpus
 from train.benchmark.compiles import count_compiles
 from train.config import read_train_config
-from train.evaluate import score
 from train.lock import only_trainer
 from train.log import Log
 from train.loop import _out_of_patience, fit
 from train.metrics import read_metrics
+from train.scores import score
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,9 @@ from packed_rows import BATCH, KEY, SPLITTABLE, assert_same_training, run_steps
 from train.benchmark.compiles import count_compiles
 from train.config import OptimizerConfig, ParallelConfig
 from train.mesh import in_mesh, make_mesh
+from train.optimizer import make_optimizer
 from train.parallel import DataParallel, MeshParallel
-from train.state import create_state, make_optimizer
+from train.state import create_state
 from train.step import make_eval_step, make_train_step
 
 CONFIG = SPLITTABLE.replace(vocab_size=4096, label_smoothing=0.1)

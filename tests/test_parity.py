@@ -12,7 +12,7 @@ from jaxformer.config import BOS_ID, PAD_ID, TransformerConfig
 from jaxformer.losses import cross_entropy
 from jaxformer.transformer import Transformer
 from train.config import OptimizerConfig
-from train.state import make_optimizer, make_schedule
+from train.optimizer import make_optimizer, make_schedule
 
 torch = pytest.importorskip("torch")
 

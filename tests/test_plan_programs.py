@@ -20,8 +20,7 @@ from train.parallel import make_runner
 from train.plan.collectives import Collective, collectives
 from train.plan.machines import present_machine
 from train.plan.programs import DoesNotFit, decode_program, device_bytes, step_program
-from train.state import create_state, make_optimizer, make_schedule
-from train.step import make_train_step
+from train.step import make_training
 
 CONFIG = TrainConfig(
     model=SPLITTABLE,
@@ -45,13 +44,10 @@ def planned():
 def real(request):
     """State, batch and program of a run."""
     config = request.param
-    runner, model = make_runner(config), Transformer(config.model)
-    schedule = make_schedule(config.optimizer, config.model.d_model, config.steps)
-    optimizer = make_optimizer(config.optimizer, schedule)
-    state = runner.create(partial(create_state, model, optimizer, jax.random.key(0)))
+    runner, training = make_runner(config), make_training(Transformer(config.model), config)
+    state = runner.create(partial(training.create_state, jax.random.key(0)))
     batch = runner.place(ROWS, lambda rows: {name: x[rows] for name, x in BATCH.items()})
-    step = make_train_step(model, optimizer, schedule)
-    compiled = runner.train(step).lower(state, batch, KEY).compile()
+    compiled = runner.train(training.train_step).lower(state, batch, KEY).compile()
     return config.parallel.strategy, state, compiled
 
 

@@ -25,8 +25,9 @@ from packed_rows import (
 )
 from train.benchmark.compiles import count_compiles
 from train.config import OptimizerConfig
+from train.optimizer import make_optimizer, make_schedule
 from train.parallel import DataParallel
-from train.state import TrainState, create_state, make_optimizer, make_schedule
+from train.state import TrainState, create_state
 from train.step import make_eval_step, make_train_step
 
 CONFIG = TransformerConfig(

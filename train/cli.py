@@ -18,7 +18,7 @@ import jax
 from jaxformer.compilation import keep_compiled_programs
 from jaxformer.config import Precision
 from jaxformer.errors import UserError, memory_errors
-from jaxformer.files import check_writable
+from jaxformer.files import check_writable, write_lines
 from jaxformer.generation import PenaltyForm
 from jaxformer.terminal import begin_program, check_open, drop_output
 from train.arguments import config_names, load_config, override, refuse
@@ -163,7 +163,7 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         for name in ("beam_size", "length_penalty", "length_penalty_form", "bleu_tokenize")
         if getattr(options, name) is not None
     }
-    from train.evaluate import evaluate_run, write_lines
+    from train.evaluate import evaluate_run
 
     output = "/dev/stdout" if options.output == "-" else options.output
     if output is not None:

@@ -2,11 +2,8 @@
 
 import dataclasses
 import math
-import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +11,6 @@ import numpy as np
 
 from jaxformer.config import Precision, TransformerConfig
 from jaxformer.errors import UserError
-from jaxformer.files import write_text
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from train.config import DataConfig, EvaluateConfig, read_section
@@ -23,7 +19,7 @@ from train.data.corpus import EncodedCorpus, encode_corpus
 from train.data.packing import pack_in_order
 from train.data.sources import load_split
 from train.parallel import DataParallel, Runner
-from train.scores import CorpusScore, bleu, bleu_metric, chrf
+from train.scores import bleu_metric, score
 from train.step import make_eval_step
 
 # Tokens of a sentence: attention of 8 heads takes 3 GB.
@@ -110,45 +106,6 @@ class LossEvaluator:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class Quality:
-    """Scores of a set of translations.
-
-    Attributes:
-      bleu, chrf: from 0 to 100, with their sacreBLEU signatures.
-      exact_match: share of translations equal to their reference, from 0 to 1.
-    """
-
-    bleu: CorpusScore
-    chrf: CorpusScore
-    exact_match: float
-
-    def __str__(self) -> str:
-        return f"{self.bleu}\n{self.chrf}\nexact match {self.exact_match:.1%}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the values and signatures for a metrics record."""
-        return {
-            "bleu": self.bleu.value,
-            "chrf": self.chrf.value,
-            "exact_match": self.exact_match,
-            "bleu_signature": self.bleu.signature,
-            "chrf_signature": self.chrf.signature,
-        }
-
-
-def score(
-    hypotheses: Sequence[str], references: Sequence[str], *, bleu_tokenize: str = "13a"
-) -> Quality:
-    """Score translations against one reference each."""
-    equal = sum(map(str.__eq__, hypotheses, references))
-    return Quality(
-        bleu(hypotheses, references, tokenize=bleu_tokenize),
-        chrf(hypotheses, references),
-        equal / max(1, len(references)),
-    )
-
-
 def make_translate(
     translator: Translator, config: EvaluateConfig, *, beam_size: int
 ) -> Callable[[Sequence[str]], list[str]]:
@@ -220,31 +177,3 @@ def evaluate_run(
     )
     quality = score(hypotheses, pairs["target"][:], bleu_tokenize=settings.bleu_tokenize)
     return losses | quality.to_dict(), hypotheses
-
-
-def write_lines(path: Path, lines: Sequence[str]) -> None:
-    """Write a file whole or not at all; in place what is none, such as a pipe.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    text = "".join(f"{line}\n" for line in lines)
-    printed = _is_standard_output(path)
-    if not printed and (path.is_file() or not path.exists()):
-        write_text(path.resolve(), text)
-        return
-    try:
-        if printed:  # beside what is printed, and not over it
-            sys.stdout.flush()
-            sys.stdout.buffer.write(text.encode())
-        else:
-            path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _is_standard_output(path: Path) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))
-    except (OSError, ValueError):  # what stands for a terminal may be no file
-        return False

@@ -16,7 +16,7 @@ from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
-from train.evaluate import LossEvaluator, Quality, make_translate, score
+from train.evaluate import LossEvaluator, make_translate
 from train.lock import only_trainer
 from train.log import Log, check_finite, describe, examples
 from train.machine import describe_machine
@@ -26,9 +26,8 @@ from train.preemption import Preempted, Preemption
 from train.prefetch import prefetch
 from train.prepare import RunData, prepare
 from train.progress import Progress
-from train.scores import bleu_metric, lower_is_better
-from train.state import create_state, make_optimizer, make_schedule
-from train.step import Batch, make_train_step
+from train.scores import Quality, bleu_metric, lower_is_better, score
+from train.step import Batch, make_training
 
 
 def fit(config: TrainConfig) -> Path:
@@ -68,19 +67,16 @@ def _train(config: TrainConfig, run: Path) -> None:
         mode="min" if lower_is_better(metric) else "max",
     ) as checkpoints:
         model = Transformer(config.model)
-        schedule = make_schedule(config.optimizer, config.model.d_model, config.steps)
-        optimizer = make_optimizer(config.optimizer, schedule)
+        training = make_training(model, config)
         init_rng, dropout_rng = jax.random.split(jax.random.key(config.seed))
-        make_state = partial(create_state, model, optimizer, init_rng)
+        make_state = partial(training.create_state, init_rng)
         if not agreed_steps(checkpoints.all_steps()[-1:], 1):
             state = runner.create(make_state)
         else:
             saved = runner.abstract_state(jax.eval_shape(make_state))
             state = runner.from_saved(checkpoints.restore(saved))
         start = int(state.step)
-        train_step = runner.train(
-            make_train_step(model, optimizer, schedule, accumulate=config.accumulate)
-        )
+        train_step = runner.train(training.train_step)
         validation_loss = LossEvaluator(
             model,
             data.validation,

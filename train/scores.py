@@ -69,6 +69,45 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> CorpusScore:
     return _score(CHRF(), hypotheses, references)
 
 
+@dataclass(frozen=True)
+class Quality:
+    """Scores of a set of translations.
+
+    Attributes:
+      bleu, chrf: from 0 to 100, with their sacreBLEU signatures.
+      exact_match: share of translations equal to their reference, from 0 to 1.
+    """
+
+    bleu: CorpusScore
+    chrf: CorpusScore
+    exact_match: float
+
+    def __str__(self) -> str:
+        return f"{self.bleu}\n{self.chrf}\nexact match {self.exact_match:.1%}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values and signatures for a metrics record."""
+        return {
+            "bleu": self.bleu.value,
+            "chrf": self.chrf.value,
+            "exact_match": self.exact_match,
+            "bleu_signature": self.bleu.signature,
+            "chrf_signature": self.chrf.signature,
+        }
+
+
+def score(
+    hypotheses: Sequence[str], references: Sequence[str], *, bleu_tokenize: str = "13a"
+) -> Quality:
+    """Score translations against one reference each."""
+    equal = sum(map(str.__eq__, hypotheses, references))
+    return Quality(
+        bleu(hypotheses, references, tokenize=bleu_tokenize),
+        chrf(hypotheses, references),
+        equal / max(1, len(references)),
+    )
+
+
 def lower_is_better(metric: str) -> bool:
     """Of what a validation split is judged by: "bleu", "chrf" or "loss"."""
     return metric == "loss"

@@ -1,7 +1,8 @@
 """The training and the evaluation step: pure functions of arrays, the same under every runner."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import optax
 
 from jaxformer.losses import LossSums
 from jaxformer.transformer import Transformer
-from train.state import TrainState
+from train.config import TrainConfig
+from train.optimizer import make_optimizer, make_schedule
+from train.state import TrainState, create_state
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -96,6 +99,23 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
+
+
+class Training(NamedTuple):
+    """What a runner makes programs of."""
+
+    create_state: Callable[[jax.Array], TrainState]  # of a key
+    train_step: Callable[..., tuple[TrainState, Metrics]]  # as `make_train_step` returns it
+
+
+def make_training(model: Transformer, config: TrainConfig) -> Training:
+    """Return how `config` says that a model begins and is trained."""
+    schedule = make_schedule(config.optimizer, model.config.d_model, config.steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    return Training(
+        partial(create_state, model, optimizer),
+        make_train_step(model, optimizer, schedule, accumulate=config.accumulate),
+    )
 
 
 def make_eval_step(model: Transformer) -> Callable[..., LossSums]:

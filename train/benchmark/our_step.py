@@ -19,8 +19,7 @@ from train.costs.memory import program_memory
 from train.data.batches import Batches
 from train.parallel import make_runner
 from train.prefetch import prefetch
-from train.state import create_state, make_optimizer, make_schedule
-from train.step import make_train_step
+from train.step import make_training
 
 
 class OurStep:
@@ -31,15 +30,13 @@ class OurStep:
         self._batches, self._rows = batches, case.batch
         self._full_rows = full_rows(case)
         model = Transformer(case.model)
-        schedule = make_schedule(config.optimizer, case.model.d_model, config.steps)
-        optimizer = make_optimizer(config.optimizer, schedule)
+        training = make_training(model, config)
         runner = self._runner = make_runner(config, self.devices)
-        state = runner.create(partial(create_state, model, optimizer, jax.random.key(0)))
+        state = runner.create(partial(training.create_state, jax.random.key(0)))
         self._rng = jax.random.key(1)
         self._done = 0
         if kind == "train":
-            step = make_train_step(model, optimizer, schedule, accumulate=config.accumulate)
-            self._carry, self._step = state, runner.train(step)
+            self._carry, self._step = state, runner.train(training.train_step)
             return
         if config.parallel.strategy == "mesh":
             raise UserError(

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import time
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -19,8 +18,7 @@ from train.costs.memory import program_memory
 from train.parallel import make_runner
 from train.plan.collectives import Collective, collectives
 from train.plan.machines import Machine
-from train.state import create_state, make_optimizer, make_schedule
-from train.step import make_train_step
+from train.step import make_training
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -94,14 +92,13 @@ def step_program(
     if architecture.flash_attention == "auto" and machine.devices[0].platform == "tpu":
         # That of the machine, not of this one.
         architecture = architecture.replace(flash_attention="pallas")
-    model = Transformer(architecture)
-    schedule = make_schedule(config.optimizer, config.model.d_model, config.steps)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    training = make_training(Transformer(architecture), config)
     key = jax.eval_shape(jax.random.key, 0)
-    state = runner.abstract_state(jax.eval_shape(partial(create_state, model, optimizer), key))
+    state = runner.abstract_state(jax.eval_shape(training.create_state, key))
     batch = runner.abstract_batch(_batch(rows, source_length, config.data.target_length))
-    step = make_train_step(model, optimizer, schedule, accumulate=config.accumulate)
-    compiled = _refusals(lambda: runner.train(step).lower(state, batch, key).compile())
+    compiled = _refusals(
+        lambda: runner.train(training.train_step).lower(state, batch, key).compile()
+    )
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     program = Program(compiled.as_text())
     return StepProgram(

@@ -145,7 +145,7 @@ def test_on_a_corpus_only_real_tokens_count(batches):
 @pytest.mark.parametrize(("multiple", "most"), [(1, 0.1), (8, 0.6)])
 def test_peers_get_every_pair_once_with_little_padding(batches, multiple, most):
     padded = padded_batches(batches, multiple=multiple)
-    corpus, limit = batches.corpus, batches.packing.target_length
+    corpus, limit = batches.parts[0].corpus, batches.target_length
     lengths = np.stack([corpus.source.lengths, corpus.target.lengths], axis=1)
     expected = sorted(map(tuple, lengths[lengths.max(axis=1) <= limit].tolist()))
     found, positions = [], 0
@@ -299,7 +299,7 @@ def test_marian_is_asked_for_the_same_and_its_log_is_read(batches, tmp_path, mon
     (command,) = commands
     assert command[command.index("--after-batches") + 1] == "5"
     assert command[command.index("--dim-emb") + 1] == str(CONFIG.d_model)
-    corpus = batches.corpus
+    corpus = batches.parts[0].corpus
     lines = (tmp_path / "target").read_text().splitlines()
     assert len(lines) == len(corpus)
     ids = corpus.target.take(np.array([7]))

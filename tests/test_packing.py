@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from jaxformer.errors import UserError
 from jaxformer.tokenizer import VocabularyTokenizer
 from random_corpus import corpus_of, unpack, write_corpus
-from train.data.batches import Batches, Rows, epoch_order
+from train.data.batches import Batches
 from train.data.corpus import encode_corpus
 from train.data.packing import choose_source_length, pack, pack_in_order, shuffle
+from train.data.rows import Rows, epoch_order
 from train.data.tokenizer import learn_tokenizers
 
 # Pairs of lengths with eos; 1 is an empty sentence.
@@ -145,7 +146,7 @@ def test_epochs_take_the_segmentations_in_turns(first, second, rows_per_batch):
         assert sorted(seen) == expected[epoch % 2]
         start = stop
     # Epochs follow each other without a gap: no batch is empty, nor a row of it.
-    batches = Batches(segmentations, rows_per_batch, seed=3)
+    batches = Batches([segmentations], rows_per_batch, seed=3)
     of_batches = [batches.at(step) for step in range(-(-start // rows_per_batch))]
     assert all(batch["labels"].any(axis=1).all() for batch in of_batches)
     assert batches.epochs(len(of_batches)) == rows.epochs(len(of_batches) * rows_per_batch) >= 5
@@ -170,7 +171,7 @@ def batches_of(lengths, rows_per_batch, seed=3, source_length=19, target_length=
         target_length=target_length,
         seed=seed,
     )
-    return Batches([(corpus, packing)], rows_per_batch, seed=seed), sides
+    return Batches([[(corpus, packing)]], rows_per_batch, seed=seed), sides
 
 
 @given(LENGTHS, st.integers(1, 7), st.integers(0, 3))
@@ -199,7 +200,7 @@ def test_evaluation_batches_hold_every_pair_in_order(lengths, rows_per_batch):
     packing = pack_in_order(
         corpus.source.lengths, corpus.target.lengths, source_length=8, target_length=8
     )
-    batches = Batches([(corpus, packing)], rows_per_batch, seed=None)
+    batches = Batches([[(corpus, packing)]], rows_per_batch, seed=None)
     seen = [pair for step in range(batches.steps_per_epoch) for pair in unpack(batches.at(step))]
     assert seen == list(zip(*sides, strict=True))
 
@@ -232,7 +233,7 @@ def test_batches_are_those_of_runs_under_way():
     packing = pack(
         corpus.source.lengths, corpus.target.lengths, source_length=40, target_length=32, seed=5
     )
-    batches = Batches([(corpus, packing)], 6, seed=5)
+    batches = Batches([[(corpus, packing)]], 6, seed=5)
     digest = hashlib.sha256()
     for step in range(3 * batches.steps_per_epoch):
         for _, array in sorted(batches.at(step).items()):
@@ -329,7 +330,7 @@ def test_corpus_is_encoded_once_per_text_and_tokenizer(text, tokenizers, tmp_pat
 
 
 def test_rows_know_all_segmentations():
-    """The longest sentence of any; an epoch is as long as the one with the most rows."""
+    """The longest sentence of any, the most rows of an epoch, how full all of them are."""
     packed = []
     for lengths in ([(3, 3)], [(9, 5), (15, 20)]):
         corpus, _ = corpus_of(lengths)
@@ -338,4 +339,8 @@ def test_rows_know_all_segmentations():
         packed.append((corpus, packing))
     assert Rows(packed, seed=3).longest_sentence() == 20
     most = max(packing.num_rows for _, packing in packed)
-    assert Batches(packed, 1, seed=3).steps_per_epoch == most > packed[0][1].num_rows
+    batches = Batches([packed], 1, seed=3)
+    assert batches.steps_per_epoch == most > packed[0][1].num_rows
+    turn = sum(packing.num_rows for _, packing in packed)
+    labels = [batches.at(step)["labels"] > 0 for step in range(turn)]
+    assert batches.target_fill == pytest.approx(np.mean(labels))

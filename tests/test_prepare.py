@@ -67,7 +67,7 @@ def test_a_changed_file_is_noticed(folder):
     again = prepare(small_config(folder))
     assert again.pairs["train"]["target"][0] == "Hunde laufen"
     assert not same_batches(again.batches, first.batches)
-    ids = again.batches.corpus.target.take(np.array([0]))
+    ids = again.batches.parts[0].corpus.target.take(np.array([0]))
     assert again.target_tokenizer.decode(ids) == "Hunde laufen"
 
 

@@ -82,7 +82,7 @@ class LossEvaluator:
         rows_per_batch = max(1, int(rows_per_batch / max(1.0, longer) ** 2))
         devices = jax.device_count()
         rows = -(-min(rows_per_batch, packing.num_rows) // devices) * devices
-        self._batches = Batches([(corpus, packing)], rows, seed=None)
+        self._batches = Batches([[(corpus, packing)]], rows, seed=None)
         self._runner = runner
         self._eval_step = runner.evaluate(make_eval_step(model))
 

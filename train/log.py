@@ -26,7 +26,7 @@ class Log:
     ) -> None:
         self._writer, self._progress = writer, progress
         self._epochs = batches.epochs
-        self._positions = rows_per_step * batches.packing.target_length
+        self._positions = rows_per_step * batches.target_length
         self._pending: list[dict[str, jax.Array]] = []
         self._compiled = False
         self.restart_clock()
@@ -123,13 +123,11 @@ def describe(config: TrainConfig, params: Any, batches: Batches, start: int) -> 
             pairs = f"{share:.1%} {name}: {pairs}"
         steps = len(part) / (share * batches.rows_per_batch)
         # Where empty rows complete the last batch of an epoch, that is a step too.
-        whole = len(batches.parts) == 1 and not part.take_turns
-        epoch = f"{batches.steps_per_epoch:,}" if whole else f"{steps:,.1f}"
+        epoch = f"{batches.steps_per_epoch:,}" if batches.whole_epochs else f"{steps:,.1f}"
         yield f"data       {pairs}; {epoch} step{'s' * (epoch != '1')} an epoch"
-    packing = batches.packing
     yield (
-        f"batches    {batches.rows_per_batch} rows of {packing.source_length} source and "
-        f"{packing.target_length} target positions, {batches.target_fill:.1%} of the target's real"
+        f"batches    {batches.rows_per_batch} rows of {batches.source_length} source and "
+        f"{batches.target_length} target positions, {batches.target_fill:.1%} of the target's real"
     )
 
 

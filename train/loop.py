@@ -80,8 +80,8 @@ def _train(config: TrainConfig, run: Path) -> None:
         validation_loss = LossEvaluator(
             model,
             data.validation,
-            source_length=batches.packing.source_length,
-            target_length=batches.packing.target_length,
+            source_length=batches.source_length,
+            target_length=batches.target_length,
             rows_per_batch=batches.rows_per_batch,
             runner=runner,
         )

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxformer.errors import UserError
 from train.config import ParallelConfig, TrainConfig
-from train.data.batches import HostBatch
+from train.data.rows import HostBatch
 from train.mesh import in_mesh, make_mesh, shardings
 from train.step import Batch
 

@@ -22,7 +22,6 @@ from train.config import TrainConfig
 from train.data.arrow import cache_folder
 from train.data.batches import Batches
 from train.data.corpus import EncodedCorpus, encode_corpus
-from train.data.mixture import Mixture
 from train.data.packing import choose_source_length, pack
 from train.data.sources import load_extra, load_split
 from train.data.tokenizer import learn_tokenizers
@@ -130,10 +129,8 @@ def make_batches(config: TrainConfig, corpora: Sequence[Sequence[EncodedCorpus]]
         for segmentations in corpora
     ]
     rows = max(1, data.batch_tokens // data.target_length)
-    if len(packed) == 1:
-        return Batches(packed[0], rows, seed=config.seed)
     weights = data.weights or [segmentations[0][1].num_rows for segmentations in packed]
-    return Mixture(packed, weights, rows, seed=config.seed)
+    return Batches(packed, rows, weights=weights, seed=config.seed)
 
 
 def _tokenizers(

@@ -38,7 +38,7 @@ def marian_turn(config: TransformerConfig, batches: Batches, scratch: str) -> Ca
         raise UserError(
             "the Marian of this comparison is post-norm, with shared embeddings: use such a model"
         )
-    folder, corpus = Path(scratch), batches.corpus
+    folder, corpus = Path(scratch), batches.parts[0].corpus
     words = ["</s>", "<unk>", *(f"w{index}" for index in range(2, config.vocab_size))]
     lines = [f"{word}: {index}\n" for index, word in enumerate(words)]
     (folder / "vocabulary.yml").write_text("".join(lines))
@@ -56,10 +56,10 @@ def marian_turn(config: TransformerConfig, batches: Batches, scratch: str) -> Ca
     command += ["--transformer-ffn-activation", config.activation]
     command += ["--label-smoothing", config.label_smoothing, "--learn-rate", 1e-4]
     command += ["--optimizer-params", 0.9, 0.98, 1e-9, "--clip-norm", 0]
-    positions = batches.rows_per_batch * batches.packing.target_length
+    positions = batches.rows_per_batch * batches.target_length
     command += ["--mini-batch", 10_000, "--mini-batch-words", positions]
     command += ["--maxi-batch", 100, "--maxi-batch-sort", "trg", "--sync-sgd"]
-    command += ["--max-length", batches.packing.target_length, "--cpu-threads", threads]
+    command += ["--max-length", batches.target_length, "--cpu-threads", threads]
     command += ["--disp-freq", 1, "--workspace", 2000, "--no-reload"]
 
     def turn(steps: int) -> Turn:

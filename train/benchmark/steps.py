@@ -142,8 +142,8 @@ def _cases(settings: StepBenchmark) -> Iterator[Case]:
     available, accumulate = jax.local_device_count(), settings.config.accumulate
     shapes = [(batch, n, n) for n, batch in itertools.product(settings.length, settings.batch)]
     if settings.batches is not None:
-        packing = settings.batches.packing
-        shapes = [(settings.batches.rows_per_batch, packing.source_length, packing.target_length)]
+        batches = settings.batches
+        shapes = [(batches.rows_per_batch, batches.source_length, batches.target_length)]
     for dtype, vocab_size, devices, shape in itertools.product(
         settings.dtypes or (model.dtype,),
         settings.vocab_sizes or (model.vocab_size,),

@@ -64,11 +64,11 @@ def padded_batches(batches: Batches, *, multiple: int) -> list[dict[str, np.ndar
     length, and each side is as wide as its longest sentence. With more the shapes are few: both
     sides are as wide as the longer one, rounded up, and empty rows complete a batch.
     """
-    corpus = batches.corpus
-    positions = batches.rows_per_batch * batches.packing.target_length
+    corpus = batches.parts[0].corpus
+    positions = batches.rows_per_batch * batches.target_length
     sources, targets = corpus.source.lengths, corpus.target.lengths
     longer = np.maximum(sources, targets)
-    kept = np.flatnonzero(longer <= batches.packing.target_length)
+    kept = np.flatnonzero(longer <= batches.target_length)
     order = (sources, targets) if multiple == 1 else (longer,)
     kept = kept[np.lexsort([lengths[kept] for lengths in order])]
     widths = -(-longer[kept] // multiple) * multiple

@@ -1,122 +1,27 @@
 """The batch of any step, made without the batches before it."""
 
+import math
 from collections.abc import Sequence
-from functools import lru_cache
+from fractions import Fraction
 
 import numpy as np
 
-from jaxformer.config import BOS_ID
-from train.data.corpus import EncodedCorpus, Sentences
-from train.data.packing import Packing, ranges, shuffle
-
-HostBatch = dict[str, np.ndarray]
-Packed = tuple[EncodedCorpus, Packing]
+from train.data.rows import HostBatch, Packed, Rows
 
 
-def epoch_order(num_rows: int, seed: int, epoch: int, corpus: int = 0) -> np.ndarray:
-    """Return the order in which an epoch visits the rows, int64 [rows].
+def divide(rows: int, weights: Sequence[float]) -> list[int]:
+    """Return how many of the first `rows` rows of a mixture each corpus has.
 
-    The corpora of a mixture are numbered, so that two of one size have orders of their own.
+    The first corpus gets its share of the rows, the second its share of the others, and so on,
+    each rounded to the nearest: no corpus ever loses a row as `rows` grows, and a corpus has its
+    proportion of any number of rows but for a row or two.
     """
-    # Zeros at the end of a seed do not count: the first corpus has the order of an only one.
-    order = shuffle(num_rows, seed, epoch + 1, corpus)
-    order.setflags(write=False)
-    return order
-
-
-class Rows:
-    """The rows of a packed corpus, epoch after epoch without end.
-
-    Args:
-      segmentations: the pairs and which of them share a row; where text is split at random, as
-        often as it was, for the epochs to take in turns.
-      seed, number: each epoch has its own order, see `epoch_order`; None keeps the rows as they
-        are, for evaluation.
-
-    Attributes:
-      corpus, packing: the first segmentation.
-      take_turns: whether there are others.
-    """
-
-    def __init__(self, segmentations: Sequence[Packed], *, seed: int | None, number: int = 0):
-        self.corpus, self.packing = segmentations[0]
-        self._segmentations = segmentations
-        self.take_turns = len(segmentations) > 1
-        # Of the rows of one turn of all segmentations, where each begins, and where the last ends.
-        self._starts = np.cumsum([0, *(packing.num_rows for _, packing in segmentations)])
-
-        def order(epoch: int) -> np.ndarray:
-            _, packing = self._segmentation(epoch)
-            if seed is None:
-                return np.arange(packing.num_rows)
-            return epoch_order(packing.num_rows, seed, epoch, number)
-
-        self._order = lru_cache(maxsize=2)(order)
-
-    def __len__(self) -> int:
-        """Rows of the longest epoch."""
-        return int(np.diff(self._starts).max())
-
-    def epochs(self, number: int) -> float:
-        """How many epochs the first `number` rows are, counted as in `onward`."""
-        (epoch,), (place,) = self._locate(np.array([number]))
-        _, packing = self._segmentation(epoch)
-        return float(epoch + place / packing.num_rows)
-
-    def _locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Epochs of rows that are counted from 0 through all of them, and places in these."""
-        turns, places = np.divmod(rows, self._starts[-1])
-        segmentations = np.searchsorted(self._starts, places, side="right") - 1
-        epochs = turns * len(self._segmentations) + segmentations
-        return epochs, places - self._starts[segmentations]
-
-    def _segmentation(self, epoch: int) -> Packed:
-        return self._segmentations[epoch % len(self._segmentations)]
-
-    def longest_sentence(self) -> int:
-        """Tokens of the longest source or target that is in a row, eos counted."""
-        return max(
-            int(side.lengths[packing.pairs].max())
-            for corpus, packing in self._segmentations
-            for side in (corpus.source, corpus.target)
-        )
-
-    def of_epoch(self, epoch: int, start: int, stop: int) -> HostBatch:
-        """Return the rows of an epoch from `start` to before `stop`, fewer where it ends."""
-        return self._make_rows(epoch, self._order(epoch)[start:stop])
-
-    def onward(self, start: int, stop: int) -> list[HostBatch]:
-        """Return the rows from `start` to before `stop`, counted from 0 through all epochs.
-
-        In pieces, one an epoch.
-        """
-        epochs, places = self._locate(np.arange(start, stop))
-        return [
-            self._make_rows(epoch, self._order(epoch)[places[epochs == epoch]])
-            for epoch in np.unique(epochs).tolist() or [0]
-        ]
-
-    def _make_rows(self, epoch: int, rows: np.ndarray) -> HostBatch:
-        corpus, packing = self._segmentation(epoch)
-        counts = packing.offsets[rows + 1] - packing.offsets[rows]
-        pairs = packing.pairs[ranges(packing.offsets[rows], counts)]
-        source_ids, source_segments, _ = _lay_out(
-            corpus.source, pairs, counts, packing.source_length
-        )
-        labels, target_segments, starts = _lay_out(
-            corpus.target, pairs, counts, packing.target_length
-        )
-        # Shifted right within each segment: its first input is bos.
-        target_ids = np.zeros_like(labels)
-        target_ids[:, 1:] = np.where(target_segments[:, 1:] > 0, labels[:, :-1], 0)
-        target_ids.ravel()[starts] = BOS_ID
-        return {
-            "source_ids": source_ids,
-            "source_segment_ids": source_segments,
-            "target_ids": target_ids,
-            "labels": labels,
-            "target_segment_ids": target_segments,
-        }
+    counts = []
+    left, weight_left = rows, sum(map(Fraction, weights))
+    for weight in map(Fraction, weights):  # exact, the same on every machine
+        counts.append(math.floor(left * weight / weight_left + Fraction(1, 2)))
+        left, weight_left = left - counts[-1], weight_left - weight
+    return counts
 
 
 class Batches:
@@ -132,30 +37,55 @@ class Batches:
     target_segment_ids  [R, T]  1   1 1   2   2
     ```
 
+    Of several corpora every batch holds rows of each, in the proportion of the weights. A corpus
+    goes through its epochs at its own pace, each in an order of its own; an epoch of the mixture is
+    one of the first corpus. How far each corpus is, is a function of the step alone.
+
     Args:
-      segmentations: the pairs and which of them share a row, once or several times, see `Rows`.
-      rows_per_batch: R; empty rows complete the last batch of an epoch. Where segmentations take
-        turns, whose rows are more or fewer, epochs follow each other within a batch instead: one
-        made for the longest would end the others with a batch of nothing.
+      corpora: of each the segmentations, see `Rows`, packed into rows of the same lengths.
+      rows_per_batch: R.
+      weights: of each corpus, above 0; proportions of *rows*. Rows are filled alike, so those of
+        target tokens are nearly the same.
       seed: each epoch has its own order of rows; None keeps them as they are, for evaluation.
 
     Attributes:
-      steps_per_epoch: batches until every row was visited once, of the longest segmentation.
-      target_fill: share of the target positions of an epoch that are real; where segmentations
-        take turns, of the first.
-      parts: the rows of each corpus; here there is one.
+      parts: the rows of each corpus.
       shares: of each corpus in the rows of a batch.
+      source_length, target_length: S and T.
+      whole_epochs: whether empty rows complete the last batch of an epoch. Otherwise epochs follow
+        each other within a batch: corpora end at different steps, and of segmentations that take
+        turns some have fewer rows than others.
+      steps_per_epoch: batches until every row was visited once, of the longest segmentation.
+      target_fill: share of the target positions of an epoch that are real.
     """
 
-    def __init__(self, segmentations: Sequence[Packed], rows_per_batch: int, *, seed: int | None):
-        self.corpus, self.packing = segmentations[0]
+    def __init__(
+        self,
+        corpora: Sequence[Sequence[Packed]],
+        rows_per_batch: int,
+        *,
+        weights: Sequence[float] = (1.0,),
+        seed: int | None,
+    ):
+        self.parts = [
+            Rows(segmentations, seed=seed, number=number)
+            for number, segmentations in enumerate(corpora)
+        ]
+        first = self.parts[0]
+        self.source_length = first.packing.source_length
+        self.target_length = first.packing.target_length
         self.rows_per_batch = rows_per_batch
-        self.parts = [Rows(segmentations, seed=seed)]
-        self.steps_per_epoch = -(-len(self.parts[0]) // rows_per_batch)
-        self.target_fill = self.packing.target_fill
-        if not self.parts[0].take_turns:  # empty rows complete the last batch
-            self.target_fill *= len(self.parts[0]) / (self.steps_per_epoch * rows_per_batch)
-        self.shares = [1.0]
+        self.shares = [weight / sum(weights) for weight in weights]
+        self._weights = tuple(weights)
+        self.whole_epochs = len(corpora) == 1 and not first.take_turns
+        # The first step at whose end `divide` has given the first corpus all of its rows.
+        share = Fraction(weights[0]) / sum(map(Fraction, weights))
+        self.steps_per_epoch = math.ceil((len(first) - Fraction(1, 2)) / share / rows_per_batch)
+        self.target_fill = sum(
+            share * part.target_fill for part, share in zip(self.parts, self.shares, strict=True)
+        )
+        if self.whole_epochs:
+            self.target_fill *= len(first) / (self.steps_per_epoch * rows_per_batch)
 
     def at(self, step: int, rows: slice = slice(None)) -> HostBatch:
         """Return batch `step`, counted from 0; of its rows only `rows`, one host's share.
@@ -169,21 +99,26 @@ class Batches:
         return _join(self._rows(step, min(start, stop), stop), height)
 
     def epochs(self, steps: int) -> float:
-        """How many epochs `steps` batches are."""
-        (rows,) = self.parts
-        if rows.take_turns:
-            return rows.epochs(steps * self.rows_per_batch)
-        return steps / self.steps_per_epoch
+        """How many epochs of the first corpus `steps` batches are."""
+        if self.whole_epochs:
+            return steps / self.steps_per_epoch
+        return self.parts[0].epochs(divide(steps * self.rows_per_batch, self._weights)[0])
 
     def _rows(self, step: int, start: int, stop: int) -> list[HostBatch]:
         """Return the rows of a batch from `start` to before `stop`, in pieces."""
-        (rows,) = self.parts
-        if rows.take_turns:
-            before = step * self.rows_per_batch
-            return rows.onward(before + start, before + stop)
-        epoch, index = divmod(step, self.steps_per_epoch)
-        before = index * self.rows_per_batch
-        return [rows.of_epoch(epoch, before + start, before + stop)]
+        if self.whole_epochs:
+            epoch, index = divmod(step, self.steps_per_epoch)
+            first = index * self.rows_per_batch
+            return [self.parts[0].of_epoch(epoch, first + start, first + stop)]
+        before = divide(step * self.rows_per_batch, self._weights)
+        after = divide((step + 1) * self.rows_per_batch, self._weights)
+        pieces, row = [], 0  # of the batch, where the rows of the next corpus begin
+        for part, first, last in zip(self.parts, before, after, strict=True):
+            shift = first - row  # from rows of the batch to rows of the corpus
+            row += last - first
+            begin, end = max(first, start + shift), min(last, stop + shift)
+            pieces += part.onward(begin, max(begin, end))
+        return pieces
 
 
 def _join(pieces: list[HostBatch], height: int) -> HostBatch:
@@ -198,23 +133,3 @@ def _join(pieces: list[HostBatch], height: int) -> HostBatch:
         )
         for name, array in pieces[0].items()
     }
-
-
-def _lay_out(
-    sentences: Sentences, pairs: np.ndarray, counts: np.ndarray, length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return ids and segment ids, [rows, length], and where in them, flattened, segments start.
-
-    Row r holds the next `counts[r]` of `pairs`.
-    """
-    shape = len(counts), length
-    lengths = sentences.lengths[pairs]
-    before = np.cumsum(lengths) - lengths  # tokens of all pairs before this one ...
-    first = np.repeat(np.cumsum(counts) - counts, counts)  # ... of which its row's begin here
-    row = np.repeat(np.arange(len(counts)), counts)
-    starts = row * shape[1] + before - before[first]
-    where = ranges(starts, lengths)
-    ids, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    ids.ravel()[where] = sentences.take(pairs)
-    segments.ravel()[where] = np.repeat(np.arange(len(pairs)) - first + 1, lengths)
-    return ids, segments, starts

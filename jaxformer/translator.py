@@ -359,9 +359,12 @@ class Translator:
         )
 
     @property
-    def needed_share(self) -> float:
-        """Of the work of all searches so far, the share that was for sentences not yet done."""
-        return self._generator.needed_steps / max(1, self._generator.computed_steps)
+    def steps(self) -> tuple[int, int]:
+        """Rows times steps of all searches so far, and those that were for sentences not yet done.
+
+        See `Generator`.
+        """
+        return self._generator.computed_steps, self._generator.needed_steps
 
     def _with_own_kernel(self, config: TransformerConfig) -> TransformerConfig:
         """The attention kernel is a choice of the machine, and a model may come from another."""

@@ -58,6 +58,16 @@ def test_table_and_records(run, source, tmp_path, capsys):
         assert 0.2 < record["needed_share"] <= 1  # a sentence each for six devices
 
 
+def test_needed_steps_are_those_of_the_measured_rounds():
+    """In the first round all of these need more room than is usual, and begin anew.
+
+    Eight devices have eight sentences each, in sixteen rows.
+    """
+    settings = DecodeBenchmark("tiny", vocab_size=100, length=20, sentences=64, rounds=1)
+    (record,) = benchmark_decode(settings)
+    assert record["needed_share"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("peer", "one_by_one"),
     [("ctranslate2", False), ("ctranslate2", True), ("transformers", False)],

@@ -6,6 +6,7 @@ from importlib.metadata import version
 import pytest
 
 from jaxformer.errors import UserError
+from jaxformer.generator import Generator
 from random_run import CONFIG
 from small_run import sentence_pairs, trained_run
 from train.benchmark import decode
@@ -58,12 +59,15 @@ def test_table_and_records(run, source, tmp_path, capsys):
         assert 0.2 < record["needed_share"] <= 1  # a sentence each for six devices
 
 
-def test_needed_steps_are_those_of_the_measured_rounds():
-    """In the first round all of these need more room than is usual, and begin anew.
+def test_needed_steps_are_those_of_the_measured_rounds(monkeypatch):
+    """In the first round all need more room than is usual, and begin anew.
 
     Eight devices have eight sentences each, in sixteen rows.
     """
-    settings = DecodeBenchmark("tiny", vocab_size=100, length=20, sentences=64, rounds=1)
+    monkeypatch.setattr(Generator, "_usual_room", lambda *_: (4, 8))
+    settings = DecodeBenchmark(
+        "tiny", vocab_size=100, length=8, sentences=64, beam_size=2, rounds=1
+    )
     (record,) = benchmark_decode(settings)
     assert record["needed_share"] == 0.5
 

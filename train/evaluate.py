@@ -18,7 +18,7 @@ from train.data.batches import Batches
 from train.data.corpus import EncodedCorpus, encode_corpus
 from train.data.packing import pack_in_order
 from train.data.sources import load_split
-from train.parallel import DataParallel, Runner
+from train.parallel import DataParallel, Runner, completed
 from train.scores import bleu_metric, score
 from train.step import make_eval_step
 
@@ -80,8 +80,7 @@ class LossEvaluator:
             source_length, target_length
         )
         rows_per_batch = max(1, int(rows_per_batch / max(1.0, longer) ** 2))
-        devices = jax.device_count()
-        rows = -(-min(rows_per_batch, packing.num_rows) // devices) * devices
+        rows = completed(min(rows_per_batch, packing.num_rows), jax.device_count())
         self._batches = Batches([[(corpus, packing)]], rows, seed=None)
         self._runner = runner
         self._eval_step = runner.evaluate(make_eval_step(model))

@@ -69,6 +69,11 @@ def make_runner(config: TrainConfig, devices: Sequence[jax.Device] | None = None
     return DataParallel(tuple(devices) if devices else None)
 
 
+def completed(rows: int, parts: int) -> int:
+    """Rows of a batch with the empty ones at its end, so that devices, or parts, have as many."""
+    return -(-rows // parts) * parts
+
+
 def agreed(values: np.ndarray) -> np.ndarray:
     """Return process 0's array on all processes, which shall decide alike.
 

@@ -26,6 +26,7 @@ from train.data.packing import choose_source_length, pack
 from train.data.sources import load_extra, load_split
 from train.data.tokenizer import learn_tokenizers
 from train.evaluate import check_lengths
+from train.parallel import completed
 from train.resume import check_same_run, check_same_text
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def prepare(config: TrainConfig) -> RunData:
             "of a batch"
         )
     parts = jax.device_count() * config.accumulate
-    rows = -(-batches.rows_per_batch // parts) * parts
+    rows = completed(batches.rows_per_batch, parts)
     if jax.process_index() == 0:  # when nothing is refused any more: a run keeps what it had
         write_config(run, config.to_dict())
     return RunData(pairs, *tokenizers, validation, batches, rows)

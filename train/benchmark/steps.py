@@ -40,6 +40,7 @@ from train.benchmark.work import Case, Kind, full_rows, padded_batches
 from train.config import TrainConfig
 from train.data.batches import Batches
 from train.machine import describe_machine, engine_version
+from train.parallel import completed
 
 PEERS = ("torch", "torch-compile", "marian", "flax-plain")
 
@@ -170,7 +171,7 @@ def _cases(settings: StepBenchmark) -> Iterator[Case]:
             )
         if settings.batches is not None:
             parts = devices * accumulate
-            batch = -(-batch // parts) * parts  # completed with empty rows, as in training
+            batch = completed(batch, parts)  # as in training
         elif batch % (parts := devices * (accumulate if settings.kind == "train" else 1)):
             raise UserError(
                 f"{batch} rows cannot be split over {devices} devices"

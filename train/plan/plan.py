@@ -18,7 +18,7 @@ from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, max_target_length
 from train.config import TrainConfig
 from train.costs.flops import decode_step_flops, train_flops
-from train.parallel import make_runner
+from train.parallel import completed, make_runner
 from train.plan.collectives import Collective
 from train.plan.estimates import largest_fitting, roofline
 from train.plan.machines import Machine
@@ -93,7 +93,7 @@ def work_of(config: TrainConfig, machine: Machine, rows_per_device: int | None) 
                 f"accumulate={config.accumulate}"
             )
         full = rows_per_device * devices
-    return Work(full, -(-full // parts) * parts, config.data.source_length or target, target)
+    return Work(full, completed(full, parts), config.data.source_length or target, target)
 
 
 def _train_record(config: TrainConfig, machine: Machine, work: Work) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
 from jaxformer.search import (
     BeamResult,
+    Request,
     Search,
-    Sentences,
     State,
     StepFn,
     apply_constraints,
@@ -152,19 +152,19 @@ class BeamSearch:
         """K."""
         return self.beam_size
 
-    def start(self, sentences: Sentences, max_length: int, state: State) -> Search:
+    def start(self, request: Request, max_length: int, state: State) -> Search:
         """Nothing generated yet, room for `max_length` tokens."""
-        batch_size = sentences.max_lengths.shape[0]
+        batch_size = request.max_lengths.shape[0]
         none = no_hypotheses(batch_size, self.beam_size, max_length, self.pad_id)
         # All beams start equal, so only the first may live, or the beam would hold K copies of it.
         first = jnp.arange(self.beam_size) == 0
         start = jnp.where(jnp.broadcast_to(first, none.scores.shape), 0.0, none.scores)
         return Search(
-            done=sentences.max_lengths <= 0,
+            done=request.max_lengths <= 0,
             steps=jnp.zeros(batch_size, jnp.int32),
             tokens=jnp.full((batch_size, self.beam_size), self.bos_id, jnp.int32),
             hypotheses=(none._replace(scores=start, log_probs=start), none),
-            sentences=sentences,
+            request=request,
             state=state,
         )
 
@@ -219,14 +219,14 @@ class BeamSearch:
 
         frozen = search.tokens, all_live, old_finished
         tokens, live, finished = jax.tree.map(unless_done, frozen, (tokens, live, finished))
-        limits = search.sentences.max_lengths
+        limits = search.request.max_lengths
         in_reach = self._normalize(live.log_probs[:, 0], limits)
         enough = finished.scores[:, self._num_returned - 1] >= in_reach
         if self.early_stopping:
             enough |= finished.scores[:, -1] > -jnp.inf
         done = search.done | (steps >= limits) | enough
         steps = jnp.where(search.done, search.steps, steps)
-        return Search(done, steps, tokens, (live, finished), search.sentences, state)
+        return Search(done, steps, tokens, (live, finished), search.request, state)
 
     def result(self, search: Search) -> BeamResult:
         """The hypotheses, best first."""

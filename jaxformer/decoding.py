@@ -23,7 +23,7 @@ from jaxtyping import Array, Int
 
 from jaxformer.beam import BeamSearch
 from jaxformer.sampling import Sampling, fold_in_rows
-from jaxformer.search import BeamResult, Sentences, State, StepFn, require, run
+from jaxformer.search import BeamResult, Request, State, StepFn, require, run
 
 
 def beam_search(
@@ -57,8 +57,8 @@ def beam_search(
       UserError: for sizes below their minimum, or shapes that do not fit them.
     """
     method = BeamSearch(beam_size, **options)
-    sentences = _sentences(batch_size, max_length, length_limits, min_lengths, prefix)
-    search = run(method, step_fn, method.start(sentences, max_length, init_state))
+    request = _request(batch_size, max_length, length_limits, min_lengths, prefix)
+    search = run(method, step_fn, method.start(request, max_length, init_state))
     return method.result(search)
 
 
@@ -101,19 +101,19 @@ def sample(
       UserError: for arguments out of their ranges, or shapes that do not fit the sizes.
     """
     method = Sampling(**options)
-    sentences = _sentences(batch_size, max_length, length_limits, min_lengths, prefix)
-    sentences = sentences._replace(keys=fold_in_rows(rng, jnp.arange(batch_size, dtype=jnp.int32)))
-    search = run(method, step_fn, method.start(sentences, max_length, init_state))
+    request = _request(batch_size, max_length, length_limits, min_lengths, prefix)
+    request = request._replace(keys=fold_in_rows(rng, jnp.arange(batch_size, dtype=jnp.int32)))
+    search = run(method, step_fn, method.start(request, max_length, init_state))
     return method.result(search)
 
 
-def _sentences(
+def _request(
     batch_size: int,
     max_length: int,
     length_limits: Array | None,
     min_lengths: Array | None,
     prefix: Array | None,
-) -> Sentences:
+) -> Request:
     """The searches' arguments, checked."""
     require(batch_size >= 1, "batch_size", batch_size, "use 1 or more")
     require(max_length >= 0, "max_length", max_length, "use 0 or more")
@@ -132,4 +132,4 @@ def _sentences(
         limits = jnp.full(batch_size, max_length, jnp.int32)
     else:
         limits = jnp.clip(length_limits, 0, max_length).astype(jnp.int32)
-    return Sentences(limits, min_lengths, prefix)
+    return Request(limits, min_lengths, prefix)

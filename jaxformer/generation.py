@@ -24,7 +24,7 @@ from jaxformer.ensemble import Model, ensemble, mean_of_probabilities, speakable
 from jaxformer.errors import UserError
 from jaxformer.matrices import map_matrices, transpose_kernels
 from jaxformer.sampling import Sampling
-from jaxformer.search import BeamResult, Method, Search, Sentences, StepFn, run, take
+from jaxformer.search import BeamResult, Method, Request, Search, StepFn, run, take
 from jaxformer.stack import unstack_layers
 from jaxformer.transformer import Transformer
 
@@ -393,11 +393,11 @@ def start_search(
         )
     lengths = jnp.sum(source_ids != PAD_ID, axis=1, dtype=jnp.int32)
     most, fewest = jax.tree.map(lambda each: jnp.asarray(each)[lengths], limits)
-    sentences = Sentences(most, fewest, prefix, keys)
+    request = Request(most, fewest, prefix, keys)
     shape = source_ids.shape[0], num_beams, source_ids.shape[1]
     covers = isinstance(method, BeamSearch) and method.bonus is not None
     coverage = jnp.zeros(shape, jnp.float32) if covers else None
-    return method.start(sentences, room, DecodingState(tuple(caches), coverage))
+    return method.start(request, room, DecodingState(tuple(caches), coverage))
 
 
 def prefill(

@@ -12,8 +12,8 @@ from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
 from jaxformer.errors import UserError
 from jaxformer.search import (
     BeamResult,
+    Request,
     Search,
-    Sentences,
     State,
     StepFn,
     apply_constraints,
@@ -75,12 +75,12 @@ class Sampling:
         """K."""
         return self.num_samples
 
-    def start(self, sentences: Sentences, max_length: int, state: State) -> Search:
+    def start(self, request: Request, max_length: int, state: State) -> Search:
         """Nothing drawn yet, room for `max_length` tokens."""
-        shape = sentences.max_lengths.shape[0], self.num_samples
+        shape = request.max_lengths.shape[0], self.num_samples
         none = no_hypotheses(*shape, max_length, self.pad_id)
         zeros = jnp.zeros(shape, jnp.float32)
-        done = sentences.max_lengths <= 0
+        done = request.max_lengths <= 0
         return Search(
             done=done,
             steps=jnp.zeros(shape[0], jnp.int32),
@@ -89,7 +89,7 @@ class Sampling:
                 none._replace(scores=zeros, log_probs=zeros),
                 jnp.broadcast_to(done[:, None], shape),
             ),
-            sentences=sentences,
+            request=request,
             state=state,
         )
 
@@ -108,12 +108,12 @@ class Sampling:
         here = (positions[None, None] == search.steps[:, None, None]) & ~ended[:, :, None]
         sequences = jnp.where(here, tokens[:, :, None], sequences)
         lengths = jnp.where(ended, lengths, steps[:, None])
-        at_limit = steps >= search.sentences.max_lengths
+        at_limit = steps >= search.request.max_lengths
         ended = ended | (tokens == self.eos_id) | at_limit[:, None]
         drawn = BeamResult(sequences, log_probs, log_probs, lengths)
         done = jnp.all(ended, axis=1)
         steps = jnp.where(search.done, search.steps, steps)
-        return Search(done, steps, tokens, (drawn, ended), search.sentences, state)
+        return Search(done, steps, tokens, (drawn, ended), search.request, state)
 
     def result(self, search: Search) -> BeamResult:
         """The samples; their log_probs are the model's own, at temperature 1, as are the scores."""
@@ -133,9 +133,9 @@ class Sampling:
             probs = jax.nn.softmax(logits, axis=-1)
             better = jnp.cumsum(probs, axis=-1) - probs  # what the tokens before this one hold
             logits = jnp.where(better < self.top_p, logits, -jnp.inf)
-        if search.sentences.keys is None:
+        if search.request.keys is None:
             raise UserError("sentences have no keys: give one for each to draw from it")
-        keys = jax.vmap(jax.random.fold_in)(search.sentences.keys, search.steps)
+        keys = jax.vmap(jax.random.fold_in)(search.request.keys, search.steps)
         keys = jax.vmap(fold_in_rows, in_axes=(0, None))(keys, jnp.arange(self.num_samples))
         choice = jax.vmap(jax.vmap(jax.random.categorical))(keys, logits)
         return jnp.take_along_axis(ids, choice[:, :, None], axis=-1)[:, :, 0]

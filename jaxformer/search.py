@@ -27,7 +27,7 @@ class BeamResult(NamedTuple):
     lengths: Int[Array, "B N"]  # tokens, eos counted
 
 
-class Sentences(NamedTuple):
+class Request(NamedTuple):
     """What is asked of each sentence, beside the model's state."""
 
     max_lengths: Int[Array, "B"]  # of 0 costs no step: its one hypothesis is the empty one
@@ -43,7 +43,7 @@ class Search(NamedTuple):
     steps: Int[Array, "B"]  # tokens so far, or until it was done
     tokens: Int[Array, "B K"]  # the last ones
     hypotheses: Any  # what the method keeps of them
-    sentences: Sentences
+    request: Request
     state: State
 
 
@@ -67,7 +67,7 @@ class Method(Protocol):
     def pad_id(self) -> int:
         """The filling of sequences."""
 
-    def start(self, sentences: Sentences, max_length: int, state: State) -> Search:
+    def start(self, request: Request, max_length: int, state: State) -> Search:
         """Nothing generated yet, room for `max_length` tokens."""
 
     def advance(self, step_fn: StepFn, search: Search) -> Search:
@@ -101,7 +101,7 @@ def next_logits(step_fn: StepFn, search: Search) -> tuple[Array, State]:
 
 def apply_constraints(method: Method, logits: Array, search: Search, sequences: Array) -> Array:
     """What is asked of the sentences. A prefix goes before the rest."""
-    _, min_lengths, prefix, _ = search.sentences
+    _, min_lengths, prefix, _ = search.request
     constrained = logits
     if min_lengths is not None:
         constrained = delay_eos(constrained, search.steps, min_lengths, method.eos_id)

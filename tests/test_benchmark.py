@@ -2,6 +2,7 @@
 
 import json
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +12,7 @@ from random_run import CONFIG
 from small_run import sentence_pairs, trained_run
 from train.benchmark import decode
 from train.benchmark.decode import DecodeBenchmark, benchmark_decode
+from train.benchmark.report import decode_table
 from train.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_program_a_search")
@@ -137,3 +139,36 @@ def test_a_preset_has_random_words_and_translations_of_one_length(monkeypatch):
 def test_wrong_arguments(run, changes, message):
     with pytest.raises(UserError, match=message):
         list(benchmark_decode(DecodeBenchmark(run, **changes)))
+
+
+def test_the_figures_of_engines_of_known_speed():
+    def engine(*seconds):
+        took = iter(seconds)
+        return lambda lines: (list(lines), next(took))
+
+    tokenizer = SimpleNamespace(encode_batch=lambda lines: [line.split() for line in lines])
+    ours = SimpleNamespace(target_tokenizer=tokenizer, steps=(2, 1))
+    engines = {
+        "jaxformer float32": engine(9.0, 1.0, 2.0, 4.0),
+        "jaxformer bfloat16": engine(9.0, 3.0, 2.0, 2.0),
+    }
+    settings = DecodeBenchmark("run", rounds=3)
+    translators = dict.fromkeys(engines, ours)
+    first, second = decode._measure(engines, ["a b", "c"], settings, translators, None)
+    assert first["tokens"] == 5  # with eos
+    assert (first["seconds_median"], first["compile_seconds"]) == (2.0, 7.0)
+    assert (first["sentences_per_second"], first["tokens_per_second"]) == (1.0, 2.5)
+    assert first["milliseconds_per_sentence"] == 1000.0
+    # How many times as long as our first engine, round by round.
+    ratios = second["ratio_median"], second["ratio_min"], second["ratio_max"]
+    assert ratios == (1.0, 0.5, 3.0)
+    table = decode_table([first, second])
+    assert "1,000.00 (600.00 to 1,800.00)" in table and "1.00x (0.50 to 3.00)" in table
+
+
+def test_one_by_one_is_one_by_one():
+    asked = []
+    translator = SimpleNamespace(translate=lambda lines, **_: asked.append(lines) or lines)
+    settings = DecodeBenchmark("run", one_by_one=True)
+    assert decode._ours(translator, settings)(["a", "b"]) == ["a", "b"]
+    assert asked == [["a"], ["b"]]

@@ -18,6 +18,7 @@ import pytest
 from jaxformer.config import TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.transformer import Transformer
+from random_corpus import corpus_of
 from random_run import CONFIG
 from small_run import small_config, write_corpus
 from train.benchmark import marian_peer, peaks
@@ -25,13 +26,15 @@ from train.benchmark.decode import DecodeBenchmark, benchmark_decode
 from train.benchmark.flax_plain import PlainTransformer
 from train.benchmark.peaks import matmul_peak, memory_bandwidth
 from train.benchmark.processes import in_a_process
-from train.benchmark.report import plot
+from train.benchmark.report import plot, steps_table
 from train.benchmark.steps import StepBenchmark, benchmark_steps, check_steps
 from train.benchmark.turns import Turn, summary
 from train.benchmark.work import padded_batches
 from train.cli import main
 from train.config import ParallelConfig, TrainConfig
 from train.costs.flops import forward_flops, train_flops
+from train.data.batches import Batches
+from train.data.packing import pack
 from train.prepare import prepare
 from train.records import keep_records
 
@@ -145,19 +148,45 @@ def test_on_a_corpus_only_real_tokens_count(batches):
 @pytest.mark.parametrize(("multiple", "most"), [(1, 0.1), (8, 0.6)])
 def test_peers_get_every_pair_once_with_little_padding(batches, multiple, most):
     padded = padded_batches(batches, multiple=multiple)
-    corpus, limit = batches.parts[0].corpus, batches.target_length
-    lengths = np.stack([corpus.source.lengths, corpus.target.lengths], axis=1)
-    expected = sorted(map(tuple, lengths[lengths.max(axis=1) <= limit].tolist()))
-    found, positions = [], 0
+    (rows,) = batches.parts
+    lengths = np.stack([rows.corpus.source.lengths, rows.corpus.target.lengths], axis=1)
+    expected = sorted(map(tuple, lengths[rows.packing.pairs].tolist()))
+    found, tokens, positions = [], [], 0
     for batch in padded:
-        rows, width = batch["labels"].shape
-        assert rows * max(width, batch["source_ids"].shape[1]) <= batches.rows_per_batch * limit
-        assert width % multiple == 0
-        positions += rows * width
+        assert batch["labels"].shape[1] % multiple == 0
+        positions += batch["labels"].size
         counts = [np.count_nonzero(batch[name], axis=1) for name in ("source_ids", "labels")]
         found += [tuple(pair) for pair in np.stack(counts, axis=1).tolist() if pair[1]]
+        tokens.append(np.count_nonzero(batch["labels"]))
     assert sorted(found) == expected
-    assert 1 - sum(target for _, target in found) / positions < most
+    assert 1 - sum(tokens) / positions < most
+    widths = {batch["labels"].shape[1] for batch in padded}
+    shapes = {(batch["source_ids"].shape, batch["labels"].shape) for batch in padded}
+    assert multiple == 1 or len(shapes) == len(widths)
+    # As many real tokens as a batch of ours, or the fixed cost of a step would fall on fewer.
+    ours = np.count_nonzero(batches.at(0)["labels"])
+    assert np.median(tokens) == pytest.approx(ours, rel=0.15)
+    assert multiple > 1 or all(abs(each - ours) <= 0.15 * ours for each in tokens)
+
+
+def test_peers_get_the_pairs_that_our_rows_have(batches):
+    """Those with a side longer than its rows are left out, and so is an empty one."""
+    corpus, _ = corpus_of([(3, 4), (9, 2), (2, 9), (5, 5)])
+    packing = pack(
+        corpus.source.lengths, corpus.target.lengths, source_length=8, target_length=6, seed=3
+    )
+    few = Batches([[(corpus, packing)]], 2, seed=3)
+    for multiple in (1, 8):
+        found = [batch["labels"] for batch in padded_batches(few, multiple=multiple)]
+        assert sorted(n for x in found for n in np.count_nonzero(x, axis=1) if n) == [4, 5]
+
+
+def test_a_peer_on_a_corpus_has_no_shape_of_ours(batches):
+    ours, plain = measured(batches=batches, peers=("flax-plain",))
+    for name in ("batch", "source_length", "target_length", "model_flops"):
+        assert ours[name] is not None and plain[name] is None
+    assert plain["target_tokens_per_step"] == pytest.approx(ours["target_tokens_per_step"], rel=0.2)
+    assert steps_table([ours, plain]).count("flax-plain") == 1
 
 
 def test_an_engine_that_dies_between_turns_is_told():
@@ -454,3 +483,29 @@ def test_yardsticks(monkeypatch):
     assert memory_bandwidth(device) == 2**28
     assert summary([3.0]) == {"median": 3.0, "p10": 3.0, "p90": 3.0}
     assert summary(list(range(11))) == {"median": 5, "p10": 1.0, "p90": 9.0}
+
+
+def test_the_figures_of_steps_of_known_speed(monkeypatch):
+    class Step:
+        devices = jax.local_devices()[:2]
+
+        def __init__(self, *_):
+            pass
+
+        def compile(self):
+            seconds = dict.fromkeys(("trace_seconds", "lower_seconds", "compile_seconds"), 1.0)
+            return seconds | {"xla_flops": 1.0, "bytes_moved": 2e10, "program_memory_bytes": 1}
+
+        def turn(self, steps):
+            return Turn([2.0] * steps, [0.5] * steps, [6] * steps, [8] * steps, 9)
+
+    monkeypatch.setattr("train.benchmark.steps.OurStep", Step)
+    monkeypatch.setattr("train.benchmark.steps.datasheet_peak", lambda *_: 1e12)
+    (record,) = measured(devices=(2,), steps=3)
+    flops = record["model_flops"]
+    assert record["host_wait"] == record["padding"] == 0.25
+    assert record["target_tokens_per_second"] == 3.0
+    assert record["mfu_datasheet"] == pytest.approx(flops / 2.0 / 2e12)
+    assert record["roofline_seconds"] == {"compute": flops / 1e11, "memory": 2.0}
+    assert record["bound_by"] == "memory" and record["peak_memory_bytes"] == 9
+    assert " 50% " in steps_table([record | {"xla_flops": 2.0 * flops}])

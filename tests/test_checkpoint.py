@@ -606,3 +606,55 @@ def test_the_newest_says_by_which_metric(tmp_path):
         with Checkpoints(tmp_path, metric=metric, mode=mode) as checkpoints:
             checkpoints.save(make_state(step), {"loss": float(step), "bleu": float(step)})
     assert best_step(tmp_path) == 2  # by loss it would be 1
+
+
+def test_an_average_is_the_default_though_what_is_newer_is_not_in_it(tmp_path):
+    save_all(
+        tmp_path,
+        [(make_state(1), {"loss": 1.0}), (make_state(2), {"loss": 1.0}), (make_state(3), None)],
+    )
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save_average(*checkpoints.average([1, 2]))
+    assert find_checkpoint(tmp_path).name == "average"
+
+
+def test_an_average_is_saved_though_the_program_ended_while_one_took_the_others_place(tmp_path):
+    save_all(tmp_path, [(make_state(step), {"loss": 1.0}) for step in (1, 2)])
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save_average(*checkpoints.average([1, 2]))
+        shutil.copytree(checkpoints.directory / "average", checkpoints.directory / "average.old")
+        checkpoints.save_average(*checkpoints.average([2]))
+        assert np.all(load_params(tmp_path)["scale"] == 2)
+        assert {path.name for path in checkpoints.directory.iterdir()} == {"1", "2", "average"}
+
+
+def test_the_step_of_a_damaged_checkpoint_is_saved_again(tmp_path, capsys):
+    save_all(tmp_path, [(make_state(step), {"loss": 1.0}) for step in (1, 2)])
+    shutil.rmtree(tmp_path / "checkpoints/2/params")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(make_state()).step == 1
+        checkpoints.save(make_state(2), {"loss": 1.0})
+    assert checkpoint_steps(tmp_path) == [1, 2]
+    assert np.all(load_params(tmp_path, 2)["scale"] == 2)
+
+
+def test_what_is_being_saved_counts_among_the_evaluated(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(1), {"loss": 1.0})
+        assert checkpoints.evaluated_steps() == [1]
+
+
+def test_what_is_being_saved_is_averaged(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(1), {"loss": 1.0})
+        checkpoints.save(make_state(2), {"loss": 1.0})
+        assert checkpoints.average([1, 2])[1] == [1, 2]
+
+
+def test_what_a_killed_run_left_half_written_goes(tmp_path):
+    save_all(tmp_path, [(make_state(1), {"loss": 1.0})])
+    half = tmp_path / "checkpoints/2.orbax-checkpoint-tmp"
+    half.mkdir()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(3), {"loss": 1.0})
+    assert not half.exists()

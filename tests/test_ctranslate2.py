@@ -269,3 +269,12 @@ def test_without_ctranslate2_the_extra_is_named(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ctranslate2.specs.model_spec", None)
     with pytest.raises(UserError, match="pip install ctranslate2"):
         to_ctranslate2(run, tmp_path / "ct2")
+
+
+def test_the_checkpoint_that_is_asked_for_is_exported(tmp_path):
+    params = write_random_run(tmp_path / "run", CONFIG)
+    to_ctranslate2(tmp_path / "run", tmp_path / "only")
+    save_params(tmp_path / "run", 2, jax.tree.map(np.zeros_like, params))
+    to_ctranslate2(tmp_path / "run", tmp_path / "first", checkpoint=1)
+    first, only = ((tmp_path / which / "model.bin").read_bytes() for which in ("first", "only"))
+    assert first == only

@@ -476,6 +476,7 @@ def test_sampling_without_chance_is_greedy_search(options):
         ({"temperature": 0.5}, [0.16, 0.09, 0.0225, 0.01, 0.0025]),
         ({"top_p": 0.71}, [0.4, 0.3, 0.15, 0, 0]),
         ({"top_k": 3, "top_p": 0.8}, [0.4, 0.3, 0, 0, 0]),
+        ({"temperature": 0.5, "top_p": 0.8}, [0.16, 0.09, 0, 0, 0]),
     ],
 )
 def test_sampled_frequencies_match_the_probabilities(options, expected):

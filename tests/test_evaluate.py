@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,10 @@ from jaxformer.run_directory import load_params
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from small_run import LEXICON, small_config, trained_run
+from train.config import EvaluateConfig
 from train.data.corpus import encode_corpus
 from train.data.sources import load_split
-from train.evaluate import LossEvaluator, evaluate_run
+from train.evaluate import LossEvaluator, evaluate_run, make_translate
 from train.metrics import read_metrics
 from train.parallel import DataParallel
 from train.scores import score
@@ -180,3 +182,11 @@ def test_exact_match():
     quality = score(["a b", "c", "", "d "], ["a b", "C", "", "d"])
     assert quality.exact_match == 0.5
     assert "exact match 50.0%" in str(quality)
+
+
+def test_translations_are_searched_for_as_configured():
+    translator = SimpleNamespace(translate=lambda lines, **options: options)
+    config = EvaluateConfig(length_penalty=1.3, length_penalty_form="power")
+    options = make_translate(translator, config, beam_size=3)([])
+    expected = {"beam_size": 3, "length_penalty": 1.3, "length_penalty_form": "power"}
+    assert {name: options[name] for name in expected if name in options} == expected

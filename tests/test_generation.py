@@ -632,3 +632,9 @@ def test_a_minimum_above_the_maximum_is_the_maximum():
     width = found.sequences.shape[2]
     np.testing.assert_array_equal(found.sequences, wider.sequences[:, :, :width])
     np.testing.assert_array_equal(found.lengths, wider.lengths)
+
+
+def test_coverage_of_an_ensemble_is_the_mean_of_its_members():
+    options = GenerationConfig(beam_size=K, max_length_extra=4, coverage_penalty=0.7)
+    twice = search(options, configs=(CONFIG, CONFIG), params=(params_of(), params_of()))
+    assert_same(twice, search(options))

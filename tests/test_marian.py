@@ -28,6 +28,7 @@ from jaxformer.run_directory import (
 from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
+from random_run import CONFIG, write_random_run
 from small_run import LEXICON, sentence_pairs, trained_run
 
 torch = pytest.importorskip("torch")
@@ -707,3 +708,14 @@ def test_nothing_is_overwritten(shared, tmp_path):
     with pytest.raises(UserError, match="is not a directory"):
         from_marian(tmp_path / "nowhere", tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_checkpoint_that_is_asked_for_is_exported(tmp_path):
+    params = write_random_run(tmp_path / "run", CONFIG)
+    to_marian(tmp_path / "run", tmp_path / "only")
+    save_params(tmp_path / "run", 2, jax.tree.map(np.zeros_like, params))
+    to_marian(tmp_path / "run", tmp_path / "first", checkpoint=1)
+    first, only = (
+        (tmp_path / which / "model.safetensors").read_bytes() for which in ("first", "only")
+    )
+    assert first == only

@@ -209,3 +209,12 @@ def test_inside_shard_map_rules_are_for_the_axes_that_it_leaves():
     with nn.logical_axis_rules([("batch", "data"), ("vocab_batch", "data")]):
         found = jax.jit(jax.value_and_grad(by_hand))(params, source, target)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), found, expected)
+
+
+def test_gates_lie_in_parts_as_what_they_gate():
+    runner = mesh_runner(2, 2)
+    params = create(runner, Transformer(CONFIG.replace(activation="swiglu"))).params
+    feed_forward = params["encoder"]["layers"]["feed_forward"]
+    for name in ("hidden", "gate"):
+        kernel = feed_forward[name]["kernel"]
+        assert kernel.sharding.shard_shape(kernel.shape) == (1, 8, 12), name

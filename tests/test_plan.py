@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxformer.errors import UserError
@@ -11,10 +13,12 @@ from jaxformer.generation import GenerationConfig
 from small_run import change, small_config
 from train.cli import main
 from train.costs.chips import CHIPS, chip_of
-from train.costs.flops import train_flops
+from train.costs.flops import decode_step_flops, train_flops
+from train.costs.memory import program_memory
 from train.plan import plan as planning
+from train.plan.collectives import Collective
 from train.plan.estimates import largest_fitting, roofline
-from train.plan.machines import TPUS, Machine, tpu_machine
+from train.plan.machines import TPUS, Machine, present_machine, tpu_machine
 from train.plan.plan import Work, plan, work_of
 from train.plan.programs import DecodeProgram, DoesNotFit, StepProgram, decode_program, step_program
 from train.plan.report import plan_tables, plot_plan
@@ -264,3 +268,53 @@ def test_decoding_for_tpu(config):
     pytest.importorskip("libtpu")
     program = decode_program(config, tpu_machine("v5e:2x2"), GenerationConfig(beam_size=2), 4, 8)
     assert 0 < program.step_bytes < program.memory
+
+
+def test_chips_of_two_devices_and_rows_without_tokens(config, no_compiles):
+    small = change(config, data__batch_tokens=5 * 16)
+    train, decode = plan(small, [as_if(TPUS["tpu7x"])])
+    assert (train["devices"], train["chips"], train["rows"], train["full_rows"]) == (8, 4, 8, 5)
+    found = {name: train[name] for name in ("chip_hours", "tokens_per_second", "xla_flops")}
+    found |= {"compute": train["roofline_seconds"]["compute"]}
+    assert found == pytest.approx(
+        {
+            "chip_hours": 4 * train["hours"],
+            "tokens_per_second": 5 * 16 / train["step_seconds"],
+            "xla_flops": 8e9,
+            "compute": train_flops(config.model, 8, 16, 16) / 8 / (2307e12 / 2),
+        }
+    )
+    beams, room = decode["beam_size"], decode["max_length"]
+    asked = planning.SENTENCES, beams, planning.SOURCE_LENGTH, beams * room
+    assert {name: decode[name] for name in ("step_flops", "tokens_per_second")} == pytest.approx(
+        {
+            "step_flops": decode_step_flops(config.model, *asked),
+            "tokens_per_second": planning.SENTENCES / decode["step_seconds"],
+        }
+    )
+
+
+def test_the_largest_batch_counts_all_parts_of_an_accumulated_one(config, no_compiles):
+    machine = dataclasses.replace(as_if(V5E, devices=2), memory=140)
+    record, *_ = plan(change(config, accumulate=2), [machine], rows_per_device=4)
+    assert record["largest_batch_tokens"] == 20 * 2 * 16
+
+
+def test_memory_that_is_used_again_counts_once():
+    x = jax.ShapeDtypeStruct((2**20,), jnp.float32)
+    for donated, arrays in ((0, 1), ((), 2)):
+        compiled = jax.jit(lambda x: x + 1, donate_argnums=donated).lower(x).compile()
+        assert program_memory(compiled) == pytest.approx(arrays * 2**22, rel=0.1)
+
+
+def test_collectives_count_as_often_as_they_run():
+    found = [Collective("all-reduce", 100.0, 4, 3), Collective("all-reduce", 10.0, 2, 1)]
+    (total,) = planning._by_kind(found).values()
+    assert total == {"times": 4, "bytes": 310.0, "sent": 3 * 150.0 + 10.0}
+
+
+def test_devices_share_the_memory_that_is_here():
+    machine = present_machine()
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if machine.devices[0].platform == "cpu":
+        assert machine.memory == here // len(machine.devices)

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ from train.data.sources import iterate, load_extra, load_split
 from train.lock import only_trainer
 from train.log import describe
 from train.prepare import prepare
-from train.resume import check_same_run
+from train.resume import check_same_run, check_same_text
 
 
 @pytest.fixture
@@ -309,3 +310,16 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     with only_trainer(tmp_path / "run"):
         write_arrow(tmp_path / "x.arrow", pa.schema({"number": pa.int32()}), [{"number": [1]}])
     assert {path.name for path in tmp_path.iterdir()} == {"x.arrow"}
+
+
+def test_either_side_of_the_text_tells_it(tmp_path):
+    def corpora(*lengths):
+        source, target = (SimpleNamespace(lengths=np.array(each)) for each in lengths)
+        return {"data.train": SimpleNamespace(source=source, target=target)}
+
+    (tmp_path / "checkpoints/1").mkdir(parents=True)
+    for _ in range(2):
+        check_same_text(tmp_path, corpora([2, 3], [4, 5]))
+    for other in (([3, 2], [4, 5]), ([2, 3], [5, 4])):
+        with pytest.raises(UserError, match=r"has seen other text as data\.train"):
+            check_same_text(tmp_path, corpora(*other))

@@ -241,3 +241,13 @@ def test_a_broken_run_leaves_nothing_behind(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="has no checkpoint"):
         to_stablehlo(tmp_path / "run", tmp_path / "hlo")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_checkpoint_that_is_asked_for_is_exported(tmp_path, monkeypatch):
+    fake_serialization(monkeypatch)
+    monkeypatch.setattr(stablehlo, "export_programs", lambda *_: {})
+    params = write_random_run(tmp_path / "run", CONFIG)
+    save_params(tmp_path / "run", 2, jax.tree.map(np.zeros_like, params))
+    to_stablehlo(tmp_path / "run", tmp_path / "hlo", source_length=8, checkpoint=1)
+    written = np.load(tmp_path / "hlo/params.npz")
+    np.testing.assert_array_equal(written["embedding/embedding"], params["embedding"]["embedding"])

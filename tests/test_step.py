@@ -283,3 +283,24 @@ def test_the_papers_peak_is_the_default():
 def test_the_rate_has_fallen_to_0_when_the_steps_are_done():
     rate = make_schedule(OptimizerConfig(warmup_steps=4, cooldown_steps=10), 10, 99)
     assert rate(99) == 0.0 < rate(98)
+
+
+def test_adams_moments_decay_as_configured():
+    _, state = first_update(beta1=0.7, beta2=0.6)
+    moments = (optax.tree_utils.tree_get(state, name) for name in ("mu", "nu"))
+    for moment, expected in zip(moments, (lambda g: 0.3 * g, lambda g: 0.4 * g**2), strict=True):
+        assert_close(moment, jax.tree.map(expected, GRADIENT))
+
+
+def test_adams_epsilon_is_the_one_configured():
+    updates, _ = first_update(epsilon=12.0)  # as large as the gradient: half a step
+    assert updates["b"] == pytest.approx(-0.5 / 2)
+
+
+def test_the_reported_norm_is_that_of_the_gradient_that_moves_the_parameters(model, params):
+    optimizer = optax.sgd(1.0)
+    step = jax.jit(make_train_step(model, optimizer, optax.constant_schedule(1.0)))
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    new, metrics = step(state, BATCH, KEY)
+    moved = optax.global_norm(jax.tree.map(np.subtract, params, new.params))
+    assert metrics["gradient_norm"] == pytest.approx(float(moved), rel=1e-3)

@@ -284,3 +284,15 @@ def test_dropout_of_merges_is_the_same_in_every_process(tmp_path):
         cwd=Path(__file__).parent.parent,
     )
     assert json.loads(done.stdout) == here
+
+
+def test_other_settings_are_another_tokenizer(tmp_path):
+    for vocab_size, model_type in ((90, "bpe"), (80, "bpe"), (80, "unigram")):
+        settings = {"vocab_size": vocab_size, "model_type": model_type, "cache": tmp_path}
+        learned, _ = learn_tokenizers([PAIRS], tmp_path / "run", joint=True, **settings)
+        assert learned.vocab_size == vocab_size
+    assert len(list(tmp_path.glob("tokenizer-*.model"))) == 3
+    source, target = learn_tokenizers(
+        [PAIRS], tmp_path / "run", joint=False, vocab_size=60, cache=tmp_path
+    )
+    assert source.model != target.model

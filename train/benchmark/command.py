@@ -59,7 +59,7 @@ def _add_steps(kinds: Any, kind: str, what: str) -> None:
             "--corpus",
             action="store_true",
             help="on CONFIG's training data, packed as in training, instead of full random rows; "
-            "peers get padded batches of as many tokens",
+            "peers get padded batches of as many real tokens",
         )
     steps.add_argument("--peer", nargs="+", default=(), metavar="PEER", help=peers)
     steps.add_argument("--profile", metavar="DIR", help="write a trace for TensorBoard or Perfetto")
@@ -168,10 +168,10 @@ def _step_benchmark(
             )
         from train.prepare import prepare
 
+        if options.peer and config.data.extra:
+            raise UserError("a peer has one corpus: leave out data.extra, or --peer")
         with tempfile.TemporaryDirectory() as scratch:
-            data = dataclasses.replace(config.data, extra=(), weights=())  # peers know no mixtures
-            alone = dataclasses.replace(config, run=f"{scratch}/run", data=data)
-            batches = prepare(alone).batches
+            batches = prepare(dataclasses.replace(config, run=f"{scratch}/run")).batches
     return StepBenchmark(
         options.kind,
         config,

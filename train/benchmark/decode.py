@@ -34,6 +34,7 @@ from jaxformer.config import (
 )
 from jaxformer.errors import UserError
 from jaxformer.files import check_writable
+from jaxformer.generation import GenerationConfig
 from jaxformer.run_directory import save_params, save_tokenizers, write_config
 from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import Transformer
@@ -110,6 +111,7 @@ def benchmark_decode(settings: DecodeBenchmark) -> Iterator[dict[str, Any]]:
         )
     if settings.peer is not None:
         engine_version(settings.peer)
+    GenerationConfig.of(_options(settings))
     if settings.profile is not None:
         check_writable(Path(settings.profile) / "trace")
     with tempfile.TemporaryDirectory() as scratch:
@@ -127,12 +129,12 @@ def benchmark_decode(settings: DecodeBenchmark) -> Iterator[dict[str, Any]]:
             f"jaxformer {dtype}": Translator.load(run, dtype=dtype) for dtype in settings.dtypes
         }
         engines: dict[str, Engine] = {
-            name: partial(_timed, _ours(translator, settings, fixed))
+            name: partial(_timed, _ours(translator, settings))
             for name, translator in translators.items()
         }
         with contextlib.ExitStack() as processes:
             if settings.peer is not None:
-                for kind in settings.peer_types:
+                for kind in dict.fromkeys(settings.peer_types):
                     engines[f"{settings.peer} {kind}"] = processes.enter_context(
                         in_a_process(_peer, settings, run, kind, scratch, fixed)
                     )
@@ -208,22 +210,24 @@ def _needed_share(before: tuple[int, int], after: tuple[int, int]) -> float:
     return needed / max(1, computed)
 
 
-def _ours(translator: Translator, settings: DecodeBenchmark, fixed: int | None) -> Translate:
-    lengths = {}
-    if fixed is not None:
-        lengths = {"max_length_ratio": 0.0, "max_length_extra": fixed, "min_length_extra": fixed}
+def _options(settings: DecodeBenchmark) -> dict[str, Any]:
+    """How we search."""
+    options: dict[str, Any] = {
+        "beam_size": settings.beam_size,
+        "length_penalty": settings.length_penalty,
+        "length_penalty_form": "power",
+        "early_stopping": True,
+    }
+    if settings.run in PRESETS:
+        options |= {"max_length_ratio": 0.0}
+        options |= {"max_length_extra": settings.length, "min_length_extra": settings.length}
+    return options
 
-    def translate(lines: Sequence[str]) -> list[str]:
-        return translator.translate(
-            lines,
-            beam_size=settings.beam_size,
-            length_penalty=settings.length_penalty,
-            length_penalty_form="power",
-            early_stopping=True,
-            batch_tokens=settings.batch_tokens,
-            **lengths,
-        )
 
+def _ours(translator: Translator, settings: DecodeBenchmark) -> Translate:
+    translate = partial(
+        translator.translate, batch_tokens=settings.batch_tokens, **_options(settings)
+    )
     return _one_by_one(translate) if settings.one_by_one else translate
 
 

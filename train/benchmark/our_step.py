@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxformer.errors import UserError
 from jaxformer.transformer import Transformer
 from train.benchmark.compiles import time_traces
 from train.benchmark.peaks import forget_process_peak, peak_memory
@@ -38,10 +37,6 @@ class OurStep:
         if kind == "train":
             self._carry, self._step = state, runner.train(training.train_step)
             return
-        if config.parallel.strategy == "mesh":
-            raise UserError(
-                "the forward pass is measured on copies of the model: leave out parallel.strategy"
-            )
 
         def forward(params: Any, batch: dict, rng: jax.Array) -> tuple[Any, Any]:
             logits = model.apply(

@@ -44,6 +44,7 @@ def steps_table(records: Records) -> str:
     rows = [
         (
             *header,
+            "real tokens",
             "ms/step (p10 to p90)",
             "target tokens/s",
             "with padding",
@@ -76,9 +77,10 @@ def steps_table(records: Records) -> str:
                 record["engine"],
                 record["dtype"],
                 str(record["machine"]["devices"]),
-                str(record["batch"]),
-                str(record["source_length"]),
-                str(record["target_length"]),
+                _cell(record["batch"], "d"),
+                _cell(record["source_length"], "d"),
+                _cell(record["target_length"], "d"),
+                f"{record['target_tokens_per_step']:,.0f}",
                 f"{record['vocab_size']:,}",
                 "{median:,.1f} ({p10:,.1f} to {p90:,.1f})".format(**milliseconds),
                 f"{record['target_tokens_per_second']:,.0f}",
@@ -107,19 +109,21 @@ def steps_table(records: Records) -> str:
                     f"{record['program_memory_bytes'] / 2**20:,.0f} MiB",
                 )
             )
-    first = next(record for record in records if "mfu" in record)
-    machine = first["machine"]
+    # The last says the best of each: others may have been at work before.
+    last = [record for record in records if "mfu" in record][-1]
+    machine = last["machine"]
     measured = {r["dtype"]: r["matmul_peak_flops"] for r in records if "mfu" in r}
     peaks = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, peak in measured.items())
     footer = (
-        f"{machine['devices']} x {machine['device']}, {machine['cores']} cores; "
+        f"{machine['device']}, {machine['cores']} cores; "
         f"Python {machine['python']}, jax {machine['jax']}, jaxlib {machine['jaxlib']}, "
         f"flax {machine['flax']}; XLA_FLAGS={machine['xla_flags']!r}, {machine['prng']} noise\n"
         f"{_versions(records)}\n"
-        f"measured peak {peaks}, {first['memory_bandwidth'] / 1e9:,.1f} GB/s\n"
+        f"measured peak, a device: {peaks}, {last['memory_bandwidth'] / 1e9:,.1f} GB/s\n"
         "faster by: how many times the tokens/s of this line ours are, median of the turns\n"
+        "real tokens: of the target, a step; peak: of memory in use meanwhile\n"
         "programs: of the state, the step, and whatever else was compiled before the second step\n"
-        "compile: trace + lower + compile; memory: what the program plans; peak: in use meanwhile\n"
+        "compile: trace + lower + compile; memory: what the program plans\n"
         "GFLOP: by XLA, which counts once what a loop repeats, such as chunks of the loss"
     )
     return "\n\n".join((aligned(rows), aligned(programs), footer))
@@ -157,7 +161,8 @@ def plot(path: str, records: Records) -> None:
     """
     points = [record | {"devices": record["machine"]["devices"]} for record in records]
     several = len({point["config"] for point in points}) > 1
-    varied = [name for name in _DIMENSIONS if len({point[name] for point in points}) > 1]
+    ours = [point for point in points if "mfu" in point]  # peers may have no numbers of rows
+    varied = [name for name in _DIMENSIONS if len({point[name] for point in ours}) > 1]
     if not varied:
         raise UserError(NOTHING_TO_DRAW)
     with picture(Path(path), 5.0 * len(varied), 7.0) as figure:

@@ -111,6 +111,10 @@ def check_steps(settings: StepBenchmark) -> list[Case]:
             raise UserError("Marian is only measured in training, on a corpus: train --corpus")
         _check_peer(peer, settings)
         engine_version(peer)
+    if settings.kind == "forward" and settings.config.parallel.strategy == "mesh":
+        raise UserError(
+            "the forward pass is measured on copies of the model: leave out parallel.strategy"
+        )
     if settings.profile is not None:
         check_writable(Path(settings.profile) / "trace")
     return list(_cases(settings))
@@ -201,7 +205,7 @@ def _measure(
             for name, turn in engines.items():
                 turns[name].append(turn(settings.steps))
     devices = separate_devices(jax.local_devices()[: case.devices])
-    peak, bandwidth = (devices * value for value in at_best(case.model.dtype))
+    peak, bandwidth = at_best(case.model.dtype)
     if settings.profile is not None:
         with jax.profiler.trace(settings.profile):
             ours.turn(settings.steps)
@@ -216,17 +220,20 @@ def _measure(
             _rate(ours_turn) / _rate(theirs)
             for ours_turn, theirs in zip(turns["jaxformer"], measured, strict=True)
         ]
+        # A peer's batches of a corpus have shapes of their own, each another.
+        same_rows = settings.batches is None or name == "jaxformer"
         record = {
             "benchmark": settings.kind,
             "config": settings.name,
             "engine": name,
             "version": engine_version(name),
-            "batch": case.batch,
-            "source_length": case.source,
-            "target_length": case.target,
+            "batch": case.batch if same_rows else None,
+            "source_length": case.source if same_rows else None,
+            "target_length": case.target if same_rows else None,
             "vocab_size": case.model.vocab_size,
             "dtype": "float32" if name == "marian" else case.model.dtype,
             "step_seconds": summary(seconds),
+            "target_tokens_per_step": tokens / len(seconds),
             "target_tokens_per_second": tokens / sum(seconds),
             # Marian says nothing of its padding; a peer has its batches ready.
             "target_positions_per_second": None if name == "marian" else positions / sum(seconds),
@@ -235,7 +242,7 @@ def _measure(
             "ratio_median": statistics.median(ratios),
             "ratio_min": min(ratios),
             "ratio_max": max(ratios),
-            "model_flops": flops,
+            "model_flops": flops if same_rows else None,
             "model": case.model.to_dict(),
             "corpus": settings.batches is not None,
             "machine": describe_machine(ours.devices),
@@ -245,15 +252,15 @@ def _measure(
             step = record["step_seconds"]["median"]
             sheet = datasheet_peak(case.model.dtype, ours.devices[0])
             seconds_of = {
-                "compute": max(flops, compiled["xla_flops"]) / peak,
-                "memory": compiled["bytes_moved"] / bandwidth,
+                "compute": max(flops, compiled["xla_flops"]) / (peak * devices),
+                "memory": compiled["bytes_moved"] / (bandwidth * devices),
             }
             record |= compiled | {
                 "host_wait": sum(sum(turn.waited) for turn in measured) / sum(seconds),
                 "compiled_programs": len(programs),
                 "matmul_peak_flops": peak,
                 "memory_bandwidth": bandwidth,
-                "mfu": flops / step / peak,
+                "mfu": flops / step / (peak * devices),
                 "mfu_datasheet": flops / step / (sheet * case.devices) if sheet else None,
                 "roofline_seconds": seconds_of,
                 "bound_by": max(seconds_of, key=seconds_of.__getitem__),

@@ -58,36 +58,51 @@ def full_rows(case: Case) -> dict[str, np.ndarray]:
 
 
 def padded_batches(batches: Batches, *, multiple: int) -> list[dict[str, np.ndarray]]:
-    """The corpus as other toolkits batch it: sentences of like length, padded, as many positions.
+    """The corpus as other toolkits batch it: sentences of like length, padded.
+
+    The pairs are those of our rows, and a batch has as many real target tokens as one of ours.
 
     With a `multiple` of 1, sentences are sorted by their target's and then by their source's
     length, and each side is as wide as its longest sentence. With more the shapes are few: both
-    sides are as wide as the longer one, rounded up, and empty rows complete a batch.
+    sides are as wide as the longer one, rounded up; batches of a width have as many rows, empty
+    ones completing the last.
     """
-    corpus = batches.parts[0].corpus
-    positions = batches.rows_per_batch * batches.target_length
-    sources, targets = corpus.source.lengths, corpus.target.lengths
-    longer = np.maximum(sources, targets)
-    kept = np.flatnonzero(longer <= batches.target_length)
-    order = (sources, targets) if multiple == 1 else (longer,)
-    kept = kept[np.lexsort([lengths[kept] for lengths in order])]
-    widths = -(-longer[kept] // multiple) * multiple
-    padded, start = [], 0
-    while start < len(kept):
-        stop, width = start + 1, int(widths[start])
-        while stop < len(kept) and (multiple == 1 or widths[stop] == width):
-            wider = max(width, int(widths[stop]))
-            if (stop + 1 - start) * wider > positions:
-                break
-            stop, width = stop + 1, wider
-        pairs = kept[start:stop]
-        rows, source, target = positions // width, width, width
-        if multiple == 1:
-            rows, source, target = len(pairs), int(sources[pairs].max()), int(targets[pairs].max())
-        padded.append(_pad(corpus, pairs, rows, source, target))
-        start = stop
+    (rows,) = batches.parts
+    corpus, kept = rows.corpus, np.sort(rows.packing.pairs)
+    tokens = batches.target_fill * batches.rows_per_batch * batches.target_length
+    sources, targets = corpus.source.lengths[kept], corpus.target.lengths[kept]
+    if multiple == 1:
+        # The source's up and down in turns, so that a batch of two target lengths stays narrow.
+        order = np.lexsort((np.where(targets % 2, sources, -sources), targets))
+        # The batch that the middle of each sentence falls into: none is cut, none drifts.
+        middles = np.cumsum(targets[order]) - targets[order] / 2
+        padded = [
+            _pad(
+                corpus,
+                kept[chosen],
+                len(chosen),
+                *(int(x[chosen].max()) for x in (sources, targets)),
+            )
+            for chosen in _split(order, middles // tokens)
+        ]
+    else:
+        padded = []
+        widths = -(-np.maximum(sources, targets) // multiple) * multiple
+        order = np.argsort(widths, kind="stable")
+        for chosen in _split(order, widths[order]):
+            number = max(1, round(targets[chosen].sum() / tokens))
+            height, width = -(-len(chosen) // number), int(widths[chosen[0]])
+            padded += [
+                _pad(corpus, kept[chosen[start : start + height]], height, width, width)
+                for start in range(0, len(chosen), height)
+            ]
     shuffled = np.random.default_rng(0).permutation(len(padded))[:_PADDED_BATCHES]
     return [padded[index] for index in shuffled]
+
+
+def _split(items: np.ndarray, kinds: np.ndarray) -> list[np.ndarray]:
+    """Split where the next item is of another kind."""
+    return np.split(items, np.flatnonzero(np.diff(kinds)) + 1)
 
 
 def _pad(

@@ -165,7 +165,8 @@ def test_peers_get_every_pair_once_with_little_padding(batches, multiple, most):
     assert multiple == 1 or len(shapes) == len(widths)
     # As many real tokens as a batch of ours, or the fixed cost of a step would fall on fewer.
     ours = np.count_nonzero(batches.at(0)["labels"])
-    assert np.median(tokens) == pytest.approx(ours, rel=0.15)
+    # Few batches of a width cannot all be as full.
+    assert np.mean(tokens) == pytest.approx(ours, rel=0.15 if multiple == 1 else 0.3)
     assert multiple > 1 or all(abs(each - ours) <= 0.15 * ours for each in tokens)
 
 

@@ -76,15 +76,10 @@ def padded_batches(batches: Batches, *, multiple: int) -> list[dict[str, np.ndar
         order = np.lexsort((np.where(targets % 2, sources, -sources), targets))
         # The batch that the middle of each sentence falls into: none is cut, none drifts.
         middles = np.cumsum(targets[order]) - targets[order] / 2
-        padded = [
-            _pad(
-                corpus,
-                kept[chosen],
-                len(chosen),
-                *(int(x[chosen].max()) for x in (sources, targets)),
-            )
-            for chosen in _split(order, middles // tokens)
-        ]
+        padded = []
+        for chosen in _split(order, middles // tokens):
+            source, target = (int(lengths[chosen].max()) for lengths in (sources, targets))
+            padded.append(_pad(corpus, kept[chosen], len(chosen), source, target))
     else:
         padded = []
         widths = -(-np.maximum(sources, targets) // multiple) * multiple

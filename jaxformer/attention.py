@@ -23,12 +23,13 @@ def attention_weights(
 
     A query that may attend to nothing gets weights of zero, not NaN and not an average.
     """
-    mask = dense_mask(mask)
+    batch_size, length, num_heads, _ = query.shape
+    mask = dense_mask(mask, (batch_size, num_heads, length, key.shape[1]))
     # Heads first, or einsum would pick an order of operands that XLA multiplies slowly on CPU.
     query = jnp.swapaxes(query * query.shape[-1] ** -0.5, 1, 2)
     key = jnp.swapaxes(key, 1, 2)
     scores = jnp.einsum("BNTH,BNSH->BNTS", query, key, preferred_element_type=jnp.float32)
-    if mask is None:
+    if mask is None or 0 in key.shape:
         return jax.nn.softmax(scores, axis=-1)
     scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     scores = scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
@@ -151,7 +152,7 @@ class MultiHeadAttention(nn.Module):
     ) -> Float[Array, "B T D"]:
         """`__call__` on keys and values that are already projected."""
         query = _by_heads(self.query(query_input))
-        dropping = self.dropout_rate > 0.0 and not deterministic
+        dropping = self.dropout_rate != 0.0 and not deterministic
         if dropping or self.is_mutable_collection("intermediates"):
             weights = attention_weights(query, key, mask)
             self.sow("intermediates", "attention_weights", weights)

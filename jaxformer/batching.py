@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxformer.config import PAD_ID
 from jaxformer.errors import UserError
+from jaxformer.ids import as_ids
 
 T = TypeVar("T")
 
@@ -85,7 +86,8 @@ def pad(sentences: Sequence[Sequence[int]], rows: int, length: int) -> np.ndarra
     """Token ids as an int32 array [rows, length], filled with padding."""
     ids = np.full((rows, length), PAD_ID, np.int32)
     for row, sentence in enumerate(sentences):
-        ids[row, : len(sentence)] = sentence
+        if len(sentence):
+            ids[row, : len(sentence)] = as_ids(np.asarray(sentence), "the tokens of a sentence")
     return ids
 
 

@@ -167,7 +167,7 @@ class TransformerConfig:
     scan_layers: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.dtype, str):
+        if self.dtype is not None and not isinstance(self.dtype, str):  # numpy's None is float64
             with contextlib.suppress(TypeError):  # jnp.bfloat16, as other modules are given it
                 object.__setattr__(self, "dtype", np.dtype(self.dtype).name)
         check_fields(self, "TransformerConfig.")

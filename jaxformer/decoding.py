@@ -57,6 +57,8 @@ def beam_search(
       UserError: for sizes below their minimum, or shapes that do not fit them.
     """
     method = BeamSearch(beam_size, **options)
+    penalty = method.length_penalty
+    require(callable(penalty), "length_penalty", penalty, "give gnmt_length_penalty of it")
     request = _request(batch_size, max_length, length_limits, min_lengths, prefix)
     search = run(method, step_fn, method.start(request, max_length, init_state))
     return method.result(search)
@@ -117,19 +119,18 @@ def _request(
     """The searches' arguments, checked."""
     require(batch_size >= 1, "batch_size", batch_size, "use 1 or more")
     require(max_length >= 0, "max_length", max_length, "use 0 or more")
-    named = {"length_limits": length_limits, "min_lengths": min_lengths, "prefix": prefix}
-    for name, array in named.items():
-        if array is not None:
-            ndim = 2 if name == "prefix" else 1
-            fits = array.ndim == ndim and array.shape[0] == batch_size and array.size > 0
-            require(
-                fits,
-                f"the shape of {name}",
-                array.shape,
-                f"make it [{batch_size}{', P' * (name == 'prefix')}]",
-            )
-    if length_limits is None:
+
+    def checked(name: str, array: Any, ndim: int) -> Any:
+        if array is None:
+            return None
+        array = jnp.asarray(array)
+        fits = array.ndim == ndim and array.shape[0] == batch_size and array.size > 0
+        fix = f"make it [{batch_size}{', P' * (ndim == 2)}]"
+        require(fits, f"the shape of {name}", array.shape, fix)
+        return array
+
+    limits = checked("length_limits", length_limits, 1)
+    if limits is None:
         limits = jnp.full(batch_size, max_length, jnp.int32)
-    else:
-        limits = jnp.clip(length_limits, 0, max_length).astype(jnp.int32)
-    return Request(limits, min_lengths, prefix)
+    limits = jnp.clip(limits, 0, max_length).astype(jnp.int32)
+    return Request(limits, checked("min_lengths", min_lengths, 1), checked("prefix", prefix, 2))

@@ -24,10 +24,12 @@ def dropout(
       rng: a JAX random key.
 
     Raises:
-      UserError: the rate is another.
+      UserError: the rate or the dtype is another.
     """
     if not 0.0 <= rate < 1.0:
         raise UserError(f"a dropout rate is {rate}: give 0 up to, not including, 1")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UserError(f"dropout is of {x.dtype}: give floating-point numbers")
     threshold = min(round(rate * 2**16), 2**16 - 1)
     *rows, width = x.shape
     words = jax.random.bits(rng, (*rows, -(-width // 2)), jnp.uint32)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxformer.errors import UserError
+from jaxformer.ids import as_ids
 from jaxformer.linear import kernel_first, kernel_first_is_faster
 from jaxformer.quantization import check_matrix, int8_product
 from jaxformer.sharding import constrain
@@ -46,11 +46,9 @@ class Embedding(nn.Module):
         """Look up ids; one below 0 or past the table gives NaN instead of another's vector.
 
         Raises:
-          UserError: they are no integers.
+          UserError: they are no array of integers.
         """
-        if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise UserError(f"ids are {ids.dtype}: give integers")
-        ids = ids.astype(jnp.int32)  # in which what was -1 as uint32 is below 0 again
+        ids = as_ids(ids)
         ids = jnp.where(ids < 0, self.vocab_size, ids)
         ids = constrain(ids, "vocab_batch", None)
         vectors = jnp.take(self.embedding, ids, axis=0, mode="fill").astype(self.dtype)

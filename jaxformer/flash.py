@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxformer.config import FlashAttention
+from jaxformer.config import FlashAttention, check_choice
 from jaxformer.masks import Mask, SegmentMask, dense_mask
 from jaxformer.sharding import num_shards
 
@@ -38,6 +38,7 @@ def flash_kernel(
     of 128, a mask that is spelled out, or arrays that a mesh splits. "auto" takes the TPU's where
     it is known that none does: on one chip, inside `shard_map` and `pmap`, or with logical rules.
     """
+    check_choice("flash", whose, FlashAttention)
     if whose == "auto":
         backends: dict[str, FlashAttention] = {"gpu": "cudnn", "tpu": "pallas"}
         whose = backends.get(jax.default_backend(), "none")
@@ -78,7 +79,8 @@ def _pallas_can(lengths: tuple[int, int], width: int, mask: Mask | None) -> bool
 
 
 def _cudnn(query, key, value, mask):
-    allowed = dense_mask(mask)
+    batch_size, length, num_heads, _ = query.shape
+    allowed = dense_mask(mask, (batch_size, num_heads, length, key.shape[1]))
     if allowed is None:
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     # To a query that sees nothing, the gradient of cuDNN's is NaN: let it see all, and forget it.

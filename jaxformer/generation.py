@@ -22,6 +22,7 @@ from jaxformer.cache import DecoderCache
 from jaxformer.config import PAD_ID, TransformerConfig, check_fields
 from jaxformer.ensemble import Model, ensemble, mean_of_probabilities, speakable
 from jaxformer.errors import UserError
+from jaxformer.ids import as_ids
 from jaxformer.matrices import map_matrices, transpose_kernels
 from jaxformer.sampling import Sampling
 from jaxformer.search import BeamResult, Method, Request, Search, StepFn, run, take
@@ -204,9 +205,12 @@ def generate(
     models, params = ensemble(models, params)
     if not isinstance(options, GenerationConfig):
         raise UserError(f"options are {options!r}: give a GenerationConfig")
+    source_ids = as_ids(source_ids, "source_ids")
     if source_ids.ndim != 2:
         raise UserError(f"source_ids are of shape {source_ids.shape}: give one row a sentence")
     sentences = source_ids.shape[0]
+    if prefix is not None:
+        prefix = as_ids(prefix, "prefix")
     if prefix is not None and (prefix.ndim != 2 or prefix.shape[0] != sentences):
         raise UserError(f"prefix is of shape {prefix.shape}: make it [{sentences}, P]")
     if keys is not None and keys.shape != (sentences, *_key_shape(keys)):

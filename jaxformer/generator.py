@@ -82,6 +82,8 @@ class Generator:
         devices: list[jax.Device] | None = None,
     ) -> None:
         self._devices = jax.local_devices() if devices is None else devices
+        if not self._devices:
+            raise UserError("devices are none: give at least one, or leave them out for all")
         self._mesh = Mesh(np.array(self._devices), ("data",))
         self._models, params = ensemble(models, params)
         self._configs = [model.config for model in self._models]
@@ -126,6 +128,10 @@ class Generator:
           UserError: prefixes or keys are not as many as sentences, the keys are of another kind
             than JAX makes by default, or a sentence is longer than the learned positions.
         """
+        if not isinstance(options, GenerationConfig):
+            raise UserError(f"options are {options!r}: give a GenerationConfig")
+        if not all(hasattr(ids, "__len__") for ids in sources):
+            raise UserError("sources are no lists of ids: give one for each sentence")
         lengths, limit = list(map(len, sources)), fewest_positions(self._configs)
         if limit is not None and max(lengths, default=0) > limit:
             raise UserError(

@@ -7,9 +7,11 @@ from math import prod
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxformer.errors import UserError
 from jaxformer.quantization import check_matrix, int8_product
 
 
@@ -39,8 +41,17 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Map [..., *in] to [..., *out]."""
-        outputs = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        """Map [..., *in] to [..., *out].
+
+        Raises:
+          UserError: a width is below 1, or x has not so many axes.
+        """
+        outputs = tuple(np.atleast_1d(self.features).tolist())
+        if min(outputs, default=1) < 1 or not 1 <= self.input_axes <= x.ndim:
+            raise UserError(
+                f"a linear map of {self.input_axes} axes of {list(x.shape)} to {list(outputs)} is "
+                "none: give 1 axis or more, and widths of 1 or more"
+            )
         shape = x.shape[x.ndim - self.input_axes :] + outputs
         check_matrix(self, "kernel")
         if self.quantized:

@@ -53,13 +53,25 @@ def load_members(
             raise UserError(
                 f"{directory} has other tokenizers than {runs[0]}: an ensemble needs the same"
             )
-        expected = _shapes(parameter_shapes(config.replace(quantized=False)))
         for name in checkpoints:
-            params = load_params(directory, name)
-            check_same_arrays(_shapes(params), expected, find_checkpoint(directory, name))
+            params = load_params_of(config, directory, name)
             params = quantize(params) if config.quantized else params
             members.append((config, params))
     return members, tokenizers[0]
+
+
+def load_params_of(
+    config: TransformerConfig, run: str | Path, checkpoint: str | int | None
+) -> dict[str, Any]:
+    """`load_params`, floats of any width.
+
+    Raises:
+      UserError: as `load_params`, or they are of another configuration than `config`.
+    """
+    params = load_params(run, checkpoint)
+    expected = _shapes(parameter_shapes(config.replace(quantized=False)))
+    check_same_arrays(_shapes(params), expected, find_checkpoint(run, checkpoint))
+    return params
 
 
 def _shapes(params: Any) -> dict[str, str]:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxformer.config import PAD_ID
 from jaxformer.errors import UserError
+from jaxformer.ids import as_ids
 from jaxformer.sharding import constrain, num_shards
 
 
@@ -52,7 +53,8 @@ def cross_entropy(
       loss_sum (nats) and weight_sum (tokens), float32 scalars.
 
     Raises:
-      UserError: labels of another shape or no integers, or ε or `chunk_size` out of range.
+      UserError: labels of another shape or no integers, `hidden` of another width or integers, or
+        ε or `chunk_size` out of range.
     """
     sums = cross_entropy_sums(
         hidden, embedding, labels, label_smoothing=label_smoothing, chunk_size=chunk_size
@@ -79,8 +81,14 @@ def cross_entropy_sums(
         raise UserError(f"label_smoothing is {label_smoothing}: give 0 up to below 1")
     if chunk_size < 1:
         raise UserError(f"chunk_size is {chunk_size}: give at least 1")
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise UserError(f"labels are {labels.dtype}: give integers")
+    labels = as_ids(labels, "labels")
+    if not jnp.issubdtype(hidden.dtype, jnp.floating):
+        raise UserError(f"predictions are {hidden.dtype}: give floating-point numbers")
+    if hidden.shape[-1:] != embedding.shape[1:]:
+        raise UserError(
+            f"predictions are {list(hidden.shape)}, the embedding {list(embedding.shape)}: give "
+            "both one width"
+        )
     if hidden.shape[:-1] != labels.shape:
         raise UserError(
             f"labels are {list(labels.shape)}, predictions {list(hidden.shape[:-1])}: give a label "

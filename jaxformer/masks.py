@@ -58,17 +58,28 @@ class SegmentMask:
 Mask: TypeAlias = Bool[Array, "#B #N #T #S"] | SegmentMask
 
 
-def dense_mask(mask: Mask | None) -> Bool[Array, "#B #N #T #S"] | None:
-    """Return the boolean array, whichever form the mask has.
+def dense_mask(
+    mask: Mask | None, scores: tuple[Any, Any, Any, Any]
+) -> Bool[Array, "#B #N #T #S"] | None:
+    """Return the boolean array, whichever form the mask has, for scores of a shape [B, N, T, S].
 
     Raises:
-      UserError: it has another, such as numbers to add to the scores.
+      UserError: it has another form, such as numbers to add to the scores, or another shape, which
+        broadcasting could make the scores' too.
     """
     if isinstance(mask, SegmentMask):
-        return mask.dense()
-    if mask is not None and (mask.dtype != bool or mask.ndim != 4):
+        mask = mask.dense()
+    if mask is None:
+        return None
+    if not hasattr(mask, "dtype") or mask.dtype != bool or mask.ndim != 4:
+        kind = f"{mask.dtype}{list(mask.shape)}" if hasattr(mask, "dtype") else repr(mask)
         raise UserError(
-            f"a mask is {mask.dtype}{list(mask.shape)}: give booleans [B, N, T, S], True where a "
-            "query may attend to a key; B, N, T and S may be 1"
+            f"a mask is {kind}: give booleans [B, N, T, S], True where a query may attend to a "
+            "key; B, N, T and S may be 1"
+        )
+    if not all(size in (1, whole) for size, whole in zip(mask.shape, scores, strict=True)):
+        raise UserError(
+            f"a mask is {list(mask.shape)} and the scores are {list(scores)}, [B, N, T, S]: give "
+            "a size or 1"
         )
     return mask

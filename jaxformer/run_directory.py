@@ -92,6 +92,10 @@ def read_config(run: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}; restore the file") from error
     version = config.get("version") if isinstance(config, dict) else None
+    if version is None and isinstance(config, dict) and "model_type" in config:
+        raise UserError(
+            f"{path} is that of a Hugging Face model: make a run of it, with jaxformer convert"
+        )
     if version != CONFIG_VERSION:
         raise UserError(
             f"{path} has version {version}, this jaxformer reads version {CONFIG_VERSION}: "
@@ -332,13 +336,20 @@ def check_same_arrays(saved: dict[str, str], wanted: dict[str, str], path: Path)
 
 
 def save_params(run: str | Path, step: int, params: Mapping[str, Any]) -> None:
-    """Write a checkpoint of parameters alone: nested dictionaries of arrays."""
+    """Write a checkpoint of parameters alone: nested dictionaries of arrays.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     import orbax.checkpoint as ocp
 
     check_name(run)
     path = Path(run).absolute() / CHECKPOINTS_DIR / str(step)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-        writer.save(path, args=ocp.args.Composite(**{PARAMS: ocp.args.StandardSave(params)}))
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+            writer.save(path, args=ocp.args.Composite(**{PARAMS: ocp.args.StandardSave(params)}))
+    except (OSError, RuntimeError, ValueError) as error:  # tensorstore's of a full disk is the last
+        raise UserError(f"cannot write {run}: {reason(error)}; choose another place") from error
 
 
 def read_arrays(path: Path) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Learning rates as `optax.Schedule`s: the paper's, and an end for it."""
 
+import math
+
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -24,19 +26,21 @@ def warmup_inverse_sqrt(
       peak: the highest rate itself, given instead of `d_model` (fairseq's `--lr`).
 
     Raises:
-      UserError: not exactly one of `d_model` and `peak` is given, or d_model or
-        warmup_steps is below 1.
+      UserError: not exactly one of `d_model` and `peak` is given, d_model or
+        warmup_steps is below 1, or peak below 0.
 
     >>> f"{warmup_inverse_sqrt(d_model=512, warmup_steps=4000)(4000):.3e}"
     '6.988e-04'
     """
-    if warmup_steps < 1:
+    if not 1 <= warmup_steps < math.inf:
         raise UserError(f"warmup_steps is {warmup_steps}: give at least 1")
     if d_model is not None and d_model < 1:
         raise UserError(f"d_model is {d_model}: give at least 1")
     if d_model is not None and peak is None:
         highest = (d_model * warmup_steps) ** -0.5
     elif peak is not None and d_model is None:
+        if not 0 <= peak < math.inf:
+            raise UserError(f"peak is {peak}: give a rate of 0 or more")
         highest = peak
     else:
         raise UserError("give either d_model (the paper's formula) or peak (the highest rate)")
@@ -58,7 +62,12 @@ def cooldown(schedule: optax.Schedule, *, steps: int, end: int) -> optax.Schedul
       schedule: the rate before, and what the line is a share of.
       steps: length of the cool-down; 0 is none.
       end: the count at which the rate is 0.
+
+    Raises:
+      UserError: `steps` are fewer than 0.
     """
+    if steps < 0:
+        raise UserError(f"the cool-down has {steps} steps: give 0 or more")
     if steps == 0:
         return schedule
 

@@ -14,6 +14,7 @@ from jaxformer.dropout import Dropout
 from jaxformer.embedding import Embedding
 from jaxformer.encoder import Encoder, EncoderLayer
 from jaxformer.errors import UserError
+from jaxformer.ids import as_ids
 from jaxformer.losses import LossSums, cross_entropy_sums
 from jaxformer.masks import SegmentMask, padding_mask
 from jaxformer.positions import PositionalEncoding, segment_positions
@@ -29,11 +30,13 @@ def _positions(segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"] | Non
     return None if segment_ids is None else segment_positions(segment_ids)
 
 
-def _check_rows(name: str, ids: Int[Array, "B T"]) -> None:
+def _as_rows(name: str, ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    ids = as_ids(ids, name)
     if ids.ndim != 2 or ids.shape[1] == 0:
         raise UserError(
             f"{name} are of shape {ids.shape}: give rows of ids, [B, length], none of them empty"
         )
+    return ids
 
 
 def parameter_shapes(config: TransformerConfig) -> dict[str, Any]:
@@ -199,7 +202,7 @@ class Transformer(nn.Module):
         Raises:
           UserError: `source_ids` are no rows of ids, or empty.
         """
-        _check_rows("source_ids", source_ids)
+        source_ids = _as_rows("source_ids", source_ids)
         if source_segment_ids is None:
             mask = SegmentMask(jnp.ones_like(source_ids), _not_padding(source_ids))
         else:
@@ -225,7 +228,7 @@ class Transformer(nn.Module):
           UserError: `target_ids` are no rows of ids, empty, or not as many as `source_ids`; or only
             one side has segment ids.
         """
-        _check_rows("target_ids", target_ids)
+        target_ids = _as_rows("target_ids", target_ids)
         if (ours := target_ids.shape[0]) != (theirs := source_ids.shape[0]):
             raise UserError(
                 f"there are {theirs} rows of source_ids and {ours} of target_ids: give as many"

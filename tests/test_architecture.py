@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 # The modules of jaxformer, leaves first: each imports from the lines above its own, and no other.
 LAYERS = [
     "cache compilation constraints errors fingerprint matrices results sharding",
-    "config dropout files quantization schedules search terminal",
+    "config dropout files ids quantization schedules search terminal",
     "linear",
     "batching beam embedding feed_forward losses masks positions residual sampling tokenizer",
     "decoding flash run_directory",

@@ -92,8 +92,8 @@ def test_lengths_are_those_of_the_rule():
     found = start_search(
         (Transformer(CONFIG),), (params_of(),), method, limits, 117, ids, None, None
     )
-    assert found.sentences.max_lengths.tolist() == [117, 39]
-    assert found.sentences.min_lengths.tolist() == [62, 21]
+    assert found.request.max_lengths.tolist() == [117, 39]
+    assert found.request.min_lengths.tolist() == [62, 21]
 
 
 SEARCHED = [

@@ -4,7 +4,9 @@ import functools
 import io
 import json
 import random
+import resource
 import shutil
+import signal
 from types import SimpleNamespace
 
 import jax
@@ -422,7 +424,7 @@ def test_files_of_older_versions(shared, tmp_path):
         from_marian(folder, tmp_path / "other")
 
 
-@pytest.mark.parametrize("form", ["shards", "bfloat16", "bfloat16 pickle"])
+@pytest.mark.parametrize("form", ["shards", "shards of pickles", "bfloat16", "bfloat16 pickle"])
 def test_other_files_that_transformers_writes(shared, tmp_path, form):
     folder = tmp_path / "theirs"
     shutil.copytree(shared.folder, folder, ignore=shutil.ignore_patterns("model.safetensors"))
@@ -430,6 +432,15 @@ def test_other_files_that_transformers_writes(shared, tmp_path, form):
     if form == "shards":
         shared.model.save_pretrained(folder, max_shard_size="20KB")
         assert not (folder / "model.safetensors").exists()
+    elif form == "shards of pickles":
+        state = {name: x.clone() for name, x in shared.model.state_dict().items()}
+        shard_of = {
+            name: f"pytorch_model-{i % 2 + 1:05}-of-00002.bin" for i, name in enumerate(state)
+        }
+        for file in set(shard_of.values()):
+            torch.save({n: x for n, x in state.items() if shard_of[n] == file}, folder / file)
+        index = json.dumps({"metadata": {}, "weight_map": shard_of})
+        (folder / "pytorch_model.bin.index.json").write_text(index)
     else:
         state = {name: x.bfloat16() for name, x in shared.model.state_dict().items()}
         if form == "bfloat16":
@@ -639,12 +650,23 @@ def tensors(change):
     return apply
 
 
+def added(folder):
+    """A token more than the vocabulary has, as `add_tokens` makes it."""
+    (folder / "added_tokens.json").write_text('{"<ent>": 60}')
+    config(vocab_size=70, decoder_vocab_size=70)(folder)
+
+
 SHARED, FC1 = "model.shared.weight", "model.encoder.layers.1.fc1.weight"
 BROKEN = [
     (remove("config.json"), r"cannot read .*config\.json: No such file"),
     (write("config.json", b"{"), r"config\.json is not valid JSON"),
     (write("config.json", b"[]"), r"config\.json is not a JSON object"),
     (config(model_type="bart"), "model_type='bart'"),
+    (write("config.json", b"[" * 100_000), r"config\.json is not valid JSON"),
+    (config(activation_function=["relu"]), r"activation_function=\['relu'\]: only"),
+    (config(scale_embedding="false"), "scale_embedding='false': it must be true or false"),
+    (config(dropout=None), "dropout=None: it must be a number"),
+    (config(encoder_layers=10**9), "encoder_layers=1000000000: no model has so many"),
     (config(d_model=None), "d_model=None: it must be an integer"),
     (config(d_model=26), r"config\.json: TransformerConfig\.num_heads is 3"),
     (config(scale_embedding=False), "scale_embedding=False"),
@@ -662,6 +684,11 @@ BROKEN = [
     (edit("vocab.json", lambda v: v | {"</s>": 1}), "does not number its pieces"),
     (edit("vocab.json", lambda v: v | {"</s>": "0"}), "does not number its pieces"),
     (edit("vocab.json", lambda v: {p: i for p, i in v.items() if p != "<pad>"}), "no piece <pad>"),
+    (
+        edit("vocab.json", lambda v: {p or "\ud800": i for p, i in v.items()} | {"\ud800": 1}),
+        "no text",
+    ),
+    (added, r"added_tokens\.json: a tokenizer with tokens that were added"),
     (remove("source.spm"), r"cannot read .*source\.spm"),
     (write("target.spm", b"junk"), r"target\.spm is not a sentencepiece model"),
     (remove("model.safetensors"), "neither model.safetensors nor pytorch_model.bin"),
@@ -695,7 +722,9 @@ def test_a_pickle_of_code_is_refused(shared, tmp_path):
     shutil.copytree(shared.folder, tmp_path / "evil")
     (tmp_path / "evil" / "model.safetensors").unlink()
     torch.save({"model.shared.weight": print}, tmp_path / "evil" / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"cannot read .*pytorch_model\.bin") as caught:
+    with pytest.raises(
+        UserError, match=r"pytorch_model\.bin is no file of weights alone: "
+    ) as caught:
         from_marian(tmp_path / "evil", tmp_path / "run")
     assert "\n" not in str(caught.value)
 
@@ -719,3 +748,43 @@ def test_the_checkpoint_that_is_asked_for_is_exported(tmp_path):
         (tmp_path / which / "model.safetensors").read_bytes() for which in ("first", "only")
     )
     assert first == only
+
+
+@pytest.mark.parametrize(
+    "change", [{"encoder_layers": 3}, {"d_ff": 40}, {"embeddings": "separate"}]
+)
+def test_parameters_of_another_configuration_are_not_exported(tmp_path, change):
+    write_random_run(tmp_path / "run", CONFIG)
+    write_config(tmp_path / "run", {"model": CONFIG.replace(**change).to_dict()})
+    with pytest.raises(UserError, match="is of another configuration"):
+        to_marian(tmp_path / "run", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_place_elsewhere_or_nowhere_is_refused(shared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place, message in (
+        ("s3://bucket/run", "s3://bucket/run"),
+        ("a[b]", r"/a\[b\] has a"),
+        ("", "empty"),
+    ):
+        with pytest.raises(UserError, match=message):
+            from_marian(shared.folder, place)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="that of a Hugging Face model: make a run of it"):
+        to_marian(shared.folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["run", "marian"])
+def test_a_full_disk_is_told_in_one_line(shared, tmp_path, to):
+    convert, source = (from_marian, shared.folder) if to == "run" else (to_marian, shared.run)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*: ") as caught:
+            convert(source, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())

@@ -50,11 +50,11 @@ def test_segment_mask_keeps_segments_apart_and_padding_alone(query_lengths, key_
 
 def test_a_segment_mask_is_spelled_out_where_a_kernel_has_no_use_for_it():
     ids = jnp.array([segment_row([2, 3]), segment_row([13])])
-    spelled_out = segment_mask(ids, ids)
-    np.testing.assert_array_equal(dense_mask(SegmentMask(ids, ids)), spelled_out)
-    causal = dense_mask(SegmentMask(ids, ids, causal=True))
+    spelled_out, scores = segment_mask(ids, ids), (2, 8, 13, 13)
+    np.testing.assert_array_equal(dense_mask(SegmentMask(ids, ids), scores), spelled_out)
+    causal = dense_mask(SegmentMask(ids, ids, causal=True), scores)
     np.testing.assert_array_equal(causal, np.tril(spelled_out))
-    assert dense_mask(spelled_out) is spelled_out and dense_mask(None) is None
+    assert dense_mask(spelled_out, scores) is spelled_out and dense_mask(None, scores) is None
 
 
 @settings(max_examples=25)
@@ -103,4 +103,4 @@ def test_what_is_no_mask_is_refused(monkeypatch, mask):
     """Numbers to add to the scores would be read the other way round."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(UserError, match=r"a mask is .*: give booleans \[B, N, T, S\]"):
-        dense_mask(mask)
+        dense_mask(mask, (1, 1, 2, 2))

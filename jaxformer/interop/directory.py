@@ -10,6 +10,8 @@ from jaxformer.errors import UserError
 
 def check_free(directory: str | Path) -> None:
     """Raise `UserError` if something is there already that `new_directory` would not replace."""
+    if not str(directory):
+        raise UserError("the directory has an empty name: give a new one")
     path = Path(directory)
     if path.is_dir():
         if any(path.iterdir()):

@@ -5,12 +5,14 @@
 
 The first makes a run directory of what `MarianMTModel.save_pretrained` wrote, the second writes
 what `MarianMTModel.from_pretrained` and `MarianTokenizer.from_pretrained` load. Transformers itself
-is not needed. There and back gives the same bits. Both ways the logits are the same up to rounding,
-and so are tokens and text, but for this:
+is not needed. There and back gives the same bits, but of float64 those that float32 has. Both ways
+the logits are the same up to rounding, and so are tokens and text, but for this:
 
 - `MarianTokenizer` takes "</s>", "<unk>" and "<pad>" in a text for the special pieces, and always a
   ">>…<<" at its beginning for a language code, which `Tokenizer` does only in imported runs. Its
   `decode` can leave unknown pieces out, `Tokenizer.decode` shows them as " ⁇ ".
+  Tokens that were added to a `MarianTokenizer` are split like any text. With
+  `clean_up_tokenization_spaces` its `decode` takes the space before a full stop or comma out.
 - `generate` divides a hypothesis's log-probability by length ** length_penalty, the "power" form of
   `Translator`, and lets it end only among the K best candidates of a step, where ours may among 2K.
   It stops at a fixed length, ours at that of the source + 50.
@@ -30,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from jaxformer.config import BOS_ID, PAD_ID
-from jaxformer.errors import UserError
+from jaxformer.errors import UserError, one_line
 from jaxformer.interop.directory import check_free, new_directory
 from jaxformer.interop.marian_config import (
     check_expressible,
@@ -44,9 +46,10 @@ from jaxformer.interop.marian_weights import (
     import_params,
     read_tensors,
 )
+from jaxformer.loading import load_params_of
 from jaxformer.run_directory import (
     CONFIG_FILE,
-    load_params,
+    check_name,
     load_tokenizers,
     read_config,
     read_model_config,
@@ -70,6 +73,7 @@ def from_marian(directory: str | Path, run: str | Path) -> None:
         `TransformerConfig` cannot express; or `run` cannot be written.
     """
     check_free(run)
+    check_name(run)
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory: give the one of a Marian model")
@@ -129,6 +133,7 @@ def to_marian(run: str | Path, directory: str | Path, checkpoint: str | int | No
         configuration; the run is incomplete; or `directory` cannot be written.
     """
     try:
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
     except ImportError as error:
         raise UserError("the export needs safetensors: pip install safetensors") from error
@@ -145,7 +150,7 @@ def to_marian(run: str | Path, directory: str | Path, checkpoint: str | int | No
     ):
         # Our pad and bos may both be their pad.
         orders[side] = _order(special_ids[side], size - 4 + len(set(special_ids[side])))
-    tensors = export_params(load_params(run, checkpoint), config, orders)
+    tensors = export_params(load_params_of(config, run, checkpoint), config, orders)
     tensors = fit_residual_stream(tensors, config)
     source_vocabulary = _export_vocabulary(source, orders["source"], run)
     target_vocabulary = _export_vocabulary(target, orders["target"], run)
@@ -159,12 +164,15 @@ def to_marian(run: str | Path, directory: str | Path, checkpoint: str | int | No
         _write_json(partial / "vocab.json", source_vocabulary)
         if tokenizer_config.get("separate_vocabs"):
             _write_json(partial / "target_vocab.json", target_vocabulary)
-        save_file(
-            # Safetensors writes an array's memory as it lies.
-            {name: np.ascontiguousarray(x, section["dtype"]) for name, x in tensors.items()},
-            partial / "model.safetensors",
-            metadata={"format": "pt"},  # Transformers refuses the file without
-        )
+        # Safetensors writes an array's memory as it lies.
+        tensors = {name: np.ascontiguousarray(x, section["dtype"]) for name, x in tensors.items()}
+        try:
+            # Transformers refuses the file without the format.
+            save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise UserError(
+                f"cannot write {directory}: {one_line(error)}; choose another directory"
+            ) from error
 
 
 def _order(special: Sequence[int], size: int) -> np.ndarray:
@@ -239,7 +247,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     data = _read_bytes(path)
     try:
         content = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}; download the model again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object: download the model again")
@@ -257,10 +265,19 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def _read_vocabulary(path: Path, size: int) -> dict[str, int]:
     """Read a vocabulary, piece -> id, of `size` pieces with all that must be in it."""
     vocabulary = _read_json(path)
+    try:
+        "".join(vocabulary).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path} has a piece that is no text: download the model again") from error
     for piece in ("<pad>", "</s>", "<unk>"):
         if piece not in vocabulary:
             raise UserError(f"{path} has no piece {piece}: download the model again")
     if len(vocabulary) != size:
+        if path.with_name("added_tokens.json").is_file():
+            raise UserError(
+                f"{path.with_name('added_tokens.json')}: a tokenizer with tokens that were added "
+                "to it cannot be imported"
+            )
         raise UserError(
             f"{path} has {len(vocabulary)} pieces and config.json means {size}: "
             "use the files of one model"

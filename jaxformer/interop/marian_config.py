@@ -79,9 +79,18 @@ def import_config(
     def refuse(field: str, why: str) -> NoReturn:
         raise UserError(f"{path} has {field}={settings.get(field)!r}: {why}")
 
+    for field in ("scale_embedding", "share_encoder_decoder_embeddings", "tie_word_embeddings"):
+        if type(settings[field]) is not bool:
+            refuse(field, "it must be true or false")
+    for field in ("dropout", "attention_dropout", "activation_dropout"):
+        if type(settings[field]) not in (int, float):
+            refuse(field, "it must be a number")
+    for field in ("encoder_layers", "decoder_layers"):
+        if settings[field] > 10_000:
+            refuse(field, "no model has so many")
     if not settings["scale_embedding"]:
         refuse("scale_embedding", "only models that scale their embeddings can be imported")
-    if settings.get("activation_function") not in _ACTIVATIONS:
+    if settings.get("activation_function") not in list(_ACTIVATIONS):  # of anything in JSON
         refuse("activation_function", f"only {', '.join(_ACTIVATIONS)} can be imported")
     for field in ("attention_heads", "ffn_dim"):
         encoder, decoder = (settings[f"{stack}_{field}"] for stack in _STACKS)

@@ -2,7 +2,9 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -221,12 +223,15 @@ def read_tensors(directory: Path) -> tuple[Path, Tensors]:
       UserError: there is none, it is damaged, or what reads it is not installed.
     """
     path = directory / "model.safetensors"
+    read: Callable[[Path], Tensors]
     if path.is_file():
         read = _read_safetensors
     elif (path := directory / "model.safetensors.index.json").is_file():
-        read = _read_shards
+        read = partial(_read_shards, _read_safetensors)
     elif (path := directory / "pytorch_model.bin").is_file():
         read = _read_pickle
+    elif (path := directory / "pytorch_model.bin.index.json").is_file():
+        read = partial(_read_shards, _read_pickle)
     else:
         raise UserError(
             f"{directory} has neither model.safetensors nor pytorch_model.bin: "
@@ -236,6 +241,8 @@ def read_tensors(directory: Path) -> tuple[Path, Tensors]:
         return path, read(path)
     except ImportError as error:
         raise UserError(f"{path} needs {error.name}: pip install {error.name}") from error
+    except UserError:
+        raise
     except Exception as error:  # zipfile, pickle, torch and safetensors each have their own
         raise UserError(
             f"cannot read {path}: {first_line(error)}; download it again, or save it in float32"
@@ -248,18 +255,23 @@ def _read_safetensors(path: Path) -> Tensors:
     return load_file(path)
 
 
-def _read_shards(path: Path) -> Tensors:
+def _read_shards(read: Callable[[Path], Tensors], path: Path) -> Tensors:
     files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
     tensors: Tensors = {}
     for file in files:
-        tensors |= _read_safetensors(path.with_name(file))
+        tensors |= read(path.with_name(file))
     return tensors
 
 
 def _read_pickle(path: Path) -> Tensors:
     import torch
 
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # whose advice is to load what may run programs
+        raise UserError(
+            f"{path} is no file of weights alone: download it again, or save it as safetensors"
+        ) from error
     return {
         # numpy has no bfloat16
         name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -1,0 +1,27 @@
+"""Token ids as models take them."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxformer.errors import UserError
+
+
+def as_ids(ids: Any, name: str = "ids") -> Any:
+    """Return an array of any integers as int32, those that int32 cannot hold as -1: no token.
+
+    A cast alone would wrap them, 2^32 + 5 to 5, and 40,000 as int16 is another token already.
+
+    Raises:
+      UserError: it is no array of integers.
+    """
+    if not hasattr(ids, "dtype"):
+        raise UserError(f"{name} are a {type(ids).__name__}: give an array of integers")
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise UserError(f"{name} are {ids.dtype}: give integers")
+    most = np.iinfo(np.int32).max
+    if jnp.iinfo(ids.dtype).max > most:
+        where = np.where if isinstance(ids, np.ndarray | np.generic) else jnp.where
+        ids = where((ids < 0) | (ids > most), -1, ids)
+    return ids.astype(np.int32)

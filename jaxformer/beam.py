@@ -36,13 +36,13 @@ LengthPenalty = Callable[[Any], Any]
 
 def gnmt_length_penalty(alpha: float) -> LengthPenalty:
     """((5 + length) / 6) ** alpha: Wu et al. (2016), eq. 14. The paper's §6.1 uses alpha = 0.6."""
-    require(alpha >= 0, "alpha", alpha, "use 0 (no penalty) or more")
+    require(alpha >= 0, "alpha", alpha, "give 0 (no penalty) or more")
     return lambda length: ((5 + length) / 6) ** alpha
 
 
 def power_length_penalty(alpha: float) -> LengthPenalty:
     """Length ** alpha: fairseq and Marian. With alpha = 1 the score is the mean log-probability."""
-    require(alpha >= 0, "alpha", alpha, "use 0 (no penalty) or more")
+    require(alpha >= 0, "alpha", alpha, "give 0 (no penalty) or more")
     return lambda length: length**alpha
 
 
@@ -142,9 +142,9 @@ class BeamSearch:
     pad_id: int = PAD_ID
 
     def __post_init__(self) -> None:
-        require(self.beam_size >= 1, "beam_size", self.beam_size, "use 1 or more")
+        require(self.beam_size >= 1, "beam_size", self.beam_size, "give 1 or more")
         fits = self.n_best is None or 1 <= self.n_best <= self.beam_size
-        require(fits, "n_best", self.n_best, f"use 1 to {self.beam_size}, or None for all")
+        require(fits, "n_best", self.n_best, f"give 1 to {self.beam_size}, or None for all")
         require_ngram_size(self.no_repeat_ngram_size)
 
     @property

@@ -117,8 +117,8 @@ def _request(
     prefix: Array | None,
 ) -> Request:
     """The searches' arguments, checked."""
-    require(batch_size >= 1, "batch_size", batch_size, "use 1 or more")
-    require(max_length >= 0, "max_length", max_length, "use 0 or more")
+    require(batch_size >= 1, "batch_size", batch_size, "give 1 or more")
+    require(max_length >= 0, "max_length", max_length, "give 0 or more")
 
     def checked(name: str, array: Any, ndim: int) -> Any:
         if array is None:

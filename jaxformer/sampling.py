@@ -61,13 +61,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         temperature, top_k, top_p = self.temperature, self.top_k, self.top_p
-        require(self.num_samples >= 1, "num_samples", self.num_samples, "use 1 or more")
+        require(self.num_samples >= 1, "num_samples", self.num_samples, "give 1 or more")
         if isinstance(temperature, Real):
             fits = temperature == 0 or 1e-30 <= temperature <= 1e30  # as float32 can divide
-            require(fits, "temperature", temperature, "use 0 (greedy), or 1e-30 to 1e30")
-        require(top_k is None or top_k >= 1, "top_k", top_k, "use 1 or more, or None for all")
+            require(fits, "temperature", temperature, "give 0 (greedy), or 1e-30 to 1e30")
+        require(top_k is None or top_k >= 1, "top_k", top_k, "give 1 or more, or None for all")
         if isinstance(top_p, Real):
-            require(0 < top_p <= 1, "top_p", top_p, "use more than 0, at most 1, or None")
+            require(0 < top_p <= 1, "top_p", top_p, "give more than 0, at most 1, or None")
         require_ngram_size(self.no_repeat_ngram_size)
 
     @property

@@ -211,4 +211,4 @@ def require(condition: bool, name: str, value: object, fix: str) -> None:
 
 def require_ngram_size(size: int) -> None:
     """Raise UserError if `size` is no `no_repeat_ngram_size`."""
-    require(size >= 0, "no_repeat_ngram_size", size, "use 1 or more, or 0 for no limit")
+    require(size >= 0, "no_repeat_ngram_size", size, "give 1 or more, or 0 for no limit")

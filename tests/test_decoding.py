@@ -542,14 +542,14 @@ def misshapen_step(tokens, state):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: gnmt_length_penalty(-0.5), "alpha is -0.5: use 0"),
-        (lambda: power_length_penalty(-1.0), "alpha is -1.0: use 0"),
-        (lambda: beam(random_table(0), beam_size=0), "beam_size is 0: use 1"),
+        (lambda: gnmt_length_penalty(-0.5), "alpha is -0.5: give 0"),
+        (lambda: power_length_penalty(-1.0), "alpha is -1.0: give 0"),
+        (lambda: beam(random_table(0), beam_size=0), "beam_size is 0: give 1"),
         (
             lambda: search_with(random_table(0), options=(("n_best", 3),)),
-            "n_best is 3: use 1 to 2, or None for all",
+            "n_best is 3: give 1 to 2, or None for all",
         ),
-        (lambda: beam(random_table(0), max_length=-1), "max_length is -1: use 0"),
+        (lambda: beam(random_table(0), max_length=-1), "max_length is -1: give 0"),
         (
             lambda: beam(random_table(0), [1, 2]),
             r"the shape of length_limits is \(2,\): make it \[3\]",
@@ -559,10 +559,10 @@ def misshapen_step(tokens, state):
             r"the shape of the logits is \(3, 5\): make step_fn return \[3, 1, 'V'\]",
         ),
         (lambda: gather_beams(jnp.zeros(B * K), jnp.zeros((B, K), jnp.int32)), "a state leaf is"),
-        (lambda: draw(random_table(0), num_samples=0), "num_samples is 0: use 1"),
-        (lambda: draw(random_table(0), temperature=-1.0), "temperature is -1.0: use 0"),
-        (lambda: draw(random_table(0), top_k=0), "top_k is 0: use 1"),
-        (lambda: draw(random_table(0), top_p=1.5), "top_p is 1.5: use more than 0"),
+        (lambda: draw(random_table(0), num_samples=0), "num_samples is 0: give 1"),
+        (lambda: draw(random_table(0), temperature=-1.0), "temperature is -1.0: give 0"),
+        (lambda: draw(random_table(0), top_k=0), "top_k is 0: give 1"),
+        (lambda: draw(random_table(0), top_p=1.5), "top_p is 1.5: give more than 0"),
     ],
 )
 def test_unusable_arguments_are_named(call, message):

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxformer.arguments import add_search, generation_options
 from jaxformer.errors import UserError
-from jaxformer.terminal import sigterm_as_exit
+from jaxformer.terminal import signals_as_exit
 
 # What --to can name, each with the options that it takes beside those of the search.
 _CONVERT_OPTIONS = {
@@ -98,7 +98,7 @@ def _convert(options: argparse.Namespace) -> None:
         raise UserError(
             f"--batch-size is {options.batch_size}: give at least 1, or leave it out for any number"
         )
-    with sigterm_as_exit():
+    with signals_as_exit():
         match options.to:
             case "jaxformer":
                 from jaxformer.interop.marian import from_marian

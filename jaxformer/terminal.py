@@ -43,13 +43,20 @@ def begin_program() -> None:
 
 
 @contextlib.contextmanager
-def sigterm_as_exit() -> Iterator[None]:
-    """Let SIGTERM end the block as an exception would, so that nothing half-written is left."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+def signals_as_exit() -> Iterator[None]:
+    """Let SIGTERM, or a terminal that is closed, end the block as an exception would.
+
+    So nothing half-written is left. What `nohup` ignores stays ignored.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heard = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
+    for number in heard:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, old in heard.items():
+            signal.signal(number, old)
 
 
 def check_open(*names: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 from jaxformer.cli import main
 from jaxformer.interop import ctranslate2, marian, stablehlo
 from jaxformer.run_directory import write_config
+from jaxformer.terminal import signals_as_exit
 from random_run import CONFIG, write_random_run
 
 FUNCTIONS = {
@@ -139,22 +140,32 @@ def test_a_run_becomes_a_model_of_ctranslate2(tmp_path, capsys):
     assert "is not empty: give a new directory" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_sigterm_leaves_nothing_half_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_half_written(tmp_path, monkeypatch, number):
     pytest.importorskip("flatbuffers")
     write_random_run(tmp_path / "run", CONFIG)
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     written = []
 
     def told_to_end(directory, *_):
         written.extend(path.name for path in directory.iterdir())
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
 
     monkeypatch.setattr(stablehlo, "export_programs", lambda *_: {})
     monkeypatch.setattr(stablehlo, "save_tokenizers", told_to_end)
     arguments = [str(tmp_path / "run"), str(tmp_path / "out"), "--to", "stablehlo"]
     with pytest.raises(SystemExit) as stop:
         main(["convert", *arguments, "--source-length", "8"])
-    assert stop.value.code == 128 + signal.SIGTERM
+    assert stop.value.code == 128 + number
     assert written == ["params.npz"]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+
+
+def test_nohup_is_heeded():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals_as_exit():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -83,12 +83,18 @@ def batches(
 
 
 def pad(sentences: Sequence[Sequence[int]], rows: int, length: int) -> np.ndarray:
-    """Token ids as an int32 array [rows, length], filled with padding."""
-    ids = np.full((rows, length), PAD_ID, np.int32)
+    """Token ids as an int32 array [rows, length], filled with padding.
+
+    Raises:
+      UserError: they are no integers.
+    """
+    ids = np.full((rows, length), PAD_ID, np.int64)
     for row, sentence in enumerate(sentences):
-        if len(sentence):
-            ids[row, : len(sentence)] = as_ids(np.asarray(sentence), "the tokens of a sentence")
-    return ids
+        tokens = np.asarray(sentence)
+        if tokens.dtype.kind not in "iu" and tokens.size:
+            raise UserError(f"the tokens of a sentence are {tokens.dtype}: give integers")
+        ids[row, : tokens.size] = tokens
+    return as_ids(ids)
 
 
 def in_windows(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -302,8 +302,7 @@ def test_a_report_weighs_each_step_by_its_tokens():
     written = {}
     writer = SimpleNamespace(write=lambda step, split, values: written.update(values))
     progress = SimpleNamespace(update=lambda step, values: None)
-    packing = SimpleNamespace(target_length=8)
-    batches = SimpleNamespace(epochs=lambda steps: steps / 10, packing=packing)
+    batches = SimpleNamespace(epochs=lambda steps: steps / 10, target_length=8)
     log = Log(writer, progress, batches, rows_per_step=5)
     for loss, tokens in ((1.0, 10.0), (3.0, 30.0)):
         step = {"loss": loss, "nll": loss / 2, "tokens": tokens}

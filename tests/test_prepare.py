@@ -194,7 +194,7 @@ def test_what_is_not_trained_may_change(tmp_path):
 
 def test_what_is_no_run_is_left_alone(folder, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "marian"}')
-    with pytest.raises(UserError, match=r"has version None, .*; choose another --run"):
+    with pytest.raises(UserError, match=r"that of a Hugging Face model: .*; choose another --run"):
         prepare(small_config(folder, run=str(tmp_path)))
     assert (tmp_path / "config.json").read_text() == '{"model_type": "marian"}'
     (tmp_path / "config.json").unlink()

@@ -247,3 +247,10 @@ def test_a_bfloat16_table_has_a_bfloat16_gradient():
     arguments = jnp.ones((2, 8), jnp.bfloat16), jnp.ones((5, 8), jnp.bfloat16), jnp.array([1, 2])
     gradients = jax.grad(lambda *x: cross_entropy(*x)[0], argnums=(0, 1))(*arguments)
     assert [x.dtype for x in gradients] == [jnp.bfloat16, jnp.bfloat16]
+
+
+def test_gradients_of_bfloat16_are_summed_in_float32():
+    hidden, embedding, labels = example(dtype=jnp.bfloat16)
+    gradient = jax.grad(lambda table: cross_entropy(hidden, table, labels)[0])(embedding)
+    assert gradient.dtype == jnp.float32
+    assert np.any(gradient != gradient.astype(jnp.bfloat16).astype(jnp.float32))

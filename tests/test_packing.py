@@ -332,7 +332,7 @@ def test_corpus_is_encoded_once_per_text_and_tokenizer(text, tokenizers, tmp_pat
 def test_rows_know_all_segmentations():
     """The longest sentence of any, the most rows of an epoch, how full all of them are."""
     packed = []
-    for lengths in ([(3, 3)], [(9, 5), (15, 20)]):
+    for lengths in ([(3, 3)], [(9, 5), (15, 20), (3, 30)]):  # the last is in no row
         corpus, _ = corpus_of(lengths)
         settings = {"source_length": 19, "target_length": 23, "seed": 3}
         packing = pack(corpus.source.lengths, corpus.target.lengths, **settings)

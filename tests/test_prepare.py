@@ -186,6 +186,8 @@ def test_what_is_not_trained_may_change(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             check_same_run(change(config, **changes), run)
+    (run / "checkpoints" / "80").mkdir()  # of which the next step has the whole rate
+    check_same_run(change(config, steps=400), run)
     (run / "checkpoints" / "85").mkdir()
     for steps in (90, 400):
         with pytest.raises(UserError, match=r"since step 80 its learning rate falls towards that"):

@@ -20,8 +20,8 @@ def as_ids(ids: Any, name: str = "ids") -> Any:
         raise UserError(f"{name} are a {type(ids).__name__}: give an array of integers")
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise UserError(f"{name} are {ids.dtype}: give integers")
-    most = np.iinfo(np.int32).max
-    if jnp.iinfo(ids.dtype).max > most:
-        where = np.where if isinstance(ids, np.ndarray | np.generic) else jnp.where
-        ids = where((ids < 0) | (ids > most), -1, ids)
-    return ids.astype(np.int32)
+    narrow, most = ids.astype(np.int32), np.iinfo(np.int32).max
+    if jnp.iinfo(ids.dtype).max <= most:
+        return narrow
+    where = np.where if isinstance(ids, np.ndarray | np.generic) else jnp.where
+    return where((ids >= 0) & (ids <= most), narrow, -1)

@@ -510,3 +510,15 @@ def test_the_figures_of_steps_of_known_speed(monkeypatch):
     assert record["roofline_seconds"] == {"compute": flops / 1e11, "memory": 2.0}
     assert record["bound_by"] == "memory" and record["peak_memory_bytes"] == 9
     assert " 50% " in steps_table([record | {"xla_flops": 2.0 * flops}])
+
+
+def test_turns_go_on_through_the_corpus(batches, monkeypatch):
+    asked, at = [], Batches.at
+
+    def noted(self, step, rows=slice(None)):
+        asked.append(step)
+        return at(self, step, rows)
+
+    monkeypatch.setattr(Batches, "at", noted)
+    measured(batches=batches, steps=2, rounds=2)
+    assert sorted(set(asked)) == [0, 1, 2, 3, 4, 5]  # two to warm up, then two a round

@@ -19,6 +19,7 @@ from jaxformer.config import BOS_ID, EOS_ID, PAD_ID, TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.interop.ctranslate2 import to_ctranslate2
 from jaxformer.interop.marian import from_marian, to_marian
+from jaxformer.interop.marian_config import complete_settings
 from jaxformer.run_directory import (
     load_params,
     load_tokenizers,
@@ -788,3 +789,10 @@ def test_a_full_disk_is_told_in_one_line(shared, tmp_path, to):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_dropout_that_is_left_out_is_what_transformers_takes(shared):
+    path = shared.folder / "config.json"
+    theirs = json.loads(path.read_text())
+    del theirs["dropout"]
+    assert complete_settings(theirs, path)["dropout"] == transformers.MarianConfig().dropout

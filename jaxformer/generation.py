@@ -211,8 +211,8 @@ def generate(
     sentences = source_ids.shape[0]
     if prefix is not None:
         prefix = as_ids(prefix, "prefix")
-    if prefix is not None and (prefix.ndim != 2 or prefix.shape[0] != sentences):
-        raise UserError(f"prefix is of shape {prefix.shape}: make it [{sentences}, P]")
+        if prefix.ndim != 2 or prefix.shape[0] != sentences:
+            raise UserError(f"prefix is of shape {prefix.shape}: make it [{sentences}, P]")
     if keys is not None and keys.shape != (sentences, *_key_shape(keys)):
         raise UserError(f"keys are of shape {keys.shape}: give one for each of {sentences} rows")
     configs = [model.config for model in models]

@@ -110,9 +110,9 @@ def steps_table(records: Records) -> str:
                 )
             )
     # The last says the best of each: others may have been at work before.
-    last = [record for record in records if "mfu" in record][-1]
-    machine = last["machine"]
-    measured = {r["dtype"]: r["matmul_peak_flops"] for r in records if "mfu" in r}
+    ours_alone = [record for record in records if "mfu" in record]
+    last, machine = ours_alone[-1], ours_alone[-1]["machine"]
+    measured = {record["dtype"]: record["matmul_peak_flops"] for record in ours_alone}
     peaks = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, peak in measured.items())
     footer = (
         f"{machine['device']}, {machine['cores']} cores; "

@@ -8,11 +8,12 @@ from jaxtyping import Array, Bool, Int
 
 from jaxformer.config import PAD_ID
 from jaxformer.errors import UserError
+from jaxformer.ids import as_ids
 
 
 def padding_mask(ids: Int[Array, "B S"]) -> Bool[Array, "B 1 1 S"]:
     """Every query may attend to every key that is not padding."""
-    return (ids != PAD_ID)[:, None, None, :]
+    return (as_ids(ids) != PAD_ID)[:, None, None, :]
 
 
 def causal_mask(length: int) -> Bool[Array, "1 1 T T"]:
@@ -28,7 +29,8 @@ def segment_mask(
     With the target's ids on both sides it is the segment mask of packed self-attention; with the
     target's and the source's, of packed encoder-decoder attention.
     """
-    query, key = query_segment_ids[:, None, :, None], key_segment_ids[:, None, None, :]
+    query = as_ids(query_segment_ids, "query_segment_ids")[:, None, :, None]
+    key = as_ids(key_segment_ids, "key_segment_ids")[:, None, None, :]
     return (query == key) & (key != PAD_ID)
 
 

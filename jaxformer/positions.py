@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxformer.config import Positions, TransformerConfig, check_choice
 from jaxformer.errors import UserError
+from jaxformer.ids import as_ids
 
 
 def sinusoid(
@@ -47,6 +48,7 @@ def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     >>> segment_positions(jnp.array([[1, 1, 1, 2, 2, 0]])).tolist()
     [[0, 1, 2, 0, 1, 0]]
     """
+    segment_ids = as_ids(segment_ids, "segment_ids")
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
     previous = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     starts = jnp.where(segment_ids != previous, index, 0)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from jaxformer.config import BOS_ID, PAD_ID, TransformerConfig
 from jaxformer.ensemble import Model, as_transformer, ensemble, speakable
 from jaxformer.errors import UserError
+from jaxformer.ids import as_ids
 from jaxformer.transformer import Transformer
 
 
@@ -23,13 +24,14 @@ def token_log_probs(
     """Log-probability of each target token given those before it; 0 at padding.
 
     Their sum is `BeamResult.log_probs` of a hypothesis that is the same tokens: pad and bos have no
-    probability. Logits exist for one sentence at a time.
+    probability, and that of what is no token is NaN. Logits exist for one sentence at a time.
 
     Args:
       models, params: as for `generate`.
       source_ids, labels: sentences with eos, then padding.
     """
     models, params = ensemble(models, params)
+    labels = as_ids(labels, "labels")
 
     def member(model: Transformer, variables: Any) -> Array:
         model = model.bind({"params": variables})
@@ -38,6 +40,7 @@ def token_log_probs(
         def sentence(row: tuple[Array, Array]) -> Array:
             hidden, ids = row
             log_probs = jax.nn.log_softmax(speakable(model.logits(hidden)))
+            ids = jnp.where(ids < 0, log_probs.shape[1], ids)  # one below 0 counts from the end
             return jnp.take_along_axis(log_probs, ids[:, None], axis=1)[:, 0]
 
         return jax.lax.map(sentence, (hidden, labels))
@@ -125,4 +128,4 @@ def attention_alignment(
 
 def shift_right(labels: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """The decoder's input: bos, then the target without its last token."""
-    return jnp.pad(labels, ((0, 0), (1, 0)), constant_values=BOS_ID)[:, :-1]
+    return jnp.pad(as_ids(labels, "labels"), ((0, 0), (1, 0)), constant_values=BOS_ID)[:, :-1]

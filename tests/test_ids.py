@@ -18,8 +18,10 @@ from jaxformer.generator import Generator
 from jaxformer.ids import as_ids
 from jaxformer.linear import Linear
 from jaxformer.losses import cross_entropy
-from jaxformer.masks import causal_mask
+from jaxformer.masks import causal_mask, padding_mask, segment_mask
+from jaxformer.positions import segment_positions
 from jaxformer.schedules import cooldown, warmup_inverse_sqrt
+from jaxformer.scoring import shift_right, token_log_probs
 from jaxformer.transformer import Transformer
 from random_run import CONFIG, params_of
 
@@ -58,6 +60,12 @@ def test_labels_of_few_bits_are_not_another_token():
     assert np.isnan(cross_entropy(hidden, embedding, np.array([2**32 + 44]))[0])
 
 
+def test_what_is_no_token_has_no_log_probability():
+    labels = np.array([[4, -1], [4, CONFIG.vocab_size], [4, 5]])
+    found = token_log_probs(CONFIG, params_of(), np.full((3, 2), 6), labels)
+    assert_array_equal(np.isfinite(found), [[True, False], [True, False], [True, True]])
+
+
 ONES = jnp.ones((1, 3, 2, 4))
 WRONG = {
     "source_ids are a list: give an array": lambda: generate(CONFIG, params_of(), [[4, 2]]),
@@ -74,6 +82,10 @@ WRONG = {
         KEY, jnp.ones((1, 2), int), jnp.ones((1, 2))
     ),
     "labels are a list": lambda: cross_entropy(jnp.ones((1, 4)), jnp.ones((9, 4)), [1]),
+    "labels are a list: give an array": lambda: shift_right([[4, 2]]),
+    "ids are a list": lambda: padding_mask([[4, 2]]),
+    "segment_ids are a list": lambda: segment_positions([[1, 1]]),
+    "key_segment_ids are float32": lambda: segment_mask(jnp.ones((1, 2), int), jnp.ones((1, 2))),
     "give both one width": lambda: cross_entropy(
         jnp.ones((1, 1)), jnp.ones((9, 8)), jnp.array([1])
     ),

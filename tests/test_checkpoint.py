@@ -644,6 +644,13 @@ def test_what_is_being_saved_counts_among_the_evaluated(tmp_path):
         assert checkpoints.evaluated_steps() == [1]
 
 
+def test_what_is_being_saved_is_restored(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(make_state(step))
+            assert checkpoints.restore(make_state()).step == step
+
+
 def test_what_is_being_saved_is_averaged(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(make_state(1), {"loss": 1.0})

@@ -98,6 +98,19 @@ def test_separate_vocabularies_know_one_side_each(tmp_path, model_type):
     assert 3 in target.encode("the cat")
 
 
+def test_of_very_many_sentences_every_nth_pair_is_read(monkeypatch):
+    """From the first to the last, also past what is read at once."""
+    monkeypatch.setattr(learning, "_MAX_SENTENCES", 10)
+    names = [str(row) for row in range(25_001)]
+    long = datasets.Dataset.from_dict({"source": names, "target": names})
+    short = long.select(range(3))
+    assert list(learning._sentences([long, short], ("source",))) == [*names[::2501], "0"]
+    both = list(learning._sentences([long], ("source", "target")))
+    assert sorted(both) == sorted(2 * names[::5001])
+    monkeypatch.setattr(learning, "_MAX_SENTENCES", 25_001)
+    assert list(learning._sentences([long], ("target",))) == names
+
+
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_learning_is_deterministic_and_silent(tmp_path, capfd, model_type):
     models = [

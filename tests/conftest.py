@@ -48,8 +48,9 @@ install_import_hook("jaxformer", "beartype.beartype")
 
 # What takes longest begins first, so that in the end no worker waits for the other.
 _LONG = (
-    "generator fit docs translator generation resume explain benchmark_steps mesh marian".split()
-)
+    "generator docs fit resume stablehlo benchmark_steps benchmark generation mesh translator "
+    "explain cli marian plan_programs"
+).split()
 
 
 def pytest_collection_modifyitems(items):

@@ -134,7 +134,7 @@ def translate_elsewhere(folder, function):
         [sys.executable, "-c", PROGRAM, str(folder), function, *SENTENCES],
         capture_output=True,
         cwd=folder,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
         text=True,
         check=False,
     )

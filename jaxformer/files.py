@@ -11,6 +11,14 @@ from pathlib import Path
 
 from jaxformer.errors import UserError
 
+# How such files begin, and what unpacks them.
+_COMPRESSED = {
+    b"\x1f\x8b": "gunzip",
+    b"\xfd7zXZ": "unxz",
+    b"BZh": "bunzip2",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+}
+
 
 def lines_of(file: Iterable[bytes], name: str | Path) -> Iterator[str]:
     r"""Yield the lines of a UTF-8 file without their "\n" or "\r\n"; a BOM is skipped.
@@ -27,8 +35,9 @@ def lines_of(file: Iterable[bytes], name: str | Path) -> Iterator[str]:
         try:
             line = raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            if number == 1 and raw.startswith(b"\x1f\x8b"):
-                raise UserError(f"{name} is compressed: unpack it, with gunzip") from error
+            for begin, program in _COMPRESSED.items():
+                if number == 1 and raw.startswith(begin):
+                    raise UserError(f"{name} is compressed: unpack it, with {program}") from error
             raise UserError(
                 f"{name}:{number}: not UTF-8 (byte 0x{raw[error.start]:02x} at column "
                 f"{error.start + 1}); convert it, for example with iconv"

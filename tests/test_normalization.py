@@ -1,13 +1,14 @@
 """What a learned vocabulary leaves of text: all of it, in one spelling."""
 
 import unicodedata
+from itertools import pairwise
 
 import datasets
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from train.data.normalization import normalization_rules
+from train.data.normalization import _rules, normalization_rules
 from train.data.tokenizer import learn_tokenizers
 
 # Letters that nmt_nfkc would change, some with marks, and syllables of two and three parts.
@@ -46,6 +47,12 @@ def test_spellings_of_a_letter(spellings, letter):
         code_points = " ".join(f"{ord(each):x}" for each in spelling)
         assert rules.pop(code_points) == f"{ord(letter):x}"
     assert f"{ord(letter):x}" not in rules
+
+
+def test_rules_are_in_one_order():
+    """Whatever order sets have in a process: what it learned is found again by the rules."""
+    for (one, letter), (other, same) in pairwise(_rules()):
+        assert letter != same or letter in ("", " ") or one < other
 
 
 def test_no_rule_changes_what_a_text_says():

@@ -114,8 +114,10 @@ def test_windows_cost_little():
 def test_nothing_fits():
     with pytest.raises(UserError, match=r"no training pair fits a row of 8 source and 8 target"):
         pack(np.array([9, 1]), np.array([3, 3]), source_length=8, target_length=8, seed=0)
-    with pytest.raises(UserError, match="no training pair fits"):
-        choose_source_length(np.array([1]), np.array([5]), 8, seed=0)
+    source, target = np.array([30, 1]), np.array([9, 3])
+    length = choose_source_length(source, target, 8, seed=0)
+    with pytest.raises(UserError, match=r"fits a row of 32 source .* \(1 are empty\): raise"):
+        pack(source, target, source_length=length, target_length=8, seed=0)
 
 
 def test_order_is_the_same_on_every_machine():

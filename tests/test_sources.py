@@ -1,6 +1,8 @@
 import csv
+import errno
 import gzip
 import json
+import lzma
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +83,14 @@ def test_what_is_no_file_of_text(data, tmp_path):
     write(data, "a.en", b"x\n")
     with pytest.raises(UserError, match=r"a\.ko is compressed: unpack it"):
         load_split(replace(data, train=("a",)), "train")
+    write(data, "a.ko", lzma.compress(b"x\n"))
+    with pytest.raises(UserError, match=r"a\.ko is compressed: unpack it, with unxz"):
+        load_split(replace(data, train=("a.en", "a.ko")), "train")
+    write(data, "a.tsv.gz", gzip.compress(b"en\tko\nx\ty\n"))
+    with pytest.raises(UserError, match=r"a\.tsv\.gz is compressed: unpack it"):
+        load_split(replace(data, train=("a.tsv.gz",)), "train")
+    with pytest.raises(UserError, match=r"cannot read .*: File name too long"):
+        load_split(replace(data, train=("a" * 300,)), "train")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"pipe is no regular file: it is read more than once"):
         load_split(replace(data, train=(str(tmp_path / "pipe"), "a.en")), "train")
@@ -135,17 +145,17 @@ def table_text(suffix):
     return json.dumps(rows, indent=1)
 
 
-@pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl", "json", "parquet"])
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl", "json", "parquet", "TSV", "Parquet"])
 def test_tables(data, suffix):
     path = Path(data.path, f"table.{suffix}")
     if suffix == "csv":
         with path.open("w", encoding="utf-8-sig", newline="") as file:
             csv.writer(file).writerows([("ko", "en"), *((ko, en) for en, ko in PAIRS)])
-    elif suffix == "parquet":
+    elif suffix.lower() == "parquet":
         table = pa.table({"en": [en for en, _ in PAIRS], "ko": [ko for _, ko in PAIRS]})
         pq.write_table(table, path)
     else:
-        path.write_text(table_text(suffix), encoding="utf-8")
+        path.write_text(table_text(suffix.lower()), encoding="utf-8")
     data = replace(data, validation=(path.name,))
     assert pairs_of(load_split(data, "validation")) == PAIRS
     # The names decide the direction, not the order of the columns.
@@ -237,6 +247,39 @@ def test_a_changed_file_is_read_again(data):
         write(data, "a.en", "x\n")
         write(data, "a.ko", korean + "\n")
         assert pairs_of(load_split(data, "train")) == [("x", korean)]
+    date = write(data, "a.ko", "ㄷ\n").stat().st_mtime_ns
+    assert pairs_of(load_split(data, "train")) == [("x", "ㄷ")]
+    copy = write(data, "copy", "ㄹ\n")
+    os.utime(copy, ns=(date, date))  # as `cp -p` and `rsync -t` do
+    copy.replace(Path(data.path, "a.ko"))
+    assert pairs_of(load_split(data, "train")) == [("x", "ㄹ")]
+
+
+def test_a_cache_that_cannot_be_used_is_not_a_fault_of_the_data(data, tmp_path, monkeypatch):
+    table = pa.table({"en": ["x"], "ko": ["y"]})
+    pq.write_table(table, Path(data.path, "t.parquet"))
+    (tmp_path / "file").touch()
+    nowhere = replace(data, cache_dir=str(tmp_path / "file" / "cache"))
+    for wanted in (
+        replace(nowhere, train=("t.parquet",)),
+        replace(nowhere, train=("train",), dataset=data.path),
+    ):
+        with pytest.raises(UserError, match=r"cannot make the cache folder .*; set data.cache_dir"):
+            load_split(wanted, "train")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets, "load_dataset", full)
+    with pytest.raises(UserError, match=r"cannot read .* into the cache \(.*space.*\): make room"):
+        load_split(replace(data, train=("t.parquet",)), "train")
+
+
+def test_a_parquet_file_without_rows_holds_no_pair(data):
+    table = pa.table({"en": pa.array([], pa.string()), "ko": pa.array([], pa.string())})
+    pq.write_table(table, Path(data.path, "t.parquet"))
+    with pytest.raises(UserError, match="holds no sentence pair"):
+        load_split(replace(data, train=("t.parquet",)), "train")
 
 
 def test_reading_is_silent(data, capfd):

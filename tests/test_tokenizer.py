@@ -240,6 +240,22 @@ def test_every_character_of_the_corpus_is_a_piece(tmp_path, rare):
     assert UNK_ID not in learned.encode(rare)
 
 
+@pytest.mark.parametrize("own", ["<unk>", "<pad>", "<s>", "</s>", "\u2585"])
+def test_what_sentencepiece_has_a_meaning_for_costs_no_letter(tmp_path, own):
+    lines = ["the cat", f"a zebra {own}"]
+    corpus = datasets.Dataset.from_dict({"source": lines, "target": lines})
+    learned, _ = learn_tokenizers([corpus], tmp_path, vocab_size=24, joint=True)
+    unknown = learned.encode(lines[1]).count(UNK_ID)
+    assert unknown == (own == "\u2585"), "that one alone cannot be a piece"
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_text_that_is_blank(tmp_path, model_type):
+    corpus = datasets.Dataset.from_dict({"source": ["  ", "\u200b"], "target": ["a", "b"]})
+    with pytest.raises(UserError, match="the source text is blank: nothing to learn"):
+        learn_tokenizers([corpus], tmp_path, vocab_size=9, joint=False, model_type=model_type)
+
+
 def test_other_rules_are_another_tokenizer(tmp_path, monkeypatch):
     settings = {"vocab_size": 90, "joint": True, "cache": tmp_path}
     learn_tokenizers([PAIRS], tmp_path / "run", **settings)

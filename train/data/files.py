@@ -22,10 +22,13 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 def existing(path: Path) -> Path:
     """Return `path` if it is a file; otherwise the `UserError` tells which files are near."""
-    if path.is_file():
-        return path
-    if path.exists():
-        raise UserError(f"{path} is no regular file: it is read more than once, so give a file")
+    try:
+        if path.is_file():
+            return path
+        if path.exists():
+            raise UserError(f"{path} is no regular file: it is read more than once, so give a file")
+    except OSError as error:  # of names that are too long, and of folders that may not be entered
+        raise UserError(f"cannot read {path}: {error.strerror}; check data.path") from error
     if not path.parent.is_dir():
         raise UserError(f"no file {path}: there is no folder {path.parent}; check data.path")
     names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file())
@@ -68,7 +71,7 @@ def pair_table_rows(
 
     With `last_names` the column "en" will do where "translation.en" is asked for.
     """
-    for where, row in _READERS[path.suffix](path):
+    for where, row in _READERS[path.suffix.lower()](path):
         pair = []
         for column in (source, target):
             last = column.rpartition(".")[2]

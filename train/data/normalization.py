@@ -31,20 +31,34 @@ def normalization_rules() -> str:
     return "".join(f"{code_points(one)}\t{code_points(other)}\n" for one, other in _rules())
 
 
+def is_blank(text: str) -> bool:
+    """Whether nothing but spaces would be left of a text."""
+    return all(_is_space(letter) or _is_invisible(letter) for letter in text)
+
+
 def _rules() -> Iterator[tuple[str, str]]:
     for code in _CODES:
         if code in _SURROGATES:
             continue
         letter = chr(code)
-        if letter.isspace() or letter == "▁":  # sentencepiece's sign for a space
+        if _is_space(letter):
             if letter != " ":
                 yield letter, " "
-        elif letter in _INVISIBLE or unicodedata.category(letter) == "Cc":
+        elif _is_invisible(letter):
             yield letter, ""
         elif (one := unicodedata.normalize("NFC", letter)) != letter:
             yield letter, one
         else:
-            yield from ((spelling, letter) for spelling in _spellings(letter))
+            # Sorted: files in the cache are found again by the rules.
+            yield from ((spelling, letter) for spelling in sorted(_spellings(letter)))
+
+
+def _is_space(letter: str) -> bool:
+    return letter.isspace() or letter == "▁"  # sentencepiece's sign for a space
+
+
+def _is_invisible(letter: str) -> bool:
+    return letter in _INVISIBLE or unicodedata.category(letter) == "Cc"
 
 
 def _spellings(letter: str) -> set[str]:

@@ -74,7 +74,8 @@ def pack(
     if len(order) == 0:
         raise UserError(
             f"no training pair fits a row of {source_length} source and {target_length} target "
-            f"tokens ({empty.sum()} are empty): raise data.source_length and data.target_length"
+            f"tokens ({empty.sum()} are empty): raise data.target_length, and data.source_length "
+            "if it is given"
         )
     pairs, counts = [], []
     for start in range(0, len(order), window):
@@ -142,18 +143,21 @@ def choose_source_length(
     handful of pairs, it comes within half a percent of what the longest would reach.
     """
     sample = shuffle(len(source_lengths), seed)[:100_000]
-    sample = sample[target_lengths[sample] <= target_length]
+    fits = (target_lengths <= target_length) & (target_lengths > 1) & (source_lengths > 1)
+    sample = sample[fits[sample]]
+    if len(sample) == 0:  # `pack` says it
+        return _round_up(source_lengths.max())
     source, target = source_lengths[sample], target_lengths[sample]
 
     def target_fill(length: int) -> float:
         packing = pack(source, target, source_length=length, target_length=target_length, seed=seed)
         return packing.target_fill
 
-    enough = np.quantile(source, 0.999) if len(source) else 0  # `pack` refuses it below
+    enough = np.quantile(source, 0.999)
     usual = source <= enough  # a handful of pages in the place of a sentence would count for all
     # Both sides run full at once.
-    even = source[usual].sum() / max(1, target[usual].sum()) * target_length
-    longest = _round_up(max(2 * even, source.max(initial=0)))
+    even = source[usual].sum() / target[usual].sum() * target_length
+    longest = _round_up(max(2 * even, source.max()))
     goal = min(0.97, 0.995 * target_fill(longest))
     shortest = _round_up(max(goal * even, enough))
     for length in range(shortest, longest, _MULTIPLE):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from jaxformer.errors import UserError, first_line
-from train.data.arrow import CACHE_VERSION, cache_folder, reading, write_arrow
+from train.data.arrow import ADVICE, CACHE_VERSION, cache_folder, reading, write_arrow
 from train.data.files import Pair, existing, pair_lines, pair_table_rows, table_suffixes
 from train.progress import Count
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from train.config import DataConfig
 
 _ROWS_PER_BATCH = 10_000
+_COMPRESSED = {".gz", ".xz", ".bz2", ".zst", ".zip"}
 # Text that is mapped at a time; a multiple of all batches that are asked for.
 _MAPPED_ROWS = 100_000
 
@@ -40,10 +41,9 @@ def load_split(data: "DataConfig", split: str) -> "datasets.Dataset":
         text, an empty corpus, or a hub that cannot be reached.
     """
     names = _names(data, split)
-    if data.dataset == "builtin":
-        dataset = _select_columns(_builtin(names[0]), data, f"builtin, split {names[0]!r}")
-    elif data.dataset:
-        dataset = _select_columns(_hub(data, names[0]), data, f"{data.dataset}, split {names[0]!r}")
+    if data.dataset:
+        made = _builtin(names[0]) if data.dataset == "builtin" else _hub(data, names[0])
+        dataset = _select_columns(made, data, f"{data.dataset}, split {names[0]!r}")
     else:
         dataset = _local(data, names)
     if len(dataset) == 0:
@@ -103,6 +103,7 @@ def _hub(data: "DataConfig", split: str) -> "datasets.Dataset":
     from datasets.exceptions import DatasetsError
 
     assert data.dataset is not None
+    cache_folder(data.cache_dir)  # of one that cannot be made `datasets` would blame the data
     try:
         # A folder with data files is loaded by the same call as a name on the hub.
         with _quiet() if Path(data.dataset).is_dir() else contextlib.nullcontext():
@@ -124,7 +125,8 @@ def _hub(data: "DataConfig", split: str) -> "datasets.Dataset":
 def _local(data: "DataConfig", names: tuple[str, ...]) -> "datasets.Dataset":
     folder = Path(os.path.expanduser(data.path or "."))
     paths = [folder / os.path.expanduser(name) for name in names]
-    if len(paths) == 1 and paths[0].suffix == ".parquet":
+    suffixes = [path.suffix.lower() for path in paths]
+    if suffixes == [".parquet"]:
         dataset = _parquet(existing(paths[0]), data)
         last = [_last_name(column, data) for column in (data.source, data.target)]
         if set(last) <= set(dataset.column_names):
@@ -137,17 +139,23 @@ def _local(data: "DataConfig", names: tuple[str, ...]) -> "datasets.Dataset":
                 f"{paths[0]} cannot be read as text ({first_line(error)}): write it as UTF-8"
             ) from error
         return selected
-    if len(paths) == 1 and paths[0].suffix in table_suffixes:
+    if len(paths) == 1 and suffixes[0] in table_suffixes:
         pairs = pair_table_rows(
             existing(paths[0]), data.source, data.target, last_names=bool(data.dataset)
         )
     else:
+        if len(paths) == 1 and suffixes[0] in _COMPRESSED and paths[0].is_file():
+            raise UserError(f"{paths[0]} is compressed: unpack it")
         if len(paths) == 1:
             columns = data.source, data.target
             paths = [Path(f"{paths[0]}.{_last_name(column, data)}") for column in columns]
-        elif table := next((p for p in paths if p.suffix in (*table_suffixes, ".parquet")), None):
+        elif tables := [
+            path
+            for path, suffix in zip(paths, suffixes, strict=True)
+            if suffix in (*table_suffixes, ".parquet")
+        ]:
             raise UserError(
-                f"{table} is one of two files, but a table has both sides: give it alone, and "
+                f"{tables[0]} is one of two files, but a table has both sides: give it alone, and "
                 "others in data.extra"
             )
         pairs = pair_lines(existing(paths[0]), existing(paths[1]))
@@ -163,10 +171,14 @@ def _parquet(path: Path, data: "DataConfig") -> "datasets.Dataset":
     import datasets
     import pyarrow.parquet
     from datasets.exceptions import DatasetsError
+    from datasets.table import InMemoryTable
 
+    cache_folder(data.cache_dir)  # as in `_hub`
     try:
-        # `datasets` would log a broken file before it raises.
+        # `datasets` would log a broken file before it raises, and takes none without rows.
         schema = pyarrow.parquet.read_schema(path)
+        if pyarrow.parquet.read_metadata(path).num_rows == 0:
+            return datasets.Dataset(InMemoryTable(schema.empty_table()))
         with _quiet():
             return datasets.load_dataset(
                 "parquet",
@@ -176,7 +188,10 @@ def _parquet(path: Path, data: "DataConfig") -> "datasets.Dataset":
                 **_wanted_of(schema, data),
             )
     except (OSError, ValueError, DatasetsError) as error:
-        reason = first_line(error.__cause__ or error)
+        cause = error.__cause__ or error
+        reason = first_line(cause)
+        if isinstance(cause, OSError) and cause.errno:  # of the disk: no word about what was read
+            raise UserError(f"cannot read {path} into the cache ({reason}): {ADVICE}") from error
         raise UserError(f"{path} cannot be read as Parquet ({reason}): write it again") from error
 
 
@@ -207,6 +222,8 @@ def _stream_to_arrow(
     for path in paths:
         status = path.stat()
         origin += [str(path.resolve()), status.st_size, status.st_mtime_ns]
+        # What copies a file may give it the size and the date of the one before.
+        origin += [status.st_ino, status.st_ctime_ns]
     name = hashlib.sha256(repr(origin).encode()).hexdigest()[:20]
     arrow = cache_folder(data.cache_dir) / f"text-{name}.arrow"
     schema = pa.schema({"source": pa.string(), "target": pa.string()})

@@ -6,6 +6,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -16,7 +17,7 @@ from jaxformer.run_directory import SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE
 from jaxformer.tokenizer import Tokenizer
 from train.data.arrow import ADVICE, CACHE_VERSION, reading
 from train.data.corpus import text_digest
-from train.data.normalization import normalization_rules
+from train.data.normalization import is_blank, normalization_rules
 from train.data.sources import iterate
 from train.progress import Count
 
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 _MAX_SENTENCES = 2_000_000
 # Sentences from which on learning takes so long that it is announced.
 _MANY_SENTENCES = 200_000
+
+# Of these sentencepiece does not count the letters, if they are in the text.
+_OWN_PIECE = re.compile("<(?=(?:unk|pad|s|/s)>)")
+# It leaves out a whole sentence that has this one.
+_OWN_LETTER = "\u2585"
 
 
 def learn_tokenizers(
@@ -95,7 +101,7 @@ def _learn(
 ) -> Tokenizer:
     import sentencepiece
 
-    model = io.BytesIO()
+    model, side = io.BytesIO(), " and ".join(columns)
     with tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
         try:
             rules.write(normalization_rules())
@@ -104,10 +110,14 @@ def _learn(
             raise UserError(
                 f"cannot write {rules.name}: {error.strerror}; make room, or set TMPDIR"
             ) from error
-        sentences = _Remembering(_sentences(corpora, columns))
+        sentences = _sentences(corpora, columns)
+        first = next(sentences, None)
+        if first is None:  # of which sentencepiece would end the process
+            raise UserError(f"the {side} text is blank: nothing to learn a vocabulary from")
+        remembering = _Remembering(chain([first], sentences))
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=sentences,
+                sentence_iterator=remembering,
                 model_writer=model,
                 vocab_size=vocab_size,
                 model_type=model_type,
@@ -122,9 +132,9 @@ def _learn(
                 minloglevel=2,  # errors only, and those are raised
             )
         except RuntimeError as error:
-            if sentences.error is not None:
-                raise sentences.error from None
-            raise UserError(_explain(str(error), vocab_size, " and ".join(columns))) from error
+            if remembering.error is not None:
+                raise remembering.error from None
+            raise UserError(_explain(str(error), vocab_size, side)) from error
     return Tokenizer(_without_file_name(model.getvalue()))
 
 
@@ -167,7 +177,10 @@ def _sentences(corpora: "Sequence[datasets.Dataset]", columns: tuple[str, ...]) 
         first = 0  # of the next batch's rows, the first that is chosen
         for batch in iterate(dataset, 10_000):
             for column in columns:
-                yield from batch[column][first::every]
+                for text in batch[column][first::every]:
+                    text = _OWN_PIECE.sub("< ", text).replace(_OWN_LETTER, " ")
+                    if not is_blank(text):
+                        yield text
             rows = len(batch[columns[0]])
             first = (first - rows) % every
             count.add(rows)
@@ -180,8 +193,6 @@ def _explain(error: str, vocab_size: int, side: str) -> str:
         limit = f"more than the {side} text can fill; the largest possible is {match[1]}"
     elif match := re.search(r"smaller than required_chars. \d+ vs (\d+)", error):
         limit = f"too few for its characters alone; the {side} text needs at least {match[1]}"
-    elif "sentences_.empty()" in error or "all_chars_count" in error:
-        return f"the {side} text is blank: nothing to learn a vocabulary from"
     else:
         return f"sentencepiece cannot learn {vocab_size} pieces from the {side} text: {error}"
     return f"model.vocab_size={vocab_size} is {limit}"

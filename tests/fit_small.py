@@ -1,6 +1,7 @@
 """`python fit_small.py FOLDER name=value …`: train `small_config`, in a process of its own."""
 
 import ast
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from jaxformer.errors import UserError
 from small_run import small_config
+from train.hosts import ProcessLost
 from train.loop import fit
 from train.preemption import Preempted
 
@@ -20,7 +22,9 @@ def main(folder: str, *changes: str) -> int:
     try:
         fit(config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, ProcessLost):
+            os._exit(error.status)  # as `train.cli.command`
         return 1
     except Preempted:
         return 143

@@ -16,6 +16,7 @@ from small_run import small_config, trained_run, write_corpus
 from train.arguments import config_names, load_config, override
 from train.cli import main
 from train.config import TrainConfig, flatten
+from train.hosts import ProcessLost
 from train.loop import fit
 from train.preemption import Preempted
 from train.prepare import prepare
@@ -236,6 +237,7 @@ def test_a_run_that_failed_at_its_start_takes_a_mended_configuration(folder, tmp
     ("end", "status", "said"),
     [
         (Preempted(), 143, ""),
+        (ProcessLost("another process has ended"), 75, "error: another process has ended\n"),
         (KeyboardInterrupt(), 130, "interrupted: run the same command again to go on\n"),
     ],
 )

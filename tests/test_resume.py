@@ -151,8 +151,11 @@ def assert_same_losses(run, other, tolerance=1e-4):
 # ---------------------------------------------------------------------------------------------
 
 
-def start(folder, run, *changes, processes=1, devices=8):
-    """Start training in `processes` that see each other, with `devices` in all."""
+def start(folder, run, *changes, processes=1, devices=8, of_last=()):
+    """Start training in `processes` that see each other, with `devices` in all.
+
+    The last of them has more changes, `of_last`.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -172,6 +175,7 @@ def start(folder, run, *changes, processes=1, devices=8):
                 [
                     sys.executable, SCRIPT, folder, f"run={str(run)!r}", "log_every=1", *changes,
                     *(hosts if processes > 1 else []),
+                    *(of_last if index == processes - 1 else []),
                 ],
                 env=environment,
                 stdout=subprocess.PIPE,
@@ -239,6 +243,34 @@ def test_one_of_two_processes_is_told_and_both_stop(folder):
     outputs = finish(started, 143)
     (step,) = checkpoint_steps(run)
     assert f"stopped by SIGTERM; step {step} is saved" in outputs[0]
+
+
+@pytest.mark.slow
+def test_of_two_processes_that_differ_neither_trains(folder):
+    run, other = folder / "differ", write_corpus(folder / "other")
+    lines = (other / "train.de").read_text().splitlines()
+    (other / "train.de").write_text("".join(f"{line}\n" for line in reversed(lines)))
+    for differs, told in (
+        ("seed=1", "process 1 has seed=1 and process 0 0: give all the same command"),
+        (f"data__path={str(other)!r}", "process 1 has data.train="),
+        ("data__path='nowhere'", "there is no folder nowhere"),
+    ):
+        outputs = finish(start(folder, run, processes=2, of_last=[differs]), 1)
+        assert told in outputs[1] and "process 1 has failed: see what it says" in outputs[0]
+        assert not last_step(run)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_others(folder):
+    run = folder / "one_killed"
+    changes = ["steps=100000", "evaluate__every=100000"]
+    # Of several devices the others would wait for the one that hears of it, until the heartbeat.
+    started = start(folder, run, *changes, processes=2, devices=2)
+    while last_step(run) < 5 and started[0].poll() is None:
+        time.sleep(0.1)
+    started[1].kill()
+    started[1].communicate()
+    assert "error: another process has ended" in finish(started[:1], 75)[0]
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ from typing import Any, Literal, Self, TypeVar
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental.multihost_utils import sync_global_devices
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxformer.errors import UserError, reason
@@ -40,6 +39,7 @@ from train.checkpoint_items import (
     saving,
     split,
 )
+from train.hosts import is_of_lost_process, meet
 
 State = TypeVar("State")
 
@@ -137,8 +137,9 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not is_of_lost_process(error):  # it would be waited for
+            self.close()
 
     def all_steps(self) -> list[int]:
         """Return the steps of the checkpoints there are, ascending."""
@@ -235,7 +236,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             _warn(f"{error}; it is now {place.name}, trying the one before")
             (self.directory / str(step)).rename(place)
-        _meet(f"damaged-{step}")
+        meet(f"damaged-{step}")
         self._manager.reload()
 
     def _set_unreadable_metrics_aside(self) -> None:
@@ -248,7 +249,7 @@ class Checkpoints:
                     place = self._free_name(f"damaged-{METRICS}-{step}")
                     _warn(f"the metrics of checkpoint {step} cannot be read: now {place.name}")
                     folder.rename(place)
-        _meet("metrics")
+        meet("metrics")
 
     def _free_name(self, name: str) -> Path:
         """`name` in the directory, or with a number if that is there."""
@@ -325,13 +326,13 @@ class Checkpoints:
                     (self.directory / AVERAGE).rename(old)
                 new.rename(self.directory / AVERAGE)
                 shutil.rmtree(old, ignore_errors=True)
-        _meet(AVERAGE)
+        meet(AVERAGE)
 
     def remove_average(self) -> None:
         """Remove `checkpoints/average`, if it is there."""
         if jax.process_index() == 0:
             shutil.rmtree(self.directory / AVERAGE, ignore_errors=True)
-        _meet(AVERAGE)
+        meet(AVERAGE)
 
     def wait(self) -> None:
         """Return when everything is on disk; raises `UserError` if it could not be written."""
@@ -356,9 +357,3 @@ class Checkpoints:
 
 def _warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
-
-
-def _meet(name: str) -> None:
-    """Wait until all processes are here."""
-    if jax.process_count() > 1:
-        sync_global_devices(name)

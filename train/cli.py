@@ -23,6 +23,7 @@ from jaxformer.generation import PenaltyForm
 from jaxformer.terminal import begin_program, check_open, drop_output
 from train.arguments import config_names, load_config, override, refuse
 from train.benchmark.command import add_benchmark
+from train.hosts import ProcessLost
 from train.metrics import has_ended
 from train.plan.command import add_plan
 from train.preemption import Preempted
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.status if isinstance(error, ProcessLost) else 1
     except Preempted:  # what runs us shall see that it is not done, and begin it again
         return 128 + signal.SIGTERM
     except BrokenPipeError:  # the reader has gone, as in `… --help | head`
@@ -64,14 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """Be `python -m train`: `main`, and an end at once after Ctrl-C or SIGTERM.
+    """Be `python -m train`: `main`, and an end at once after Ctrl-C, SIGTERM or a lost process.
 
     A search that is under way goes on in its thread, and Python would wait for it.
     """
     begin_program()
     status = main()
-    # One of several processes takes leave of the others, or they would fail.
-    if status > 128 and not jax.distributed.is_initialized():
+    # One of several processes takes leave of the others, or they would fail; unless one is lost.
+    if status == ProcessLost.status or (status > 128 and not jax.distributed.is_initialized()):
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError, OSError):  # closed, or nobody reads it
                 stream.flush()

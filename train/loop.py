@@ -1,7 +1,7 @@
 """The story of a run: build, restore, step, report, evaluate, save; in the end average and test."""
 
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,13 +15,21 @@ from jaxformer.run_directory import find_checkpoint, load_params
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from train.checkpoint import Checkpoints
-from train.config import TrainConfig
+from train.config import TrainConfig, flatten
 from train.evaluate import LossEvaluator, make_translate
+from train.hosts import (
+    agreed,
+    agreed_steps,
+    check_alike,
+    initialize_hosts,
+    noticing_lost_processes,
+    together,
+)
 from train.lock import only_trainer
 from train.log import Log, check_finite, describe, examples
 from train.machine import describe_machine
 from train.metrics import MetricsWriter, read_metrics
-from train.parallel import agreed, agreed_steps, initialize_hosts, make_runner
+from train.parallel import make_runner
 from train.preemption import Preempted, Preemption
 from train.prefetch import prefetch
 from train.prepare import RunData, prepare
@@ -29,13 +37,23 @@ from train.progress import Progress
 from train.scores import Quality, bleu_metric, lower_is_better, score
 from train.step import Batch, make_training
 
+# Where a process finds its files and the others; all else is the same in all of them.
+_OF_EACH_PROCESS = {
+    "run",
+    "data.path",
+    "data.cache_dir",
+    "parallel.coordinator",
+    "parallel.process",
+}
+
 
 def fit(config: TrainConfig) -> Path:
     """Train as `config` says, or go on where the run directory stands; return the directory.
 
     Raises:
       UserError: the configuration, the data or the run directory cannot be used, the loss became
-        nan, or a device has too little memory.
+        nan, or a device has too little memory; or another process failed, or was given another
+        configuration or other text.
       Preempted: SIGTERM came; what was done is saved.
     """
     if not config.run:
@@ -44,11 +62,20 @@ def fit(config: TrainConfig) -> Path:
         initialize_hosts(config.parallel)
     run = Path(config.run)
     with (
-        only_trainer(run) if jax.process_index() == 0 else nullcontext(),
+        ExitStack() as held,
         memory_errors(
             "lower data.batch_tokens, or raise accumulate or set model.remat, which train the same"
         ),
+        noticing_lost_processes(),
     ):
+        with together():
+            if jax.process_index() == 0:
+                held.enter_context(only_trainer(run))
+        fields = flatten(config).items()
+        check_alike(
+            {name: value for name, value in fields if name not in _OF_EACH_PROCESS},
+            "give all the same command",
+        )
         _train(config, run)
     return run
 

@@ -11,11 +11,9 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxformer.errors import UserError
-from train.config import ParallelConfig, TrainConfig
+from train.config import TrainConfig
 from train.data.rows import HostBatch
 from train.mesh import in_mesh, make_mesh, shardings
 from train.step import Batch
@@ -72,25 +70,6 @@ def make_runner(config: TrainConfig, devices: Sequence[jax.Device] | None = None
 def completed(rows: int, parts: int) -> int:
     """Rows of a batch with the empty ones at its end, so that devices, or parts, have as many."""
     return -(-rows // parts) * parts
-
-
-def agreed(values: np.ndarray) -> np.ndarray:
-    """Return process 0's array on all processes, which shall decide alike.
-
-    Floating-point results of hosts may differ in the last bit, and files they share be read at
-    different moments.
-    """
-    if jax.process_count() == 1:
-        return values
-    as_bytes = np.ascontiguousarray(values).view(np.uint8)  # or float64 would become float32
-    return np.asarray(multihost_utils.broadcast_one_to_all(as_bytes)).view(values.dtype)
-
-
-def agreed_steps(steps: Sequence[int], most: int) -> list[int]:
-    """Return process 0's list of steps, `most` at most, on all processes."""
-    padded = np.full(most, -1)
-    padded[: len(steps)] = steps
-    return [step for step in agreed(padded).tolist() if step >= 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,18 +243,3 @@ class _WithinMesh:
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
         with in_mesh(self.mesh):
             return self.function.lower(*arguments)
-
-
-def initialize_hosts(config: ParallelConfig) -> None:
-    """Join the other processes: found by itself on TPU, Slurm, Open MPI and Kubernetes, or told.
-
-    Raises:
-      UserError: there is nothing to find them by, or they did not come.
-    """
-    try:
-        jax.distributed.initialize(config.coordinator, config.processes, config.process)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"cannot join the other processes ({' '.join(str(error).split())[:200]}): leave out "
-            "--distributed True, or give parallel.coordinator, .processes and .process with it"
-        ) from error

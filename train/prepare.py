@@ -21,11 +21,12 @@ from jaxformer.tokenizer import Tokenizer
 from train.config import TrainConfig
 from train.data.arrow import cache_folder
 from train.data.batches import Batches
-from train.data.corpus import EncodedCorpus, encode_corpus
+from train.data.corpus import EncodedCorpus, encode_corpus, text_digest
 from train.data.packing import choose_source_length, pack
 from train.data.sources import load_extra, load_split
 from train.data.tokenizer import learn_tokenizers
 from train.evaluate import check_lengths
+from train.hosts import check_alike, together
 from train.parallel import completed
 from train.resume import check_same_run, check_same_text
 
@@ -59,29 +60,41 @@ def prepare(config: TrainConfig) -> RunData:
     Raises:
       UserError: the data or the run directory cannot be used.
     """
-    run = Path(config.run)
-    check_same_run(config, run)
-    splits = ["train", "validation", *(["test"] if config.data.test else [])]
-    pairs = {split: load_split(config.data, split) for split in splits}
-    training = [pairs["train"], *(load_extra(config.data, name) for name in config.data.extra)]
-    tokenizers = _tokenizers(config, run, training)
-    corpora = [_segmentations(config, dataset, tokenizers) for dataset in training]
-    validation = encode_corpus(pairs["validation"], *tokenizers, config.data.cache_dir)
-    names = ["data.train", *config.data.extra]
-    trained = {name: parts[0] for name, parts in zip(names, corpora, strict=True)}
-    check_same_text(run, trained | {"data.validation": validation})
-    batches = make_batches(config, corpora)
-    check_lengths(config.model, validation)
-    _check_packed_positions(config, batches)
-    if config.accumulate > batches.rows_per_batch:
-        raise UserError(
-            f"accumulate is {config.accumulate}: give at most {batches.rows_per_batch}, the rows "
-            "of a batch"
-        )
-    parts = jax.device_count() * config.accumulate
-    rows = completed(batches.rows_per_batch, parts)
-    if jax.process_index() == 0:  # when nothing is refused any more: a run keeps what it had
-        write_config(run, config.to_dict())
+    run, cache_dir = Path(config.run), config.data.cache_dir
+    with together():
+        check_same_run(config, run)
+        splits = ["train", "validation", *(["test"] if config.data.test else [])]
+        pairs = {split: load_split(config.data, split) for split in splits}
+        extra = [load_extra(config.data, name) for name in config.data.extra]
+    if jax.process_count() > 1:
+        texts = {f"data.{split}": dataset for split, dataset in pairs.items()}
+        texts |= zip(config.data.extra, extra, strict=True)
+        with together():
+            folder = cache_folder(cache_dir)
+            digests = {name: text_digest(text, folder).hex()[:16] for name, text in texts.items()}
+        check_alike(digests, "these are digests of its text; give all the same")
+    training = [pairs["train"], *extra]
+    with together():
+        _learn_tokenizers(config, run, training)
+    with together():
+        tokenizers = load_tokenizers(run, config.model)
+        corpora = [_segmentations(config, dataset, tokenizers) for dataset in training]
+        validation = encode_corpus(pairs["validation"], *tokenizers, cache_dir)
+        names = ["data.train", *config.data.extra]
+        trained = {name: parts[0] for name, parts in zip(names, corpora, strict=True)}
+        check_same_text(run, trained | {"data.validation": validation})
+        batches = make_batches(config, corpora)
+        check_lengths(config.model, validation)
+        _check_packed_positions(config, batches)
+        if config.accumulate > batches.rows_per_batch:
+            raise UserError(
+                f"accumulate is {config.accumulate}: give at most {batches.rows_per_batch}, the "
+                "rows of a batch"
+            )
+        parts = jax.device_count() * config.accumulate
+        rows = completed(batches.rows_per_batch, parts)
+        if jax.process_index() == 0:  # when nothing is refused any more: a run keeps what it had
+            write_config(run, config.to_dict())
     return RunData(pairs, *tokenizers, validation, batches, rows)
 
 
@@ -134,10 +147,10 @@ def make_batches(config: TrainConfig, corpora: Sequence[Sequence[EncodedCorpus]]
     return Batches(packed, rows, weights=weights, seed=config.seed)
 
 
-def _tokenizers(
+def _learn_tokenizers(
     config: TrainConfig, run: Path, training: "Sequence[datasets.Dataset]"
-) -> tuple[Tokenizer, Tokenizer]:
-    """Load the run's tokenizers; if it has no checkpoint yet, one process learns them for all."""
+) -> None:
+    """One process learns them for all, if the run has no checkpoint yet."""
     if jax.process_index() == 0 and not checkpoint_steps(run):
         for name in (TOKENIZER_FILE, SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE):
             (run / name).unlink(missing_ok=True)
@@ -149,11 +162,6 @@ def _tokenizers(
             model_type=config.data.tokenizer_type,
             cache=cache_folder(config.data.cache_dir),
         )
-    if jax.process_count() > 1:
-        from jax.experimental.multihost_utils import sync_global_devices
-
-        sync_global_devices("tokenizers")
-    return load_tokenizers(run, config.model)
 
 
 def _check_packed_positions(config: TrainConfig, batches: Batches) -> None:

@@ -364,7 +364,7 @@ def test_command_line(tmp_path, capsys):
     assert main(["benchmark", "train", "tiny,tinny"]) == 1
     assert "no configuration 'tinny': did you mean tiny?" in capsys.readouterr().err
     assert main(["benchmark", "train", "tiny,base", "--length", "8", "--batch", "3"]) == 1
-    assert "3 rows cannot be split over 8 devices" in capsys.readouterr().err
+    assert "3 rows cannot be split over 8 devices: give a multiple of 8" in capsys.readouterr().err
     assert main(["benchmark", "train", "tiny", "--batch", "8,8", "--plot", "x.png"]) == 1
     assert "nothing to draw" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -93,10 +93,19 @@ def test_hosts_read_their_rows_of_one_batch_and_empty_ones_after_it(data, hosts)
         assert len(joined) == 24 and not joined[17:].any()
 
 
-@pytest.mark.parametrize(("devices", "accumulate", "rows"), [(1, 1, 17), (3, 2, 18), (8, 3, 24)])
-def test_batches_know_no_devices(data, folder, monkeypatch, devices, accumulate, rows):
-    monkeypatch.setattr(jax, "device_count", lambda: devices)
-    here = prepare(small_config(folder, data__batch_tokens=17 * 16 + 3, accumulate=accumulate))
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
+@pytest.mark.parametrize(
+    ("devices", "tensor", "accumulate", "rows"),
+    [(1, 1, 1, 17), (3, 1, 2, 18), (8, 1, 3, 24), (8, 2, 1, 20)],
+)
+def test_batches_know_no_devices(data, folder, monkeypatch, devices, tensor, accumulate, rows):
+    """Rows are completed for those that take rows of their own."""
+    here = jax.devices()[:devices]
+    monkeypatch.setattr(jax, "devices", lambda: here)
+    config = small_config(folder, data__batch_tokens=17 * 16 + 3, accumulate=accumulate)
+    if tensor > 1:
+        config = change(config, parallel__strategy="mesh", parallel__tensor=tensor)
+    here = prepare(config)
     assert same_batches(here.batches, data.batches)
     assert here.rows_per_step == rows
 

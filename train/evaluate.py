@@ -80,7 +80,7 @@ class LossEvaluator:
             source_length, target_length
         )
         rows_per_batch = max(1, int(rows_per_batch / max(1.0, longer) ** 2))
-        rows = completed(min(rows_per_batch, packing.num_rows), jax.device_count())
+        rows = completed(min(rows_per_batch, packing.num_rows), runner.row_parts)
         self._batches = Batches([[(corpus, packing)]], rows, seed=None)
         self._runner = runner
         self._eval_step = runner.evaluate(make_eval_step(model))

@@ -22,7 +22,14 @@ AXIS = "data"
 
 
 class Runner(Protocol):
-    """How the devices share the work; `make_runner` chooses."""
+    """How the devices share the work; `make_runner` chooses.
+
+    Attributes:
+      row_parts: in how many parts they take the rows of a batch.
+    """
+
+    @property
+    def row_parts(self) -> int: ...
 
     def create(self, make_state: Callable[[], Any]) -> Any:
         """Return what `make_state` returns, placed as the steps take it."""
@@ -83,6 +90,10 @@ class DataParallel:
     """
 
     devices: tuple[jax.Device, ...] | None = None
+
+    @property
+    def row_parts(self) -> int:
+        return len(self.devices or jax.devices())
 
     def create(self, make_state: Callable[[], Any]) -> Any:
         # A state that began in another form than the steps return would have them compiled twice.
@@ -164,6 +175,11 @@ class MeshParallel:
     """
 
     mesh: Mesh
+
+    @property
+    def row_parts(self) -> int:
+        # The devices along `tensor` have the same rows.
+        return self.mesh.shape[AXIS] * self.mesh.shape["fsdp"]
 
     def create(self, make_state: Callable[[], Any]) -> Any:
         with in_mesh(self.mesh):

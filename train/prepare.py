@@ -27,7 +27,7 @@ from train.data.sources import load_extra, load_split
 from train.data.tokenizer import learn_tokenizers
 from train.evaluate import check_lengths
 from train.hosts import check_alike, together
-from train.parallel import completed
+from train.parallel import completed, make_runner
 from train.resume import check_same_run, check_same_text
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def prepare(config: TrainConfig) -> RunData:
                 f"accumulate is {config.accumulate}: give at most {batches.rows_per_batch}, the "
                 "rows of a batch"
             )
-        parts = jax.device_count() * config.accumulate
+        parts = make_runner(config).row_parts * config.accumulate
         rows = completed(batches.rows_per_batch, parts)
         if jax.process_index() == 0:  # when nothing is refused any more: a run keeps what it had
             write_config(run, config.to_dict())

@@ -40,7 +40,7 @@ from train.benchmark.work import Case, Kind, full_rows, padded_batches
 from train.config import TrainConfig
 from train.data.batches import Batches
 from train.machine import describe_machine, engine_version
-from train.parallel import completed
+from train.parallel import completed, make_runner
 
 PEERS = ("torch", "torch-compile", "marian", "flax-plain")
 
@@ -156,13 +156,15 @@ def _cases(settings: StepBenchmark) -> Iterator[Case]:
         shapes,
     ):
         if not 1 <= devices <= available:
-            raise UserError(f"{devices} devices are asked for, {available} are here")
+            raise UserError(
+                f"{devices} devices are asked for, {available} are here: give 1 to {available}"
+            )
         batch, source, target = shape
         if settings.peers and separate_devices(jax.local_devices()[:devices]) > 1:
             raise UserError(f"a peer has one device and we have {devices}: give --devices 1")
-        for name, value, least in (("batch", batch, 1), ("length", target, 1)):
-            if value < least:
-                raise UserError(f"--{name} is {value}: give at least {least}")
+        for name, value in (("batch", batch), ("length", target)):
+            if value < 1:
+                raise UserError(f"--{name} is {value}: give at least 1")
         limit = model.num_positions
         if limit is not None and max(source, target) > limit:
             raise UserError(
@@ -173,15 +175,19 @@ def _cases(settings: StepBenchmark) -> Iterator[Case]:
             raise UserError(
                 f"vocab_size is {vocab_size}: give at least 5, four of them are special"
             )
+        changed = model.replace(dtype=dtype, vocab_size=vocab_size)
+        config = dataclasses.replace(settings.config, model=changed)
+        parts = make_runner(config, jax.local_devices()[:devices]).row_parts
+        if settings.kind == "train":
+            parts *= accumulate
         if settings.batches is not None:
-            parts = devices * accumulate
             batch = completed(batch, parts)  # as in training
-        elif batch % (parts := devices * (accumulate if settings.kind == "train" else 1)):
+        elif batch % parts:
             raise UserError(
                 f"{batch} rows cannot be split over {devices} devices"
-                + (f" x {accumulate} parts (accumulate)" if parts > devices else "")
+                + (f" with accumulate={accumulate}" if accumulate > 1 else "")
+                + f": give a multiple of {parts}"
             )
-        changed = model.replace(dtype=dtype, vocab_size=vocab_size)
         yield Case(changed, batch, source, target, devices)
 
 

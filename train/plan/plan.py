@@ -60,8 +60,6 @@ def plan(
         devices.
     """
     works = [work_of(config, machine, rows_per_device) for machine in machines]
-    for machine in machines:
-        make_runner(config, machine.devices)  # before minutes of compiling, not after
     largest: dict[str, tuple[int, str]] = {}
     for machine, work in zip(machines, works, strict=True):
         record = _train_record(config, machine, work)
@@ -84,7 +82,7 @@ def work_of(config: TrainConfig, machine: Machine, rows_per_device: int | None) 
       UserError: the rows of a device cannot be split into `config.accumulate` parts.
     """
     devices, target = len(machine.devices), config.data.target_length
-    parts = devices * config.accumulate
+    parts = make_runner(config, machine.devices).row_parts * config.accumulate
     full = max(1, config.data.batch_tokens // target)
     if rows_per_device is not None:
         if rows_per_device < 1 or rows_per_device % config.accumulate:

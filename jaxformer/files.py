@@ -45,6 +45,15 @@ def lines_of(file: Iterable[bytes], name: str | Path) -> Iterator[str]:
         yield line.removesuffix("\n").removesuffix("\r")
 
 
+@contextlib.contextmanager
+def writing(path: str | Path, advice: str = "choose another place") -> Iterator[None]:
+    """Raise `UserError`, with advice, where the disk does not take what is written to `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
+
+
 def write_bytes(path: Path, content: bytes, *, advice: str = "choose another place") -> None:
     """Write a file whole or not at all, in a folder that is made if need be.
 
@@ -55,14 +64,13 @@ def write_bytes(path: Path, content: bytes, *, advice: str = "choose another pla
     # one after a power cut. Whoever else writes it has a partial file of another name.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
+        with writing(path, advice):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -88,14 +96,12 @@ def write_lines(path: Path, lines: Sequence[str]) -> None:
     if not printed and (path.is_file() or not path.exists()):
         write_text(path.resolve(), text)
         return
-    try:
+    with writing(path):
         if printed:  # beside what is printed, and not over it
             sys.stdout.flush()
             sys.stdout.buffer.write(text.encode())
         else:
             path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _is_standard_output(path: Path) -> bool:

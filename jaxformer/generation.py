@@ -101,8 +101,6 @@ class GenerationConfig:
             most = _MOST_PENALTY if name == "length_penalty" else _MOST
             if value is not None and name != "top_k" and value > most:
                 raise UserError(f"{name} is {value}: give at most {most:,}")
-            if value == math.inf:
-                raise UserError(f"{name} is {value}: give a number")
         if not self.sampling and self.n_best is not None and self.n_best > self.beam_size:
             raise UserError(
                 f"n_best is {self.n_best}: give 1 to {self.beam_size}, as many as there are beams"
@@ -111,20 +109,14 @@ class GenerationConfig:
             raise UserError(f"temperature is {self.temperature}: give 0, or 1e-30 to 1e30")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}: give more than 0, at most 1")
-        drawn = ("temperature", "top_k", "top_p")
-        searched = (
-            "length_penalty",
-            "length_penalty_form",
-            "coverage_penalty",
-            "early_stopping",
-        )
-        for field in dataclasses.fields(self):
-            idle = searched if self.sampling else drawn
-            if field.name in idle and getattr(self, field.name) != field.default:
-                raise UserError(
-                    f"{field.name} is {getattr(self, field.name)}: it has no effect "
-                    + ("with sampling" if self.sampling else "without sampling, set it too")
-                )
+        if self.sampling:
+            idle = ["length_penalty", "length_penalty_form", "coverage_penalty", "early_stopping"]
+            why = "with sampling"
+        else:
+            idle, why = ["temperature", "top_k", "top_p"], "without sampling: set sampling too"
+        for name in idle:
+            if (value := getattr(self, name)) != getattr(GenerationConfig, name):
+                raise UserError(f"{name} is {value}: it has no effect {why}")
 
     @property
     def num_beams(self) -> int:
@@ -261,16 +253,14 @@ def prepare(
             return {**node, name: node[name].astype(config.dtype)}
 
         member = unstack_layers(member)
-        if not config.quantized:
-            member = map_matrices(member, cast)
+        if config.quantized:
+            return member
+        member = map_matrices(member, cast)
         name = "output_embedding" if config.embeddings == "separate" else "embedding"
-        if not config.quantized:
-            member[name] = {**member[name], "transposed": member[name]["embedding"].T}
-            if for_cpu and config.dtype == "float32":
-                member["decoder"] = {
-                    **member["decoder"],
-                    "layers": tuple(map(transpose_kernels, member["decoder"]["layers"])),
-                }
+        member[name] = {**member[name], "transposed": member[name]["embedding"].T}
+        if for_cpu and config.dtype == "float32":
+            layers = tuple(map(transpose_kernels, member["decoder"]["layers"]))
+            member["decoder"] = {**member["decoder"], "layers": layers}
         return member
 
     configs = [model.config for model in models]

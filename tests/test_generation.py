@@ -557,7 +557,7 @@ def test_bfloat16_weights_are_cast_once():
             "length_penalty is 1.0: it has no effect with sampling",
         ),
         ({"temperature": float("nan")}, "temperature is nan: give 0, or 1e-30 to 1e30"),
-        ({"top_k": 3}, "top_k is 3: it has no effect without sampling, set it too"),
+        ({"top_k": 3}, "top_k is 3: it has no effect without sampling: set sampling too"),
         (
             {"early_stopping": True, "sampling": True},
             "early_stopping is True: it has no effect with sampling",

@@ -180,7 +180,7 @@ def test_the_sheets_are_of_chips_that_jax_knows():
         ("v5e:2x2x2", "does not say how many chips there are along each axis"),
         ("v5p:2x2", "such as v5p:2x2x1"),
         ("v5e:0x2", "does not say"),
-        ("v5e:32x32", "v5e:32x32 has 1,024 chips, a v5e pod 256"),
+        ("v5e:32x32", "v5e:32x32 has 1,024 chips, a v5e pod 256: make it smaller"),
     ],
 )
 def test_impossible_topologies(topology, message):

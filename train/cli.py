@@ -126,7 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--beam-size", type=int, help="beams; default: the run's")
     evaluate.add_argument("--length-penalty", type=float, help="alpha; default: the run's")
-    evaluate.add_argument("--length-penalty-form", choices=get_args(PenaltyForm))
+    evaluate.add_argument(
+        "--length-penalty-form", choices=get_args(PenaltyForm), help="default: the run's"
+    )
     evaluate.add_argument("--bleu-tokenize", help="sacreBLEU's tokenizer; default: the run's")
     evaluate.add_argument("--output", help="file to write the translations to, or -")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")

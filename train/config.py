@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from flax.traverse_util import flatten_dict
+
 from jaxformer.config import TransformerConfig, check_fields
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig, PenaltyForm
@@ -159,13 +161,18 @@ class EvaluateConfig:
                 raise UserError(f"evaluate.{name} is {getattr(self, name)}: give at least 0")
         for name in ("validation_beam_size", "beam_size"):
             try:
-                GenerationConfig(
-                    beam_size=getattr(self, name),
-                    length_penalty=self.length_penalty,
-                    length_penalty_form=self.length_penalty_form,
-                )
+                self.search(getattr(self, name))
             except UserError as error:
                 raise UserError(f"evaluate.{str(error).replace('beam_size', name)}") from error
+
+    def search(self, beam_size: int) -> GenerationConfig:
+        """Return what translations are searched for with, so many beams and one of each."""
+        return GenerationConfig(
+            beam_size=beam_size,
+            n_best=1,
+            length_penalty=self.length_penalty,
+            length_penalty_form=self.length_penalty_form,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,21 +319,14 @@ def _from_dict(cls: type, fields: Mapping[str, Any], prefix: str) -> Any:
     return cls(**values)
 
 
-def flatten(config: Any, name: str = "") -> dict[str, Any]:
+def flatten(config: TrainConfig | dict[str, Any]) -> dict[str, Any]:
     """Return {"model.d_model": 512, …}: every field under the name the command line gives it.
 
     Args:
-      config: a `TrainConfig`, or the nested dictionary that config.json holds.
-      name: of what `config` is a part of, with which the names begin.
+      config: the configuration, or the nested dictionary that config.json holds.
     """
-    if dataclasses.is_dataclass(config):
-        config = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    if not isinstance(config, dict):
-        return {name: config}
-    flat: dict[str, Any] = {}
-    for field, value in config.items():
-        flat |= flatten(value, f"{name}.{field}" if name else field)
-    return flat
+    fields = config if isinstance(config, dict) else dataclasses.asdict(config)
+    return flatten_dict(fields, sep=".")
 
 
 def read_section(run: str | Path, name: str) -> Any:

@@ -1,7 +1,6 @@
 """How good a model is: loss and perplexity, sacreBLEU and chrF of its translations."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from train.data.corpus import EncodedCorpus, encode_corpus
 from train.data.packing import pack_in_order
 from train.data.sources import load_split
 from train.parallel import DataParallel, Runner, completed
-from train.scores import bleu_metric, score
+from train.scores import bleu_metric, perplexity, score
 from train.step import make_eval_step
 
 # Tokens of a sentence: attention of 8 heads takes 3 GB.
@@ -101,7 +100,7 @@ class LossEvaluator:
         return {
             "loss": loss / weight,
             "nll": nll / weight,
-            "perplexity": math.exp(min(nll / weight, 700.0)),
+            "perplexity": perplexity(nll / weight),
         }
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxformer.errors import UserError
+from jaxformer.errors import UserError, one_line
 from jaxformer.run_directory import METRICS_FILE, read_config
 from train.config import flatten
 from train.metrics import read_metrics
@@ -36,8 +36,7 @@ class History:
     def __init__(self, run: str | Path):
         self.run = Path(run)
         self.name = self.run.resolve().name
-        self.config: dict[str, Any] = read_config(run)
-        self.settings = flatten(self.config)
+        self.settings = flatten(read_config(run))
         self._table = _read(self.run)
         if len(self._rows("train")) == 0:
             raise UserError(f"{self.run / METRICS_FILE} holds no record of training yet: train on")
@@ -125,7 +124,9 @@ def _read(run: Path) -> "pa.Table":
         table = pyarrow.json.read_json(pa.BufferReader(pa.py_buffer(data).slice(0, end)))
     except pa.ArrowInvalid as error:
         read_metrics(run)  # names the line
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"{path} cannot be read: {one_line(error)}; mend or delete the line"
+        ) from error
     if missing := {"step", "split", "time"} - set(table.column_names):
         raise UserError(f"{path} has no {', '.join(sorted(missing))}: it is not of a training run")
     for name in ("step", "time"):

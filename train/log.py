@@ -13,6 +13,7 @@ from train.config import TrainConfig
 from train.data.batches import Batches
 from train.metrics import MetricsWriter
 from train.progress import Progress
+from train.scores import perplexity
 
 
 class Log:
@@ -72,7 +73,7 @@ class Log:
         values = {
             "loss": per_token("loss"),
             "nll": nll,
-            "perplexity": math.exp(min(nll, 700.0)),
+            "perplexity": perplexity(nll),
             "gradient_norm": float(np.mean([metrics["gradient_norm"] for metrics in steps])),
             "learning_rate": float(steps[-1]["learning_rate"]),
             "target_tokens": float(tokens.sum()),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from jaxformer.errors import UserError
+from jaxformer.files import writing
 from jaxformer.run_directory import METRICS_FILE
 
 
@@ -74,10 +75,8 @@ class MetricsWriter:
         self._events: Any = None
         if not active:
             return
-        try:
+        with writing(self._path, "choose another --run"):
             self._keep(lambda record: start_step > 0 and record["step"] <= start_step)
-        except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror}") from error
         records = read_metrics(run)
         self._written = {(record["step"], record["split"]) for record in records}
         self._start = time.monotonic() - max((record["time"] for record in records), default=0.0)
@@ -103,20 +102,14 @@ class MetricsWriter:
         values = {name: _plain(value) for name, value in values.items()}
         seconds = round(time.monotonic() - self._start, 3)
         record = {"step": step, "split": split, "time": seconds, **values}
-        try:
+        with writing(self._path, "free disk space, then run the same command again"):
             if (step, split) in self._written:
                 self._keep(lambda record: (record["step"], record["split"]) != (step, split))
             self._file.write(_line(record))
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self._path}: {error.strerror}; free disk space, then run the same "
-                "command again"
-            ) from error
         self._written.add((step, split))
-        if self._events is not None:
-            for name, value in values.items():
-                if isinstance(value, float | int):
-                    self._events.add_scalar(f"{split}/{name}", value, step)
+        for name, value in values.items():
+            if isinstance(value, float | int):
+                self._events.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
         """Write out what is buffered, or on a full disk leave it: every record is written."""

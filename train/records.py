@@ -1,11 +1,10 @@
 """What was measured or planned, as aligned columns and as JSON lines."""
 
-import contextlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from jaxformer.errors import UserError
+from jaxformer.files import writing
 
 Records = Sequence[dict[str, Any]]
 
@@ -31,18 +30,10 @@ def keep_records(path: str | None, records: Iterable[dict[str, Any]]) -> Iterato
     if path is None:
         yield from records
         return
-    with _writing(path):
+    with writing(path):
         file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
     with file:
         for record in records:
-            with _writing(path):
+            with writing(path):
                 file.write(json.dumps(record) + "\n")
             yield record
-
-
-@contextlib.contextmanager
-def _writing(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -1,7 +1,7 @@
 """`python -m train report RUN …`: what runs have learned, as one page and pictures."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -324,15 +324,13 @@ def _configuration(histories: Sequence[History]) -> str:
 
 
 def _machines(histories: Sequence[History]) -> str:
-    def starts() -> Iterator[tuple[str, ...]]:
-        for history in histories:
-            for record in history.records("start"):
-                step, _ = record.pop("step"), (record.pop("split"), record.pop("time"))
-                device = f"{record.pop('devices', '?')} x {record.pop('device', '?')}"
-                rest = ", ".join(f"{name} {value}" for name, value in record.items() if value)
-                yield history.name, f"{step:,}", device, rest
-
-    rows = list(starts())
+    rows = []
+    shown = {"step", "split", "time", "devices", "device"}
+    for history in histories:
+        for record in history.records("start"):
+            device = f"{record.get('devices', '?')} x {record.get('device', '?')}"
+            others = (f"{k} {v}" for k, v in record.items() if v and k not in shown)
+            rows.append((history.name, f"{record['step']:,}", device, ", ".join(others)))
     if not rows:
         return section("Machine", '<p class="soft">not recorded</p>')
     return section("Machine", table(("run", "from step", "devices", ""), rows, numbers=(1,)))

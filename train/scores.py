@@ -1,10 +1,17 @@
 """Corpus scores by sacreBLEU, with the signatures that say how they were computed."""
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxformer.errors import UserError, one_line
+
+
+def perplexity(nll: float) -> float:
+    """Return exp(nll), nll natural and a token's; of a loss beyond all measure no overflow."""
+    return math.exp(min(nll, math.log(sys.float_info.max)))
 
 
 @dataclass(frozen=True)

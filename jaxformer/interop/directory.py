@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxformer.errors import UserError
+from jaxformer.files import writing
 
 
 def check_free(directory: str | Path) -> None:
@@ -29,7 +30,7 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
     """
     check_free(directory)
     path = Path(directory).absolute()
-    try:
+    with writing(directory, "choose another directory"):
         path.parent.mkdir(parents=True, exist_ok=True)
         # An empty directory that is there may be a link, a mount, or where a shell stands: it is
         # filled and not replaced.
@@ -43,7 +44,3 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
             else:
                 for made in partial.iterdir():
                     made.replace(path / made.name)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {directory}: {error.strerror or error}; choose another directory"
-        ) from error

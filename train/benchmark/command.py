@@ -126,7 +126,7 @@ def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
 
     if options.plot is not None:
         swept = options.batch, options.length, options.vocab_size, options.devices
-        if max(len(set(values or ())) for values in swept) < 2:
+        if max(len(set(values)) for values in swept) < 2:
             raise UserError(NOTHING_TO_DRAW)
         check_picture(options.plot)
     import jax

@@ -171,7 +171,8 @@ def _measure(
     tokenizer = translators[first].target_tokenizer
     for name in engines:
         ours = translators.get(name)
-        median = statistics.median(seconds[name])
+        spread = summary(seconds[name])
+        median = spread["median"]
         if fixed is None:
             tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch(outputs[name]))
         else:  # whatever text an engine makes of them
@@ -186,8 +187,8 @@ def _measure(
             "tokens": tokens,
             "seconds": [round(value, 4) for value in seconds[name]],
             "seconds_median": median,
-            "seconds_p10": summary(seconds[name])["p10"],
-            "seconds_p90": summary(seconds[name])["p90"],
+            "seconds_p10": spread["p10"],
+            "seconds_p90": spread["p90"],
             "sentences_per_second": len(lines) / median,
             "tokens_per_second": tokens / median,
             "milliseconds_per_sentence": 1000 * median / len(lines),

@@ -111,7 +111,7 @@ class Program:
             if instruction.opcode == "while" and self.trip_count(instruction) is None
         ]
 
-    def bytes_moved(self, start: str | None = None, *, loops_once: bool = False) -> float:
+    def bytes_moved(self, start: str | None = None) -> float:
         """Bytes of main memory that a run reads and writes, estimated.
 
         Every instruction reads its operands and writes its result, and what is fused stays on the
@@ -120,15 +120,13 @@ class Program:
 
         Args:
           start: the computation; by default all of the program.
-          loops_once: have each loop go round once, as in XLA's own count.
         """
         start = start or self.entry
         total = 0.0
         for instruction in self.computations[start].values():
             if instruction.opcode in ("while", "call", "conditional", "async-start"):
-                times = 1 if loops_once else self._repeats(instruction)
                 for callee in instruction.callees:
-                    total += times * self.bytes_moved(callee, loops_once=loops_once)
+                    total += self._repeats(instruction) * self.bytes_moved(callee)
             total += self._moved_by(self.computations[start], instruction)
         return total
 

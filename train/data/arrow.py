@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxformer.errors import UserError, reason
+from jaxformer.files import writing
 from train.lock import acquire
 
 if TYPE_CHECKING:
@@ -39,14 +40,6 @@ def cache_folder(cache_dir: str | Path | None) -> Path:
             "HF_DATASETS_CACHE in the environment"
         ) from error
     return folder
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; {ADVICE}") from error
 
 
 @contextlib.contextmanager
@@ -83,13 +76,13 @@ def write_arrow(
         return
     partial = path.with_suffix(".partial")
     with contextlib.ExitStack() as locked:
-        with _writing(path):
+        with writing(path, ADVICE):
             lock = acquire(path.with_suffix(".lock"))
         locked.callback(lock.release)
         if path.exists():  # written while this process waited
             return
         try:
-            with _writing(path):
+            with writing(path, ADVICE):
                 with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as out:
                     for batch in batches:
                         out.write_batch(pa.RecordBatch.from_pydict(dict(batch), schema=schema))

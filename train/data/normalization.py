@@ -13,7 +13,6 @@ from itertools import permutations
 # The planes with letters, without NUL, which sentencepiece cannot read.
 _CODES = range(1, 0x30000)
 _SURROGATES = range(0xD800, 0xE000)
-_HANGUL = range(0xAC00, 0xD7A4)
 # A soft hyphen, a zero-width space, a word joiner and a byte order mark, which end up inside text.
 _INVISIBLE = "\u00ad\u200b\u2060\ufeff"
 
@@ -67,11 +66,9 @@ def _spellings(letter: str) -> set[str]:
     if len(apart) == 1:
         return set()
     base, marks = apart[0], apart[1:]
-    # The parts of a Korean syllable have an order; two marks may stand in any.
-    orders = [tuple(marks)] if ord(letter) in _HANGUL else permutations(marks)
     spellings = {
         unicodedata.normalize("NFC", base + "".join(order[:joined])) + "".join(order[joined:])
-        for order in orders
+        for order in permutations(marks)
         for joined in range(len(marks))
     }
     return {each for each in spellings if unicodedata.normalize("NFC", each) == letter} - {letter}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from jaxformer.errors import UserError
-from jaxformer.files import write_bytes
+from jaxformer.files import write_bytes, writing
 from jaxformer.run_directory import SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, TOKENIZER_FILE
 from jaxformer.tokenizer import Tokenizer
 from train.data.arrow import ADVICE, CACHE_VERSION, reading
@@ -103,13 +103,9 @@ def _learn(
 
     model, side = io.BytesIO(), " and ".join(columns)
     with tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
-        try:
+        with writing(rules.name, "make room, or set TMPDIR"):
             rules.write(normalization_rules())
             rules.flush()
-        except OSError as error:
-            raise UserError(
-                f"cannot write {rules.name}: {error.strerror}; make room, or set TMPDIR"
-            ) from error
         sentences = _sentences(corpora, columns)
         first = next(sentences, None)
         if first is None:  # of which sentencepiece would end the process

@@ -101,7 +101,9 @@ def chip_of_topology(topology: str) -> Chip:
         )
     chips = prod(map(int, shape.split("x")))
     if chips > chip.pod:
-        raise UserError(f"topology {topology} has {chips:,} chips, a {name} pod {chip.pod:,}")
+        raise UserError(
+            f"topology {topology} has {chips:,} chips, a {name} pod {chip.pod:,}: make it smaller"
+        )
     return chip
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig, max_target_length
+from jaxformer.generation import max_target_length
 from train.config import TrainConfig
 from train.costs.flops import decode_step_flops, train_flops
 from train.parallel import completed, make_runner
@@ -175,12 +175,7 @@ def _largest_rows_per_device(
 
 def _decode_record(config: TrainConfig, machine: Machine) -> dict[str, Any]:
     evaluate = config.evaluate
-    options = GenerationConfig(
-        beam_size=evaluate.beam_size,
-        n_best=1,
-        length_penalty=evaluate.length_penalty,
-        length_penalty_form=evaluate.length_penalty_form,
-    )
+    options = evaluate.search(evaluate.beam_size)
     room = max_target_length((config.model,), options, SOURCE_LENGTH)
     record: dict[str, Any] = {
         "plan": "decode",

@@ -1,8 +1,10 @@
 """The programs of a run, compiled for devices that need not be there, and what they ask for."""
 
+import contextlib
 import dataclasses
 import re
 import time
+from collections.abc import Iterator
 from math import prod
 from typing import Any
 
@@ -96,9 +98,8 @@ def step_program(
     key = jax.eval_shape(jax.random.key, 0)
     state = runner.abstract_state(jax.eval_shape(training.create_state, key))
     batch = runner.abstract_batch(_batch(rows, source_length, config.data.target_length))
-    compiled = _refusals(
-        lambda: runner.train(training.train_step).lower(state, batch, key).compile()
-    )
+    with _refusals():
+        compiled = runner.train(training.train_step).lower(state, batch, key).compile()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     program = Program(compiled.as_text())
     return StepProgram(
@@ -152,14 +153,12 @@ def decode_program(
             jax.ShapeDtypeStruct((sentences, source_length), jnp.int32),
         ),
     )
-    compiled = _refusals(
-        lambda: (
-            jax.jit(generate, static_argnums=(0, 3))
-            .lower((config.model,), (params,), sources, options)
-            .compile()
-        )
-    )
-    program = Program(compiled.as_text())
+    search = jax.jit(generate, static_argnums=(0, 3))
+    with _refusals():
+        compiled = search.lower(config.model, params, sources, options).compile()
+    text = compiled.as_text()
+    assert text is not None
+    program = Program(text)
     # The one loop that goes on until the sentences are done; what else has no end is smaller.
     rounds = [
         program.bytes_moved(computation)
@@ -190,12 +189,15 @@ def _batch(rows: int, source_length: int, target_length: int) -> dict[str, jax.S
     }
 
 
-def _refusals(compile: Any) -> Any:
-    """Compile, and tell apart why the compiler might not."""
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Tell apart why the compiler refuses."""
     try:
-        return compile()
+        yield
     except jax.errors.JaxRuntimeError as error:
         reason = one_line(error)
         if "RESOURCE_EXHAUSTED" in reason:
             raise DoesNotFit(reason) from error
-        raise UserError(f"the compiler gives up: {reason}") from error
+        raise UserError(
+            f"the compiler gives up: {reason}; try another topology, or a smaller model"
+        ) from error

@@ -254,19 +254,18 @@ NOT_ASKED = (MYSELF, US, *ELDERS)
 
 
 class Place(NamedTuple):
-    """A place: "library", 도서관, "at the library", "to the library"."""
+    """A place: 도서관, "at the library", "to the library"."""
 
-    noun: str
     korean: str
     at: str
     to: str
 
 
 PLACES = {
-    "home": Place("house", "집", "at home", "home"),
-    "school": Place("school", "학교", "at school", "to school"),
+    "home": Place("집", "at home", "home"),
+    "school": Place("학교", "at school", "to school"),
 } | {
-    word: Place(word, meaning, f"{preposition} the {word}", f"to the {word}")
+    word: Place(meaning, f"{preposition} the {word}", f"to the {word}")
     for preposition, words in {
         "at": """airport=공항, bank=은행, bookstore=서점, cafe=카페, hospital=병원, hotel=호텔,
             library=도서관, market=시장, museum=박물관, office=사무실, restaurant=식당, station=역,

@@ -1,8 +1,11 @@
 """`python -m train plan`: the figures of its report, and what it refuses."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ import pytest
 
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig
+from jaxformer.pages.pictures import picture
 from small_run import change, small_config
 from train.cli import main
 from train.costs.chips import CHIPS, chip_of
@@ -86,6 +90,77 @@ def test_times_are_those_of_the_slowest_resource(config, no_compiles):
     assert record["hours"] == pytest.approx(record["step_seconds"])  # 3600 steps
     assert record["chip_hours"] == pytest.approx(8 * record["hours"])
     assert record["tokens_per_second"] == pytest.approx(256 / terms["memory"])
+
+
+def test_the_tables_have_each_figure_under_its_name(config, monkeypatch):
+    sums = Collective("all-reduce", 1.6e8, 8, 1)
+
+    def compiled(config, machine, rows, source):
+        each = rows // 8
+        return StepProgram(
+            *(1_000_000, 2_000_000, 3_000_000 + 4 * each, 8 * each, 16 * each, 32_000_000),
+            *(8e12, 6e9, 2e9, (sums,), 0.5),
+        )
+
+    monkeypatch.setattr(planning, "step_program", compiled)
+    monkeypatch.setattr(
+        planning, "decode_program", lambda *_: DecodeProgram(5_000_000, 8.19e9, 0.5)
+    )
+    machine = as_if(V5E)
+    long = change(config, steps=3_600_000)
+    train, decode = plan(long, [machine], rows_per_device=1_000_000)
+    said = plan_tables([train, decode], [machine])
+    tables = []
+    for block in said.split("\n\n")[1:5]:
+        head, row = (re.split("  +", line) for line in block.splitlines())
+        tables.append(dict(zip(head, row, strict=True)))
+    memory, work, times, decoding = tables
+    sizes = ("parameters", "optimizer", "batch", "temporaries", "code", "total", "of")
+    assert {name: memory[name] for name in ("rows", *sizes, "fits")} == {
+        "rows": "8,000,000",
+        "parameters": "1.0 MB",
+        "optimizer": "2.0 MB",
+        "batch": "4.0 MB",
+        "temporaries": "24.0 MB",
+        "code": "32.0 MB",
+        "total": "63.0 MB",
+        "of": "17.18 GB",
+        "fits": "yes",
+    }
+    flops = train_flops(config.model, 1_000_000, 16, 16)
+    assert work == {
+        "machine": machine.name,
+        "TFLOP": f"{flops / 1e12:,.3f}",
+        "by XLA": "8.000",
+        "moved": "2.00 GB",
+        "moved, by XLA": "6.00 GB",
+        "sent": "280.0 MB",
+        "collectives": "1 all-reduce, 160.0 MB",
+        "compiled in s": "0.5",
+    }
+    compute = flops / 197e12
+    assert times == {
+        "machine": machine.name,
+        "compute ms": f"{1000 * compute:,.2f}",
+        "memory ms": "2.44",
+        "interconnect ms": "1.40",
+        "ms/step at least": f"{1000 * compute:,.2f}",
+        "bound by": "compute",
+        "tokens/s at most": f"{128e6 / compute:,.0f}",
+        "hours at least": f"{1000 * compute:,.2f}",
+        "chip-hours at least": f"{8000 * compute:,.1f}",
+    }
+    assert (decoding["memory"], decoding["of"]) == ("5.0 MB", "17.18 GB")
+    assert (decoding["moved/token step"], decoding["ms/token step at least"]) == (
+        "8.19 GB",
+        "10.000",
+    )
+    assert (decoding["sentences"], decoding["beams"], decoding["bound by"]) == ("64", "2", "memory")
+    note = "float32 products are made at the rate of bfloat16"
+    for dtype in ("float32", "bfloat16"):
+        said = plan_tables([train | {"dtype": dtype}, decode], [machine])
+        assert (note in said) == (dtype == "float32")
+        assert "A chip is two devices" not in said
 
 
 def test_roofline():
@@ -169,6 +244,27 @@ def test_the_sheets_are_of_chips_that_jax_knows():
         assert 100 < chip.flops / chip.memory_bandwidth < 700
         assert 700 < chip.flops / chip.interconnect < 4000
         assert chip.source
+    # As the sheets have it: TFLOP/s, memory, GB/s of memory and of links, chips of a pod.
+    assert {
+        chip.name: (
+            chip.flops / 1e12,
+            chip.memory / (10**9 if chip.name == "H200" else 2**30),
+            chip.memory_bandwidth / 1e9,
+            chip.interconnect / 1e9,
+            chip.pod,
+        )
+        for chip in CHIPS
+    } == {
+        "v4": (275, 32, 1200, 300, 4096),
+        "v5e": (197, 16, 819, 200, 256),
+        "v5p": (459, 95, 2765, 600, 8960),
+        "v6e": (918, 32, 1638, 400, 256),
+        "tpu7x": (2307, 192, 7380, 600, 9216),
+        "A100 40GB": (312, 40, 1555, 300, 0),
+        "A100 80GB": (312, 80, 2039, 300, 0),
+        "H100": (989, 80, 3350, 450, 0),
+        "H200": (989, 141, 4800, 450, 0),
+    }
     assert chip_of(jax.devices()[0]) is None
 
 
@@ -213,13 +309,31 @@ def test_errors_of_the_command_line(capsys, tmp_path):
     assert "no field --topologie" in capsys.readouterr().err
 
 
-def test_a_picture_over_the_machines(config, no_compiles, tmp_path):
+def test_a_picture_over_the_machines(config, no_compiles, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    machines = [as_if(V5E, devices=1), as_if(V5E, devices=8), as_if(TPUS["v5p"], devices=2)]
+    figures = []
+
+    @contextlib.contextmanager
+    def kept(*given):
+        with picture(*given) as figure:
+            figures.append(figure)
+            yield figure
+
+    monkeypatch.setattr("train.plan.report.picture", kept)
+    machines = [as_if(V5E, devices=8), as_if(V5E, devices=1), as_if(TPUS["v5p"], devices=2)]
     records = [record for record, _ in zip(plan(config, machines), machines, strict=False)]
     path = tmp_path / "cost.png"
     plot_plan(str(path), records)
     assert path.read_bytes().startswith(b"\x89PNG")
+    _, speed, cost, memory = figures[0].axes
+    ordered = records[1::-1]  # by the number of chips
+    for axis, values in (
+        (speed, [record["tokens_per_second"] for record in ordered]),
+        (cost, [record["chip_hours"] for record in ordered]),
+        (memory, [record["memory"]["total"] * 1e-9 for record in ordered]),
+    ):
+        (line,) = (line for line in axis.lines if line.get_label() == "v5e")
+        assert [*line.get_xdata()] == [1, 8] and [*line.get_ydata()] == values
     with pytest.raises(UserError, match="give --topology several slices"):
         plot_plan(str(path), records[:1])
     with pytest.raises(UserError, match="cannot write"):
@@ -272,7 +386,9 @@ def test_decoding_for_tpu(config):
 
 def test_chips_of_two_devices_and_rows_without_tokens(config, no_compiles):
     small = change(config, data__batch_tokens=5 * 16)
-    train, decode = plan(small, [as_if(TPUS["tpu7x"])])
+    machine = as_if(TPUS["tpu7x"])
+    train, decode = plan(small, [machine])
+    assert "A chip is two devices." in plan_tables([train, decode], [machine])
     assert (train["devices"], train["chips"], train["rows"], train["full_rows"]) == (8, 4, 8, 5)
     found = {name: train[name] for name in ("chip_hours", "tokens_per_second", "xla_flops")}
     found |= {"compute": train["roofline_seconds"]["compute"]}
@@ -305,6 +421,15 @@ def test_memory_that_is_used_again_counts_once():
     for donated, arrays in ((0, 1), ((), 2)):
         compiled = jax.jit(lambda x: x + 1, donate_argnums=donated).lower(x).compile()
         assert program_memory(compiled) == pytest.approx(arrays * 2**22, rel=0.1)
+    sizes = {
+        "argument_size_in_bytes": 40_000,
+        "output_size_in_bytes": 3_000,
+        "alias_size_in_bytes": 1_000,
+        "temp_size_in_bytes": 500,
+        "generated_code_size_in_bytes": 60,
+    }
+    compiled = SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**sizes))
+    assert program_memory(compiled) == 42_560
 
 
 def test_collectives_count_as_often_as_they_run():

@@ -209,6 +209,41 @@ def test_programs_for_tpu_are_read():
     assert program.bytes_moved() == pytest.approx(moved, rel=0.05)
 
 
+# A loop of a TPU's program says in its condition how often it goes round.
+LOOP = """HloModule jit_scan, is_scheduled=true
+
+%fewer (t: (s32[], f32[8,128])) -> pred[] {
+  %t = (s32[], f32[8,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %n = s32[] LIMIT
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}
+
+%round (t: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %t = (s32[], f32[8,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[8,128]{1,0} get-tuple-element(%t), index=1
+  %r = f32[8,128]{1,0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+  ROOT %u = (s32[], f32[8,128]{1,0}) tuple(%i, %r)
+}
+
+ENTRY %main (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %p = (s32[], f32[8,128]{1,0}) parameter(0)
+  ROOT %w = (s32[], f32[8,128]{1,0}) while(%p), condition=%fewer, body=%round
+}
+"""
+
+
+def test_loops_for_tpu_go_round_as_often_as_their_condition_says():
+    for limit, times, endless in (
+        ("constant(6)", 6, []),
+        ("get-tuple-element(%t), index=0", 1, ["w"]),  # where that depends on the data, once
+    ):
+        program = Program(LOOP.replace("LIMIT", limit))
+        assert collectives(program, 8) == [Collective("collective-permute", 8 * 128 * 4, 8, times)]
+        assert [loop.name for loop in program.endless_loops()] == endless
+
+
 # A fusion may end in one instruction that makes several arrays, alone or in a tuple beside others.
 SEVERAL = """HloModule jit_best, is_scheduled=true
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from types import SimpleNamespace
 
 import jax
@@ -15,7 +16,7 @@ from small_run import change, small_config, write_corpus
 from train.benchmark.compiles import count_compiles
 from train.config import read_train_config
 from train.lock import only_trainer
-from train.log import Log
+from train.log import Log, examples
 from train.loop import _out_of_patience, fit
 from train.metrics import read_metrics
 from train.scores import score
@@ -298,20 +299,45 @@ def test_the_last_are_averaged_and_the_best_is_the_greatest(folder):
     assert any(jax.tree.leaves(differ))
 
 
-def test_a_report_weighs_each_step_by_its_tokens():
+def test_a_report_weighs_each_step_by_its_tokens(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     written = {}
     writer = SimpleNamespace(write=lambda step, split, values: written.update(values))
     progress = SimpleNamespace(update=lambda step, values: None)
     batches = SimpleNamespace(epochs=lambda steps: steps / 10, target_length=8)
     log = Log(writer, progress, batches, rows_per_step=5)
-    for loss, tokens in ((1.0, 10.0), (3.0, 30.0)):
-        step = {"loss": loss, "nll": loss / 2, "tokens": tokens}
-        log.add(step | {"gradient_norm": loss, "learning_rate": 0.1})
+
+    def steps():
+        nonlocal now
+        for loss, tokens, rate in ((1.0, 10.0, 0.1), (3.0, 30.0, 0.2)):
+            now += 1.0  # that a batch is waited for
+            step = {"loss": loss, "nll": loss / 2, "tokens": tokens}
+            yield step | {"gradient_norm": loss, "learning_rate": rate}
+
+    for step in log.timed(steps()):
+        now += 3.0
+        log.add(step)
     log.flush(2)
     assert (written["loss"], written["nll"], written["gradient_norm"]) == (2.5, 1.25, 2.0)
-    assert (written["padding"], written["epoch"]) == (0.5, 0.2)
-    assert written["compile_seconds"] > 0 and "tokens_per_second" not in written
-    log.add(step | {"gradient_norm": loss, "learning_rate": 0.1})
+    assert (written["padding"], written["epoch"], written["learning_rate"]) == (0.5, 0.2, 0.2)
+    assert written["host_wait"] == 2.0 / 8.0
+    assert written["compile_seconds"] == 8.0 and "tokens_per_second" not in written
+    now += 4.0
+    log.add(step)
     written.clear()
     log.flush(3)
-    assert written["tokens_per_second"] > 0 and "compile_seconds" not in written
+    assert written["tokens_per_second"] == 30.0 / 4.0 and "compile_seconds" not in written
+    assert written["host_wait"] == 0.0
+    for loss in (1.0, float("nan")):
+        log.add(step | {"loss": loss})
+    with pytest.raises(UserError, match="the loss is nan at step 5: lower"):
+        log.flush(5)
+
+
+def test_examples_are_evenly_spread_and_say_what_is_whose():
+    sides = ([f"{side}{number}" for number in range(11)] for side in "sor")
+    shown = list(examples(*sides))
+    assert shown == [
+        f"\nsource     s{i}\noutput     o{i}\nreference  r{i}" for i in range(0, 10, 2)
+    ]

@@ -13,7 +13,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxformer.errors import UserError
-from train.metrics import MetricsWriter, read_metrics
+from train.metrics import MetricsWriter, has_ended, read_metrics
 from train.progress import Count, Progress
 from train.scores import CorpusScore, bleu, chrf
 
@@ -125,6 +125,19 @@ def test_what_a_run_began_on_is_kept_until_it_starts_anew(tmp_path):
     assert steps(tmp_path) == expected
     write_steps(tmp_path, 10)
     assert steps(tmp_path) == [("train", 10)]
+
+
+def test_a_run_has_ended_whose_last_record_is_a_final_score(tmp_path):
+    assert not has_ended(tmp_path)
+    for splits, ended in (
+        (["train", "validation"], False),
+        (["train", "final_test"], True),
+        (["train", "final_test", "start"], False),  # it goes on
+    ):
+        with MetricsWriter(tmp_path) as writer:
+            for step, split in enumerate(splits):
+                writer.write(step, split, {})
+        assert has_ended(tmp_path) == ended
 
 
 def test_a_second_record_replaces_the_first(tmp_path):
@@ -324,7 +337,8 @@ def test_forced_colour_puts_no_control_codes_into_a_file(monkeypatch):
 
 
 def test_a_terminal_gets_one_live_line_and_messages_above_it(terminal):
-    with Progress(8000, file=terminal) as progress:
+    with Progress(8000, 1000, file=terminal) as progress:
+        assert "1,000/8,000" in terminal.getvalue()
         progress.update(1200, REPORT)
         progress.message("validation [bold]BLEU[/bold] 41.02")
         progress.update(1201)
@@ -359,10 +373,17 @@ def test_other_processes_show_nothing(terminal):
     assert terminal.getvalue() == ""
 
 
-def test_count_says_how_far_a_preparation_is(capsys):
-    count = Count("tokenising", 4000, every=0.0)
-    count.add(1000)
-    assert "tokenising: 1,000 of 4,000 pairs (25%)  ETA 0s" in capsys.readouterr().err
+def test_count_says_now_and_then_how_far_a_preparation_is(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    count = Count("tokenising", 4000)
+    for now[0], shown in (
+        (110.0, "tokenising: 1,000 of 4,000 pairs (25%)  ETA 30s\n"),
+        (115.0, ""),
+        (120.0, "tokenising: 3,000 of 4,000 pairs (75%)  ETA 7s\n"),
+    ):
+        count.add(1000)
+        assert capsys.readouterr().err == shown
 
 
 def test_count_without_a_total_and_in_silence(capsys):

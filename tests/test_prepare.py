@@ -119,8 +119,16 @@ def write_extra(folder):
 
 def test_a_mixture_from_configuration_to_batches(folder):
     write_extra(folder)
+    for language, unfit in (("en", ["", "RED " * 99, "RED"]), ("de", ["rot", "rot", "rot " * 99])):
+        with (folder / f"back.{language}").open("a") as file:
+            file.writelines(f"{line}\n" for line in unfit)
     mixed = small_config(
-        folder, data__extra=("back",), data__weights=(3.0, 1.0), model__vocab_size=90
+        folder,
+        data__extra=("back",),
+        data__weights=(3.0, 1.0),
+        data__source_length=40,
+        data__target_length=32,
+        model__vocab_size=90,
     )
     run = prepare(mixed)
     assert "RED" not in (folder / "train.en").read_text()
@@ -133,11 +141,17 @@ def test_a_mixture_from_configuration_to_batches(folder):
     assert np.mean(capitals) == pytest.approx(0.25, abs=0.01)
     lines = list(describe(mixed, {}, run.batches, 0))
     rows = run.batches.rows_per_batch
+    assert lines[-1].startswith(f"batches    {rows} rows of 40 source and 32 target positions, ")
+    left_out = ", 1 empty and 2 too long left out"
     for share, name, part, pairs in zip(
-        (0.75, 0.25), ("data.train", "back"), run.batches.parts, (200, 40), strict=True
+        (0.75, 0.25),
+        ("data.train", "back"),
+        run.batches.parts,
+        ("200 pairs;", f"43 pairs{left_out};"),
+        strict=True,
     ):
         steps = len(part) / (share * rows)
-        (line,) = [line for line in lines if f"{share:.1%} {name}: {pairs} pairs" in line]
+        (line,) = [line for line in lines if f"{share:.1%} {name}: {pairs}" in line]
         assert line.endswith(f"; {steps:,.1f} steps an epoch")
 
 

@@ -153,13 +153,16 @@ def test_the_noise_of_a_line_follows_from_its_number_in_the_stream(translator, m
         return [no_result] * len(sources)
 
     monkeypatch.setattr(translator._generator, "sentences", sentences)
-    lines = SENTENCES[:12]
-    found = list(translator.generate(lines, sampling=True, seed=3, window=5))
-    assert len(found) == 12 and [len(each) for each in drawn] == [5, 5, 2]
+    long = " ".join(itertools.islice(itertools.cycle(LEXICON), 70))
+    lines = [*SENTENCES[:11], long]
+    options = {"sampling": True, "seed": 3, "warn": lambda _: None}
+    found = list(translator.generate(lines, window=5, **options))
+    assert len(found) == 12 and [len(each) for each in drawn[:2]] == [5, 5]
     by_windows = np.concatenate(drawn)
-    assert len(np.unique(by_windows, axis=0)) == 12
+    assert len(by_windows) >= 11 + 3  # the last line is translated in parts
+    assert len(np.unique(by_windows, axis=0)) == len(by_windows)
     drawn.clear()
-    list(translator.generate(lines, sampling=True, seed=3))
+    list(translator.generate(lines, **options))
     np.testing.assert_array_equal(drawn[0], by_windows)
 
 
@@ -221,7 +224,7 @@ def test_arguments_that_mean_nothing(translator, options, message, monkeypatch):
         translator.translate(["red dogs"], **options)
 
 
-def test_a_prefix_that_is_cut_off_is_told(translator):
+def test_a_prefix_that_is_cut_off_is_told(translator, monkeypatch):
     said = []
     options = {"max_length_ratio": 0.0, "max_length_extra": 2, "warn": said.append}
     ((best,),) = translator.generate(
@@ -231,16 +234,36 @@ def test_a_prefix_that_is_cut_off_is_told(translator):
     assert said == [
         f"line 1: its prefix has {count} pieces and a translation at most 2: cut off there"
     ]
-    assert len(best.ids) == 2
+    assert len(best.ids) == 2 and not best.finished
+    # As long as the source, whose end counts.
+    no_result = BeamResult(*np.zeros((4, 0, 0)))
+    monkeypatch.setattr(translator._generator, "sentences", lambda *_, **__: [no_result])
+    most = len(translator.source_tokenizer.encode("red dogs")) + 1
+    options |= {"max_length_ratio": 1.0, "max_length_extra": 0}
+    list(translator.generate(["red dogs"], prefixes=["rote Hunde rote Hunde"], **options))
+    assert said[1] == (
+        f"line 1: its prefix has {count} pieces and a translation at most {most}: cut off there"
+    )
 
 
-def test_a_prefix_that_learned_positions_cut_off_is_told(tmp_path):
+def test_what_learned_positions_cut_off(tmp_path, monkeypatch):
+    """Of a prefix it is told, and the end that is missing is not looked for beyond them."""
     write_random_run(tmp_path / "run", CONFIG.replace(positions="learned", max_length=5))
     translator = Translator.load(tmp_path / "run", devices=jax.devices()[:1])
     said = []
     options = {"prefixes": ["red dogs red dogs"], "beam_size": 1, "warn": said.append}
-    list(translator.generate(["red"], **options))
+    found = list(translator.generate(["red"], **options))
     assert said[0].endswith("pieces and a translation at most 5: cut off there")
+    ((best,),) = found
+    assert len(best.ids) == 5 and not best.finished
+    assert translator.align_hypotheses(["red"], found) == [[None]]
+    cut_off = BeamResult(np.array([best.ids]), *np.zeros((2, 1)), np.array([5]))
+    monkeypatch.setattr(translator._generator, "sentences", lambda *_, **__: [cut_off])
+    monkeypatch.setattr(module, "token_log_probs", lambda *_: np.zeros((1, 5)))
+    monkeypatch.setattr(module, "attention_maps", lambda *_: [np.zeros((2, 1, 3, 5, 5))] * 3)
+    explanation = translator.explain("red")
+    assert explanation.hypotheses[0].ids == best.ids
+    assert explanation.target_tokens == [*best.tokens[:4], "</s>"]
 
 
 def test_threads_that_come_first_share_what_one_of_them_makes(run, monkeypatch):

@@ -2,7 +2,6 @@
 
 import io
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -37,6 +36,8 @@ class Uppercase:
 
     def __init__(self):
         self.options = {}
+        self.aligned = []
+        self.scored = []
 
     def generate(self, lines, **options):
         self.options = options
@@ -48,16 +49,20 @@ class Uppercase:
                 Hypothesis(best.lower(), -1.5, -3.0, best.split(), [], True),
             ][: options["n_best"]]
 
-    def align_hypotheses(self, lines, hypotheses, **_):
+    def align_hypotheses(self, lines, hypotheses, **options):
+        self.aligned.append(options)
+
         def alignment(text):
             if text.startswith("LONG"):
                 return None
             target = [f"▁{word}" for word in text.split()] + ["</s>"]
-            return Alignment(["▁x"] * 2 + ["</s>"], target, np.eye(len(target), 3))
+            # All of them look at the second word.
+            return Alignment(["▁x"] * 2 + ["</s>"], target, np.eye(3)[[1] * len(target)])
 
         return [[alignment(hypothesis.text) for hypothesis in each] for each in hypotheses]
 
-    def score(self, sources, targets, **_):
+    def score(self, sources, targets, **options):
+        self.scored.append(options)
         return [
             Score(-float(len(source)), ["▁a", "</s>"], [-0.5, -float(len(target))])
             for source, target in zip(sources, targets, strict=True)
@@ -117,7 +122,7 @@ def test_a_program_that_asks_line_by_line_is_answered_line_by_line(translator, m
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=questions()))
     monkeypatch.setattr(module, "write_line", answers.append)
     assert main(["translate", "RUN", "--quiet", "--window", "1", "--alignment"]) == 0
-    assert answers == ["ONE\t0-0"] * 4 and translator.options["window"] == 1
+    assert answers == ["ONE\t1-0"] * 4 and translator.options["window"] == 1
 
 
 @pytest.mark.parametrize(("asked", "given"), [(5, 4), (4, 4), (3, 2), (1, 1)])
@@ -137,7 +142,7 @@ def test_options(translator, run_with):
     assert translator.options == DEFAULTS
     options = (
         "--beam-size 2 --batch-tokens 99 --top-k 3 --sampling --no-repeat-ngram-size 4 "
-        "--max-length-ratio 1.5 --seed 7"
+        "--max-length-ratio 1.5 --seed 7 --alignment"
     )
     run_with(b"one\n", *options.split(), "--checkpoint", "best", "--dtype", "int8")
     assert translator.options == DEFAULTS | {
@@ -149,6 +154,7 @@ def test_options(translator, run_with):
         "max_length_ratio": 1.5,
         "seed": 7,
     }
+    assert translator.aligned == [{"batch_tokens": 99}]
     assert translator.loaded == [
         (["RUN"], None, {"dtype": None}),
         (["RUN"], ["best"], {"dtype": "int8"}),
@@ -166,7 +172,7 @@ def test_several_translations_of_a_line(translator, run_with):
 
 def test_alignment(translator, run_with):
     output = run_with(b"one two\n\nlong line\n", "--alignment")[1]
-    assert output == b"ONE TWO\t0-0 1-1\n\t\nLONG LINE\t\n"
+    assert output == b"ONE TWO\t1-0 1-1\n\t\nLONG LINE\t\n"
 
 
 def test_prefixes(translator, run_with, tmp_path):
@@ -181,12 +187,21 @@ def test_prefixes(translator, run_with, tmp_path):
 
 
 def test_how_fast_it_was(translator, monkeypatch, capfd):
+    now = [100.0]
+    generate = translator.generate
+
+    def slowly(*args, **options):
+        now[0] += 2.0
+        yield from generate(*args, **options)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(translator, "generate", slowly)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one two\n\n")))
     assert main(["translate", "RUN"]) == 0
     output, error = capfd.readouterr()
     assert output == "ONE TWO\n\n"
-    pattern = r"2 lines in [\d.]+ s, compilation included: [\d.,]+ lines/s, [\d.,]+ tokens/s\n"
-    assert re.fullmatch(pattern, error)
+    # Three tokens and one, the ends among them.
+    assert error == "2 lines in 2.0 s, compilation included: 1.0 lines/s, 2 tokens/s\n"
 
 
 def test_progress_on_a_terminal(monkeypatch):
@@ -232,13 +247,19 @@ def test_programs_are_kept_for_the_next_process(tmp_path):
     assert files[0] and files[1] == files[0]
 
 
-def test_score(translator, tmp_path, capfd):
+def test_score(translator, tmp_path, capfd, monkeypatch):
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_text("ab\n\n")
     target.write_text("a\nabc\n")
     assert score(capfd, source, target) == (0, "-2.000000\n-0.000000\n", "")
     _, output, _ = score(capfd, source, target, "--tokens")
     assert output.splitlines()[0] == "-2.000000\t▁a:-0.500000 </s>:-1.000000"
+    assert translator.scored == [{"first_line": 1}] * 2
+    translator.scored.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_WINDOW", 1)
+        score(capfd, source, target, "--batch-tokens", "99")
+    assert translator.scored == [{"first_line": n, "batch_tokens": 99} for n in (1, 2)]
     target.write_text("a\n")
     status, output, error = score(capfd, source, target)
     assert (status, output) == (1, "")
@@ -246,7 +267,7 @@ def test_score(translator, tmp_path, capfd):
         f"error: {source} has 2 lines and {target} 1: give files of as many lines, "
         "each the translation of the other's\n"
     )
-    assert len(translator.loaded) == 2, "that could have been said at once"
+    assert len(translator.loaded) == 3, "that could have been said at once"
 
 
 def test_score_of_pipes(translator, tmp_path, capfd):

@@ -130,6 +130,14 @@ def test_absolute_names_need_no_path(data):
     assert pairs_of(load_split(replace(data, path=None, train=(prefix,)), "train")) == PAIRS
 
 
+def test_a_tilde_is_the_home_directory(data, tmp_path, monkeypatch):
+    """In quotes, or in a configuration, no shell puts it there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_text(data, "news.en", "news.ko")
+    for path, name in (("~/corpus", "news"), (None, "~/corpus/news"), ("/", "~/corpus/news")):
+        assert pairs_of(load_split(replace(data, path=path, train=(name,)), "train")) == PAIRS
+
+
 def test_last_line_without_newline_counts(data):
     write(data, "a.en", "x\ny")
     write(data, "a.ko", "ㄱ\nㄴ\n")

@@ -4,6 +4,7 @@ import errno
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import sentencepiece
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
 from jaxformer.errors import UserError
 from jaxformer.generation import GenerationConfig
-from jaxformer.interop.ctranslate2 import to_ctranslate2
+from jaxformer.interop.ctranslate2 import _set_embedding, to_ctranslate2
 from jaxformer.run_directory import save_params
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
@@ -186,6 +187,16 @@ def test_pad_and_bos_are_never_generated(tmp_path):
         tokens = {token for result in results for tokens in result.hypotheses for token in tokens}
         assert tokens
         assert not {"<pad>", "<s>"} & tokens
+
+
+def test_sinusoids_reach_beyond_the_longest_sentence():
+    """Twice as far, as its translation may; and no less than CTranslate2 reads by default."""
+    params = {"embedding": {"embedding": np.zeros((CONFIG.vocab_size, CONFIG.d_model))}}
+    for max_length, at_least in ((32, 1024), (3000, 6000)):
+        spec = SimpleNamespace(position_encodings=SimpleNamespace())
+        config = CONFIG.replace(max_length=max_length)
+        _set_embedding(spec, SimpleNamespace(), config, params, "target")
+        assert len(spec.position_encodings.encodings) >= at_least
 
 
 def test_unknown_words_are_unk(export):

@@ -17,7 +17,7 @@ from jaxformer.errors import UserError
 from jaxformer.pages.heatmap import describe_head, png, shades
 from jaxformer.pages.inspection import inspection_page
 from jaxformer.pages.page import script_note
-from jaxformer.pages.pictures import draw_explanation, fonts_for
+from jaxformer.pages.pictures import _draw_maps, draw_explanation, fonts_for
 from jaxformer.positions import sinusoid
 from jaxformer.results import Alignment
 from jaxformer.transformer import Transformer
@@ -238,6 +238,16 @@ def test_a_page_escapes_what_it_shows(explanation):
     assert "&lt;b&gt;&amp;amp;" in page and "<b>" not in page
 
 
+def test_a_page_says_which_layer_the_alignment_is_from(explanation):
+    import dataclasses
+
+    names = "decoder_self_attention", "cross_attention"
+    last = {name: getattr(explanation, name)[-1:] for name in names}
+    alone = inspection_page(dataclasses.replace(explanation, **last))
+    assert "each word: the last layer but one, its" in inspection_page(explanation)
+    assert "each word: the only layer, its" in alone
+
+
 def test_scripts_are_named():
     assert script_note("Büsche") == ""
     assert "Hangul" in script_note("집") and "Hebrew" in script_note("בית")
@@ -289,13 +299,21 @@ def test_pngs_name_letters_that_no_font_has(explanation, tmp_path, capsys, monke
 
 def test_a_long_sentence_makes_no_larger_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    from jaxformer.pages.pictures import _draw_maps
-
     weights = np.random.default_rng(0).random((2, 8, 300, 280), np.float32)
     pieces = [f"piece {n}" for n in range(300)]
     _draw_maps(tmp_path / "x.png", weights, pieces, pieces[:280])
     width, height = struct.unpack(">2I", (tmp_path / "x.png").read_bytes()[16:24])
     assert 5000 < width < 9000 and height < width / 2
+
+
+def test_pictures_name_pieces_as_they_are(tmp_path):
+    """Also those that matplotlib would take for a formula, or fail at."""
+    matplotlib = pytest.importorskip("matplotlib")
+    queries, keys = ["$$", "$5-$6", r"\$_$"], ["a", "$_$"]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        _draw_maps(tmp_path / "x.svg", np.full((1, 1, 3, 2), 0.5), queries, keys)
+    texts = re.findall("<text[^>]*>(.*?)</text>", (tmp_path / "x.svg").read_text())
+    assert texts == [*keys, *queries]
 
 
 def test_the_command(run, tmp_path, capsys, monkeypatch):

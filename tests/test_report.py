@@ -24,7 +24,7 @@ from recorded_run import (
 from small_run import trained_run
 from train import report
 from train.cli import main
-from train.curves import Chart, Line, short, svg, thin, ticks
+from train.curves import Chart, Line, png, short, svg, thin, ticks
 from train.history import History
 from train.report import parameter_counts, report_after_training, short_names, write_report
 
@@ -227,6 +227,16 @@ def test_a_single_point_and_no_point_are_drawn():
     none = Line("a", np.array([]), np.array([]))
     assert "not recorded" in svg(Chart("t", [none]))
     assert "not recorded" in svg(Chart("t", [Line("a", one.steps, -one.values)], log=True))
+
+
+def test_a_picture_names_every_run_as_it_is_called(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    labels = ["_old", "$$", "$5-$6"]
+    lines = [Line(label, np.array([1, 9]), np.array([1.0, 2.0])) for label in labels]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        png(Chart("t", lines), tmp_path / "x.svg")
+    texts = re.findall("<text[^>]*>(.*?)</text>", (tmp_path / "x.svg").read_text())
+    assert texts[-3:] == labels
 
 
 # What cannot be reported

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxformer.pages.page import COLOURS
-from jaxformer.pages.pictures import picture
+from jaxformer.pages.pictures import literal, picture
 
 _WIDTH, _HEIGHT = 420, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 8, 36
@@ -162,7 +162,8 @@ def png(chart: Chart, path: Path) -> None:
     text = chart.title + "".join(line.label for line in chart.lines)
     with picture(path, 6.0, 3.6, text) as figure:
         axis = figure.subplots()
-        for line in chart.drawn:
+        lines = chart.drawn
+        for line in lines:
             steps, values = thin(line.steps, line.values, 600)
             axis.plot(
                 steps,
@@ -172,15 +173,14 @@ def png(chart: Chart, path: Path) -> None:
                 linewidth=1.2,
                 marker="o" if len(line.steps) <= _MARKED else "",
                 markersize=3,
-                label=line.label,
             )
+        if lines:  # named here: matplotlib leaves out lines whose own names begin with "_"
+            axis.legend(axis.lines, [literal(line.label) for line in lines])
         for label, step in (chart.marks or {}).items():
             axis.axvline(step, color="0.5", linestyle=":", linewidth=1)
             axis.annotate(label, (step, 0.02), xycoords=("data", "axes fraction"))
         axis.set(xlabel="step", title=chart.title, yscale="log" if chart.log else "linear")
         axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend()
 
 
 def ticks(low: float, high: float, *, log: bool = False) -> list[float]:

@@ -91,10 +91,11 @@ def _alignment(explanation: Explanation) -> str:
         f"{words.target_tokens[t]} ← {words.source_tokens[s]}" for s, t in alignment.word_links()
     )
     rows, columns = alignment.target_tokens, alignment.source_tokens
+    layer = "the last layer but one" if len(explanation.cross_attention) > 1 else "the only layer"
     return section(
         "Which word is from which",
-        '<p class="soft">Where the decoder looked when it wrote each word: the last layer but one, '
-        "its heads averaged.</p>",
+        f'<p class="soft">Where the decoder looked when it wrote each word: {layer}, its heads '
+        "averaged.</p>",
         alignment_lines(words),
         f"<p>{escape(links)}</p>",
         axes("axes-alignment", rows, columns, cell=22),

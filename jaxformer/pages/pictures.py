@@ -113,6 +113,11 @@ def _letters(family: str) -> frozenset[str]:
     return frozenset(map(chr, get_font(findfont(FontProperties(family=family))).get_charmap()))
 
 
+def literal(label: str) -> str:
+    """A label that matplotlib draws letter by letter: what is between two $ is a formula to it."""
+    return label.replace("$", r"\$")
+
+
 def draw_explanation(explanation: Explanation, folder: Path) -> list[Path]:
     """Write alignment, the three attentions and the positional encoding; return the files.
 
@@ -180,6 +185,7 @@ def _draw_maps(
     width = heads * (max(1.0, cell * columns) + 0.9)
     height = layers * (max(1.0, cell * rows) + 0.9)
     with picture(path, width, height, "".join(queries + keys)) as figure:
+        queries, keys = (list(map(literal, labels)) for labels in (queries, keys))
         grid = figure.subplots(layers, heads, squeeze=False)
         for (layer, head), axis in np.ndenumerate(grid):
             axis.imshow(

@@ -1,5 +1,6 @@
 """`python -m train report`: what it says, of what it is given; how it says that something lacks."""
 
+import contextlib
 import itertools
 import json
 import re
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 
 from jaxformer.errors import UserError
+from jaxformer.pages.page import COLOURS
+from jaxformer.pages.pictures import picture
 from random_run import CONFIG, random_params
 from recorded_run import (
     COMPILE_SECONDS,
@@ -22,10 +25,11 @@ from recorded_run import (
     write_recorded_run,
 )
 from small_run import trained_run
-from train import report
+from train import curves, report
 from train.cli import main
 from train.curves import Chart, Line, png, short, svg, thin, ticks
-from train.history import History
+from train.history import PARTS, History
+from train.progress import duration
 from train.report import parameter_counts, report_after_training, short_names, write_report
 
 
@@ -49,6 +53,16 @@ def figures(page):
     return dict(found)
 
 
+def rows_of(page, title):
+    """Cells of the rows of the table under a heading."""
+    body = page.partition(f"<h2>{title}</h2>")[2].partition("<tbody>")[2].partition("</tbody>")[0]
+    return [re.findall("<td.*?>(.*?)</td>", row) for row in body.split("</tr>")[:-1]]
+
+
+def records_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_all_that_is_promised_is_on_the_page(run, tmp_path, no_pictures):
     page = page_of(tmp_path, run)
     charts = figures(page)
@@ -61,12 +75,39 @@ def test_all_that_is_promised_is_on_the_page(run, tmp_path, no_pictures):
         "jax 0.12.0",
         "1 x cpu",
         "encoder, 1 x self attention",
-        "40.00",
+        f"BLEU {SIGNATURE}; chrF2 nc:6",
     ):
         assert expected in page
+    *_, validation, test = records_of(run)
+    trained = "first", f"2,000 steps in {duration(test['time'])}"
+    scores = "40.00", "60.00", "10.0%"
+    assert rows_of(page, "Results") == [
+        [*trained, "validation, step 2,000", f"{validation['perplexity']:.2f}", *scores],
+        [*trained, "test, at the end", "", *scores],
+    ]
+    (machine,) = rows_of(page, "Machine")
+    assert machine[:3] == ["first", "0", "1 x cpu"]
+    *shares, _ = (share for *_, share in rows_of(page, "Parameters"))
+    assert sum(float(share.rstrip("%")) for share in shares) == pytest.approx(100, abs=1)
     # Nothing comes from elsewhere, and nothing runs.
     assert not re.search(r"<script|https?://|@import", page)
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["index.html"]
+
+
+@pytest.mark.parametrize(("metric", "best"), [("bleu", 1_000), ("loss", 2_000)])
+def test_the_best_is_by_the_metric_of_the_run_and_the_last_end_counts(tmp_path, metric, best):
+    run = write_recorded_run(tmp_path / "run", evaluate__metric=metric)
+    records = records_of(run)
+    (early,) = (r for r in records if (r["split"], r["step"]) == ("validation", 1_000))
+    early["bleu"] = 50.0  # the loss falls to the end
+    records.append(records[-1] | {"bleu": 41.5})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    rows = rows_of(report._results([History(run)]), "Results")
+    score = "50.00" if metric == "bleu" else "40.00"
+    assert [(row[2], row[4]) for row in rows] == [
+        (f"validation, step {best:,}", score),
+        ("test, at the end", "41.50"),
+    ]
 
 
 def test_data_that_is_gone_is_said_in_one_line(run, tmp_path, no_pictures):
@@ -83,10 +124,12 @@ def test_records_of_older_versions(tmp_path, no_pictures):
 
 
 def test_runs_are_laid_over_each_other_and_their_configurations_compared(
-    run, tmp_path, no_pictures
+    run, tmp_path, no_pictures, monkeypatch
 ):
     other = write_recorded_run(tmp_path / "second", optimizer__peak_learning_rate=0.5)
-    page = page_of(tmp_path, run, other)
+    monkeypatch.chdir(tmp_path)  # where the page of several runs goes, into none of them
+    write_report([run, other])
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     loss = figures(page)["Loss, label-smoothed, nats a token"]
     assert loss.count("<polyline") == 4
     for label in ("first training", "first validation", "second training", "second validation"):
@@ -94,6 +137,26 @@ def test_runs_are_laid_over_each_other_and_their_configurations_compared(
     differing = page.partition("What differs:")[2].partition("<details>")[0]
     names = re.findall(r"<tr><td>(.*?)</td>", differing)
     assert names == ["run", "data.path", "data.cache_dir", "optimizer.peak_learning_rate"]
+
+
+def test_curves_show_what_their_names_say(run, tmp_path):
+    """One run has a colour for each curve, several have one each; what is second is dashed."""
+
+    def looks(chart):
+        return [(line.colour, line.dashed) for line in chart.lines]
+
+    alone = report._charts([History(run)])
+    assert looks(alone["waste"]) == looks(alone["loss"]) == [(0, False), (1, True)]
+    padding, waiting = alone["waste"].lines
+    assert np.allclose(padding.values, 4.0) and np.allclose(waiting.values, 1.0)
+    assert alone["learning-rate"].marks == {"warm-up ends": 20}
+    assert "in a line again" not in alone["learning-rate"].note
+
+    changes = {"optimizer__warmup_steps": 30, "optimizer__cooldown_steps": 9}
+    other = History(write_recorded_run(tmp_path / "other", reports=4, **changes))
+    both = report._charts([History(run), other])
+    assert looks(both["loss"]) == [(0, False), (0, True), (1, False), (1, True)]
+    assert not both["learning-rate"].marks and "in a line again" in both["learning-rate"].note
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
@@ -123,6 +186,32 @@ def test_where_the_time_went(run):
         "other": 1.0,
     }
     assert parts == pytest.approx(expected)
+
+
+def test_bars_of_time_stand_side_by_side(run, tmp_path):
+    """Of the run that took longest they fill the width, of another what it took of that."""
+    histories = [History(run), History(write_recorded_run(tmp_path / "short", reports=20))]
+    drawn = report._time(histories)
+    bars = re.findall(r'<rect x="(.*?)" y="(.*?)" width="(.*?)"', drawn)
+    x, y, width = np.array(bars, float).reshape(2, len(PARTS), 3).transpose(2, 0, 1)
+    totals = [sum(history.time_split().values()) for history in histories]
+    np.testing.assert_allclose(x, np.cumsum(width, axis=1) - width, atol=0.3)
+    np.testing.assert_allclose(width.sum(axis=1), [720, 720 * totals[1] / totals[0]], atol=0.3)
+    assert len(set(y[0])) == len(set(y[1])) == 1 and y[0, 0] < y[1, 0]
+    tips = np.array(re.findall(r", (\d+)%</title>", drawn), int).reshape(2, len(PARTS))
+    for row, shares, total in zip(rows_of(drawn, "Time"), tips, totals, strict=True):
+        assert [*map(int, re.findall(r"\((\d+)%\)", "".join(row)))] == shares.tolist()
+        assert abs(sum(shares) - 100) < len(PARTS) and row[-1] == duration(total)
+
+
+def test_what_replaced_a_record_is_drawn_in_its_place(tmp_path):
+    """In the file it stands at the end."""
+    run = write_recorded_run(tmp_path / "run", reports=4)
+    first, begun, replaced, *others = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([first, begun, *others, replaced, ""]))
+    steps, losses = History(run).series("train", "loss")
+    assert steps.tolist() == [1, 50, 100, 150, 200]
+    np.testing.assert_allclose(losses, 2.0 + 6.0 / np.sqrt(steps))
 
 
 def test_the_best_and_the_worst_sentences(tmp_path_factory, tmp_path):
@@ -210,15 +299,51 @@ def test_ticks_are_few_and_inside(low, span):
 
 
 @hypothesis.given(st.floats(1e-6, 1e6), st.floats(1.2, 1e9))
+@hypothesis.example(1.0, 1e9)
 def test_ticks_of_a_logarithmic_axis(low, ratio):
     found = ticks(low, low * ratio, log=True)
     assert 1 <= len(found) <= 8
     assert found == sorted(found) and min(found) > 0
+    if ratio > 1e3:  # as far apart as the last is from the end at most
+        assert low * ratio / found[-1] < 1.001 * found[1] / found[0]
 
 
 def test_numbers_of_an_axis():
     values = (0, 20_000, 1_500_000, 0.05, 3e-4, -2, 2.5e9)
     assert [short(v) for v in values] == ["0", "20k", "1.5M", "0.05", "3e-4", "-2", "2.5G"]
+
+
+STEPS = np.array([100.0, 150.0, 200.0])
+#: The first curve is a straight one where the scale is logarithmic; its middle is the mark's place.
+CHART = Chart(
+    "t",
+    [
+        Line("_old", STEPS, np.array([1.25, 12.5, 125.0]), 1, dashed=True),
+        Line("$5-$6", STEPS, np.array([1.0, 30.0, 1000.0])),
+        Line("$$", STEPS, np.array([2.0, 2.0, 2.0]), 2),
+    ],
+    log=True,
+    marks={"m": 150.0},
+)
+
+
+def test_a_chart_is_drawn_to_scale():
+    drawn = svg(CHART)
+    points = [text.replace(",", " ").split() for text in re.findall(r'points="(.*?)"', drawn)]
+    first, second, _ = everything = np.array(points, float).reshape(3, 3, 2)
+    np.testing.assert_allclose(first[1], (first[0] + first[2]) / 2, atol=0.11)
+    assert np.all(np.diff(first[:, 0]) > 0) and np.all(np.diff(first[:, 1]) < 0)
+    np.testing.assert_array_equal(first[:, 0], second[:, 0])
+    assert second[0, 1] > first[0, 1] > first[2, 1] > second[2, 1]
+    width, height = map(int, re.findall(r'viewBox="0 0 (\d+) (\d+)"', drawn)[0])
+    assert np.all(everything > 0) and np.all(everything < [width, height])
+    (mark,) = re.findall(r'<path d="M([\d.]+) \d+V', drawn)
+    assert float(mark) == first[1, 0]
+    assert "<title>_old, step 150: 12.5</title>" in drawn
+    for shape in ("<polyline.*?/>", '<span class="key">.*?</span>'):
+        shapes = re.findall(shape, drawn)
+        assert [re.findall(r"--line-(\d)", shape) for shape in shapes] == [["1"], ["0"], ["2"]]
+        assert ["stroke-dasharray" in shape for shape in shapes] == [True, False, False]
 
 
 def test_a_single_point_and_no_point_are_drawn():
@@ -229,14 +354,27 @@ def test_a_single_point_and_no_point_are_drawn():
     assert "not recorded" in svg(Chart("t", [Line("a", one.steps, -one.values)], log=True))
 
 
-def test_a_picture_names_every_run_as_it_is_called(tmp_path):
+def test_a_picture_shows_the_same(tmp_path, monkeypatch):
+    """With names that matplotlib would leave out, or take for a formula."""
     matplotlib = pytest.importorskip("matplotlib")
-    labels = ["_old", "$$", "$5-$6"]
-    lines = [Line(label, np.array([1, 9]), np.array([1.0, 2.0])) for label in labels]
+    figures = []
+
+    @contextlib.contextmanager
+    def kept(*arguments):
+        with picture(*arguments) as figure:
+            figures.append(figure)
+            yield figure
+
+    monkeypatch.setattr(curves, "picture", kept)
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        png(Chart("t", lines), tmp_path / "x.svg")
+        png(CHART, tmp_path / "x.svg")
     texts = re.findall("<text[^>]*>(.*?)</text>", (tmp_path / "x.svg").read_text())
-    assert texts[-3:] == labels
+    assert texts[-3:] == [line.label for line in CHART.lines]
+    (axis,) = figures[0].axes
+    *lines, mark = axis.lines
+    assert axis.get_yscale() == "log" and set(mark.get_xdata()) == {150.0}
+    assert [line.get_color() for line in lines] == [COLOURS[1], COLOURS[0], COLOURS[2]]
+    assert [line.get_linestyle() for line in lines] == ["--", "-", "-"]
 
 
 # What cannot be reported

@@ -78,3 +78,17 @@ def one_program_a_search():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Generator, "_usual_room", Generator._all_room)
         yield
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that matplotlib writes during a test, by the names of their files."""
+    figure = pytest.importorskip("matplotlib.figure")
+    found, write = {}, figure.Figure.savefig
+
+    def keep(self, path, **options):
+        found[path.name] = self
+        write(self, path, **options)
+
+    monkeypatch.setattr(figure.Figure, "savefig", keep)
+    return found

@@ -1,6 +1,7 @@
 """What a model looked at, against the model; and how that is shown."""
 
 import base64
+import dataclasses
 import re
 import struct
 import zlib
@@ -14,9 +15,19 @@ import pytest
 
 from jaxformer.cli import main
 from jaxformer.errors import UserError
-from jaxformer.pages.heatmap import describe_head, png, shades
+from jaxformer.pages import heatmap
+from jaxformer.pages.heatmap import (
+    alignment_lines,
+    axes,
+    describe_head,
+    heat_map,
+    legend,
+    png,
+    shades,
+    signed_shades,
+)
 from jaxformer.pages.inspection import inspection_page
-from jaxformer.pages.page import script_note
+from jaxformer.pages.page import COLOURS, page, script_note, table
 from jaxformer.pages.pictures import _draw_maps, draw_explanation, fonts_for
 from jaxformer.positions import sinusoid
 from jaxformer.results import Alignment
@@ -194,6 +205,69 @@ def test_what_is_masked_and_what_should_be_looks_different():
     weights = np.array([[1.0, 0.0, 0.0], [0.5, 0.4, 0.1], [0.0, np.nan, 0.0]])
     (_, masked, _), (_, _, ahead), (nothing, nan, _) = shades(weights, causal=True)
     assert len({masked, ahead, nothing}) == 3 and nan == ahead > masked > 31
+    red, green, blue, opaque = heatmap._PALETTE[ahead]
+    assert red > 2 * max(green, blue) and opaque == 255
+
+
+def test_below_zero_is_orange_and_above_it_blue():
+    ((above, below, nothing),) = signed_shades(np.array([[1.0, -1.0, 0.0]]))
+    (red, _, blue, opaque), (other_red, _, other_blue, alike), (*_, clear) = (
+        heatmap._PALETTE[index] for index in (above, below, nothing)
+    )
+    assert red < blue and other_red > other_blue
+    assert opaque == alike == 255 and clear == 0
+
+
+def image_of(address):
+    return pixels_of(base64.b64decode(address.removeprefix("data:image/png;base64,")))
+
+
+def test_rows_stand_below_each_other_and_columns_beside_each_other():
+    rows, columns = ["r1", "a rather long label", "r3"], ["c1", "c2"]
+    labels = re.findall(r'<text x="(.*?)" y="(.*?)".*?>(.*?)</text>', axes("n", rows, columns))
+    *texts, c1, c2 = ((label, float(x), float(y)) for x, y, label in labels)
+    assert [text for text, _, _ in texts[::2]] == ["r1", "r3"]
+    assert texts[1][0].endswith("…") and rows[1].startswith(texts[1][0][:-1])
+    assert texts[0][2] < texts[1][2] < texts[2][2] and len({x for _, x, _ in texts}) == 1
+    assert (c1[0], c2[0], c1[2]) == ("c1", "c2", c2[2]) and c1[1] < c2[1]
+    pixels = shades(np.array([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]]))
+    drawn = heat_map("n", pixels, rows, columns, title="t", cell=10)
+    ((width, height, address),) = re.findall(
+        r'<image.*?width="(.*?)" height="(.*?)".*?href="(.*?)"', drawn
+    )
+    assert (width, height) == ("20", "30") and np.array_equal(image_of(address), pixels)
+
+
+def test_the_legend_names_its_shades():
+    (address,) = re.findall(r'href="(.*?)"', legend())
+    values = [float(text) for text in re.findall(r"<text.*?>(.*?)</text>", legend())]
+    np.testing.assert_array_equal(image_of(address), shades(np.array([values])))
+
+
+def test_lines_join_the_words_that_look_at_each_other():
+    """The source above; the more weight, the thicker."""
+    source, target = ["one", "much longer", "x"], ["a", "bb"]
+    weights = np.array([[0.2, 0.75, 0.05], [0.0, 0.4, 0.6]])
+    drawn = alignment_lines(Alignment(source, target, weights))
+    texts = re.findall(r'<text x="(.*?)" y="(.*?)".*?>(.*?)</text>', drawn)
+    at = {word: (x, int(y)) for x, y, word in texts}
+    names = {x: word for x, _, word in texts}
+    assert len(names) == 5, "words in each other's place"
+    lines = re.findall(
+        r'<line x1="(.*?)" y1="(.*?)" x2="(.*?)" y2="(.*?)" stroke-width="(.*?)"', drawn
+    )
+    found = {(names[x], names[to]): float(width) for x, _, to, _, width in lines}
+    expected = [("one", "a"), ("much longer", "bb"), ("x", "bb"), ("much longer", "a")]
+    assert sorted(found, key=found.get) == expected
+    for _, top, _, bottom, _ in lines:
+        assert max(at[word][1] for word in source) < int(top) < int(bottom)
+        assert int(bottom) < min(at[word][1] for word in target)
+
+
+def test_numbers_stand_to_the_right_and_lines_have_their_colours():
+    assert '<td>x</td><td class="number">1</td>' in table(("a", "n"), [("x", 1)], numbers=[1])
+    written = page("t", [])
+    assert all(f"--line-{n}: {colour};" in written for n, colour in enumerate(COLOURS))
 
 
 def test_a_page_is_complete_in_itself(explanation):
@@ -217,30 +291,46 @@ def test_a_page_is_complete_in_itself(explanation):
             self.texts += (data,)
 
     reader = Reader()
-    page = inspection_page(explanation)
-    reader.feed(page)
+    # Full colour is the largest value, whatever it is.
+    encoding = 3 * explanation.positional_encoding
+    explanation = dataclasses.replace(explanation, positional_encoding=encoding)
+    written = inspection_page(explanation)
+    reader.feed(written)
     assert reader.open == ()
     assert {address[:5] for address in reader.addresses} <= {"data:", "#axes", "#enco", "#mask"}
-    assert "<script" not in page
+    assert "<script" not in written
     for hypothesis in explanation.hypotheses:
         assert hypothesis.text in reader.texts
+        numbers = hypothesis.score, hypothesis.log_prob
+        assert "".join(f'<td class="number">{number:.3f}</td>' for number in numbers) in written
+    chances = re.findall("<small>(.*?)</small>", written)
+    assert chances == [f"{chance:.2f}" for chance in np.exp(explanation.token_log_probs)]
     images = [a for a in reader.addresses if a.startswith("data:image/png;base64,")]
-    # Encoder, two of the decoder, alignment, legend and positions.
-    assert len(images) == 3 * (1 + 2 + 2) + 3
-    pixels = pixels_of(base64.b64decode(images[-1].partition(",")[2]))
-    assert pixels.shape == explanation.positional_encoding.shape
+    # Alignment, legend, encoder, two of the decoder, and positions.
+    assert len(images) == 2 + 3 * (1 + 2 + 2) + 1
+    pixels = image_of(images[-1])
+    np.testing.assert_array_equal(pixels, signed_shades(encoding / np.abs(encoding).max()))
+    masked = explanation.decoder_self_attention
+    np.testing.assert_array_equal(image_of(images[2 + 3]), shades(masked[0, 0], causal=True))
+    alignment = explanation.alignment
+    labels = alignment.target_tokens, alignment.source_tokens
+    assert axes("axes-alignment", *labels, cell=22) in written
+    notes = [
+        describe_head(map_, keys, causal=weights is masked)
+        for _, weights, _, keys in explanation.attentions()
+        for map_ in weights.reshape(-1, *weights.shape[2:])
+    ]
+    bad = re.findall('<span class="bad">(.*?)</span>', written)
+    assert 0 < len(bad) < len(notes) and bad == [note for note, failed in notes if failed]
+    assert f"<title>Masked decoder self-attention, layer 2, head 3: {notes[3 + 5][0]}<" in written
 
 
 def test_a_page_escapes_what_it_shows(explanation):
-    import dataclasses
-
-    page = inspection_page(dataclasses.replace(explanation, source="<b>&amp;"))
-    assert "&lt;b&gt;&amp;amp;" in page and "<b>" not in page
+    written = inspection_page(dataclasses.replace(explanation, source="<b>&amp;"))
+    assert "&lt;b&gt;&amp;amp;" in written and "<b>" not in written
 
 
 def test_a_page_says_which_layer_the_alignment_is_from(explanation):
-    import dataclasses
-
     names = "decoder_self_attention", "cross_attention"
     last = {name: getattr(explanation, name)[-1:] for name in names}
     alone = inspection_page(dataclasses.replace(explanation, **last))
@@ -250,7 +340,8 @@ def test_a_page_says_which_layer_the_alignment_is_from(explanation):
 
 def test_scripts_are_named():
     assert script_note("Büsche") == ""
-    assert "Hangul" in script_note("집") and "Hebrew" in script_note("בית")
+    for text, name in (("집", "Hangul"), ("בית", "Hebrew"), ("घर", "Devanagari")):
+        assert name in script_note(text)
 
 
 EVEN = np.full((4, 4), 0.25)
@@ -272,6 +363,8 @@ COLUMN = np.tile([0.0, 0.0, 0.0, 1.0], (4, 1))
         (np.ones((4, 1)), False, "one piece", False),
         (np.tile([0.9, 0.1, 0.0, 0.0], (4, 1))[:, ::-1], False, "always “d”", False),
         (np.array([[0.5, 0.5, 0.0]]), False, "about 2.0 pieces", False),
+        (np.tile([0.5, 0.3, 0.1, 0.1], (4, 1)), False, "about 3.2 pieces", False),
+        (0.7 * np.eye(4, k=-1) + 0.3 * COLUMN, False, "the one before", False),
     ],
 )
 def test_a_failing_head_is_named(weights, causal, note, failed):
@@ -280,10 +373,7 @@ def test_a_failing_head_is_named(weights, causal, note, failed):
     assert describe_head(weights, list("abcd")[: weights.shape[1]], causal=causal) == (note, failed)
 
 
-def test_pngs_name_letters_that_no_font_has(explanation, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("matplotlib")
-    import dataclasses
-
+def test_pngs_name_letters_that_no_font_has(explanation, tmp_path, capsys, monkeypatch, drawn):
     from jaxformer.pages import pictures
 
     families, missing = fonts_for("a▁é")
@@ -291,10 +381,17 @@ def test_pngs_name_letters_that_no_font_has(explanation, tmp_path, capsys, monke
     monkeypatch.setattr(pictures, "_families", lambda: ["DejaVu Sans"])
     monkeypatch.setattr(pictures, "_letters", lambda _: frozenset(map(chr, range(0x24F))))
     pieces = ["▁집", *explanation.source_tokens[1:]]
-    files = draw_explanation(dataclasses.replace(explanation, source_tokens=pieces), tmp_path)
-    assert "no installed font has" in (warning := capsys.readouterr().err) and "집" in warning
+    written = ["낱", *explanation.target_tokens[1:]]
+    changed = dataclasses.replace(explanation, source_tokens=pieces, target_tokens=written)
+    files = draw_explanation(changed, tmp_path)
+    assert "no installed font has" in (warning := capsys.readouterr().err)
+    assert "집" in warning and "낱" in warning
     assert len(files) == 5
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    *maps, (positions, _) = (drawn[file.name].axes for file in files)
+    for (image,) in (axis.images for figure in maps for axis in figure):
+        assert (image.norm.vmin, image.norm.vmax) == (0, 1)  # one scale for all
+    assert (positions.get_xlabel(), positions.get_ylabel()) == ("dimension", "position")
 
 
 def test_a_long_sentence_makes_no_larger_picture(tmp_path):
@@ -311,9 +408,10 @@ def test_pictures_name_pieces_as_they_are(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     queries, keys = ["$$", "$5-$6", r"\$_$"], ["a", "$_$"]
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        _draw_maps(tmp_path / "x.svg", np.full((1, 1, 3, 2), 0.5), queries, keys)
+        _draw_maps(tmp_path / "x.svg", np.full((2, 1, 3, 2), 0.5), queries, keys)
     texts = re.findall("<text[^>]*>(.*?)</text>", (tmp_path / "x.svg").read_text())
-    assert texts == [*keys, *queries]
+    labels = [*keys, *queries]
+    assert texts == [*labels, "layer 1, head 1", *labels, "layer 2, head 1"]
 
 
 def test_the_command(run, tmp_path, capsys, monkeypatch):
@@ -325,9 +423,30 @@ def test_the_command(run, tmp_path, capsys, monkeypatch):
     assert main([*arguments, "--beam-size=1", "--max-length-ratio=0", "--max-length-extra=1"]) == 0
     printed = capsys.readouterr()
     assert len(printed.out.split()) == 1 and "index.html; for PNGs too" in printed.err
-    page = (output / "index.html").read_text(encoding="utf-8")
-    assert re.search(rf"<h1>{LINE}</h1>", page)
+    written = (output / "index.html").read_text(encoding="utf-8")
+    assert re.search(rf"<h1>{LINE}</h1>", written)
     assert [path.name for path in output.iterdir()] == ["index.html"]
+
+
+@pytest.mark.parametrize("words", [False, True])
+def test_the_command_passes_on_what_it_is_given(explanation, tmp_path, monkeypatch, words):
+    from jaxformer.pages import pictures
+
+    asked = []
+
+    class Recorder:
+        def explain(self, line, *, seed, **options):
+            asked.append((line, seed, options["beam_size"]))
+            return explanation
+
+    monkeypatch.setattr(Translator, "load", lambda *which: asked.append(which) or Recorder())
+    monkeypatch.setattr(pictures, "can_draw", lambda: False)
+    options = "--checkpoint=best", "--seed=7", "--beam-size=3", "--sampling"
+    arguments = [*options, f"--output={tmp_path}", *["--words"] * words]
+    assert main(["inspect", "RUN", LINE, *arguments]) == 0
+    assert asked == [("RUN", "best"), (LINE, 7, 3)]
+    shown = explanation.joined() if words else explanation
+    assert (tmp_path / "index.html").read_text(encoding="utf-8") == inspection_page(shown)
 
 
 def test_one_line_says_what_is_wrong(run, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """`python -m train report`: what it says, of what it is given; how it says that something lacks."""
 
-import contextlib
 import itertools
 import json
 import re
@@ -14,7 +13,6 @@ import pytest
 
 from jaxformer.errors import UserError
 from jaxformer.pages.page import COLOURS
-from jaxformer.pages.pictures import picture
 from random_run import CONFIG, random_params
 from recorded_run import (
     COMPILE_SECONDS,
@@ -25,7 +23,7 @@ from recorded_run import (
     write_recorded_run,
 )
 from small_run import trained_run
-from train import curves, report
+from train import report
 from train.cli import main
 from train.curves import Chart, Line, png, short, svg, thin, ticks
 from train.history import PARTS, History
@@ -354,23 +352,14 @@ def test_a_single_point_and_no_point_are_drawn():
     assert "not recorded" in svg(Chart("t", [Line("a", one.steps, -one.values)], log=True))
 
 
-def test_a_picture_shows_the_same(tmp_path, monkeypatch):
+def test_a_picture_shows_the_same(tmp_path, drawn):
     """With names that matplotlib would leave out, or take for a formula."""
     matplotlib = pytest.importorskip("matplotlib")
-    figures = []
-
-    @contextlib.contextmanager
-    def kept(*arguments):
-        with picture(*arguments) as figure:
-            figures.append(figure)
-            yield figure
-
-    monkeypatch.setattr(curves, "picture", kept)
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         png(CHART, tmp_path / "x.svg")
     texts = re.findall("<text[^>]*>(.*?)</text>", (tmp_path / "x.svg").read_text())
     assert texts[-3:] == [line.label for line in CHART.lines]
-    (axis,) = figures[0].axes
+    (axis,) = drawn["x.svg"].axes
     *lines, mark = axis.lines
     assert axis.get_yscale() == "log" and set(mark.get_xdata()) == {150.0}
     assert [line.get_color() for line in lines] == [COLOURS[1], COLOURS[0], COLOURS[2]]

@@ -547,7 +547,7 @@ def test_checkpoints_by_name_and_step(run, translator):
     assert same("average") and not same(150) and not same("last")
 
 
-def test_an_ensemble_of_checkpoints_and_runs(run, translator):
+def test_an_ensemble_of_checkpoints_and_runs(run, translator, monkeypatch):
     one = jax.devices()[:1]
     alone = Translator.load(run, "average", devices=one)
     twice = Translator.load([run, run], "average", devices=one)
@@ -560,6 +560,15 @@ def test_an_ensemble_of_checkpoints_and_runs(run, translator):
     )
     mean = np.logaddexp(average.token_log_probs, last.token_log_probs) - np.log(2)
     np.testing.assert_allclose(mixed.token_log_probs, mean, rtol=1e-4)
+
+    # A page shows the same of a translation that was found, beside what the first model looked at.
+    ids = np.array([several.target_tokenizer.encode(SENTENCES[1])])
+    found = BeamResult(ids, *np.zeros((2, 1)), np.array([ids.size]))
+    monkeypatch.setattr(Translator, "_search", lambda *_: [found])
+    size = several.config.max_length
+    monkeypatch.setattr(module, "attention_maps", lambda *_: np.zeros((3, 1, 1, 1, size, size)))
+    explained = several.explain(SENTENCES[0])
+    np.testing.assert_allclose(explained.token_log_probs, mixed.token_log_probs, rtol=1e-4)
 
 
 def test_an_ensemble_needs_one_vocabulary(run, tmp_path):

@@ -236,6 +236,7 @@ def test_rows_stand_below_each_other_and_columns_beside_each_other():
         r'<image.*?width="(.*?)" height="(.*?)".*?href="(.*?)"', drawn
     )
     assert (width, height) == ("20", "30") and np.array_equal(image_of(address), pixels)
+    assert 'aria-label="t"' in drawn
 
 
 def test_the_legend_names_its_shades():

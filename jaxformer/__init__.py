@@ -21,7 +21,8 @@ from jaxformer.embedding import Embedding
 from jaxformer.encoder import Encoder, EncoderLayer
 from jaxformer.errors import UserError
 from jaxformer.feed_forward import FeedForward
-from jaxformer.generation import GenerationConfig, generate
+from jaxformer.generation import generate
+from jaxformer.generation_config import GenerationConfig
 from jaxformer.generator import Generator
 from jaxformer.linear import Linear
 from jaxformer.losses import LossSums, cross_entropy, cross_entropy_sums

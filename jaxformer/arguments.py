@@ -5,7 +5,7 @@ import dataclasses
 from typing import Any, get_args
 
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig, PenaltyForm
+from jaxformer.generation_config import GenerationConfig, PenaltyForm
 
 # Fields of `GenerationConfig`, but for `n_best`, in the words of the command line.
 _SEARCH = {

@@ -14,7 +14,8 @@ from jaxtyping import Array
 from jaxformer.batching import batches, in_windows, pad
 from jaxformer.config import BOS_ID, EOS_ID, Precision, TransformerConfig
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig, fewest_positions, max_target_length
+from jaxformer.generation import fewest_positions, max_target_length
+from jaxformer.generation_config import GenerationConfig
 from jaxformer.generator import Generator
 from jaxformer.loading import Checkpoints, Member, Runs, load_members
 from jaxformer.long_lines import Part, join, parts_of

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "cache compilation constraints errors fingerprint matrices results sharding",
     "config dropout files ids quantization schedules search terminal",
-    "linear",
+    "generation_config linear",
     "batching beam embedding feed_forward losses masks positions residual sampling tokenizer",
     "decoding flash run_directory",
     "attention",
@@ -29,7 +29,8 @@ LAYERS = [
     "ensemble",
     "scoring",
     "generation",
-    "arguments generator loading long_lines",
+    "arguments continuous_batching loading long_lines",
+    "generator",
     "translator",
     "__init__ interop pages",
     "convert",

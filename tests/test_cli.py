@@ -243,7 +243,9 @@ def test_programs_are_kept_for_the_next_process(tmp_path):
             capture_output=True,
         )
         # Not those that compile too quickly to be worth it.
-        files.append({path.name for path in (tmp_path / "jaxformer").glob("*_search*-cache")})
+        files.append(
+            {path.name for path in (tmp_path / "jaxformer").glob("*search_continuously*-cache")}
+        )
     assert files[0] and files[1] == files[0]
 
 

@@ -14,7 +14,7 @@ import sentencepiece
 
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig
+from jaxformer.generation_config import GenerationConfig
 from jaxformer.interop.ctranslate2 import _set_embedding, to_ctranslate2
 from jaxformer.run_directory import save_params
 from jaxformer.transformer import Transformer

@@ -18,14 +18,8 @@ from jaxformer.decoder import DecoderLayer
 from jaxformer.decoding import beam_search, sample
 from jaxformer.errors import UserError
 from jaxformer.feed_forward import FeedForward
-from jaxformer.generation import (
-    GenerationConfig,
-    Limits,
-    generate,
-    make_method,
-    prepare,
-    start_search,
-)
+from jaxformer.generation import Limits, generate, make_method, prepare, start_search
+from jaxformer.generation_config import GenerationConfig
 from jaxformer.generator import Generator
 from jaxformer.scoring import attention_alignment, attention_maps, token_log_probs
 from jaxformer.transformer import Transformer

@@ -11,7 +11,8 @@ import pytest
 import jaxformer.generator as module
 from jaxformer.config import EOS_ID
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig, generate
+from jaxformer.generation import generate
+from jaxformer.generation_config import GenerationConfig
 from jaxformer.generator import Generator
 from jaxformer.quantization import quantize
 from random_run import SEPARATE as CONFIG
@@ -68,13 +69,13 @@ LONG = {"max_length_ratio": 2.0, "max_length_extra": 1, "min_length_ratio": 1.6}
 @pytest.fixture
 def shapes(monkeypatch):
     """Rows a device, length, room and slots of searches, with two sentences for each row."""
-    shapes, search = [], module._search
+    shapes, search = [], module.search_continuously
 
     def spy(*args):
         shapes.append(tuple(args[1])[:4])
         return search(*args)
 
-    monkeypatch.setattr(module, "_search", spy)
+    monkeypatch.setattr(module, "search_continuously", spy)
     monkeypatch.setattr(module, "_SENTENCES_PER_ROW", 2)
     return shapes
 
@@ -190,14 +191,14 @@ def test_other_numbers_compile_nothing(every):
 def test_two_searches_at_once_are_one(monkeypatch):
     generator = make_generator()
     threads = set()
-    search = module._search
+    search = module.search_continuously
 
     def spy(*args):
         threads.add(threading.get_ident())
         time.sleep(0.1)  # the other thread's turn
         return search(*args)
 
-    monkeypatch.setattr(module, "_search", spy)
+    monkeypatch.setattr(module, "search_continuously", spy)
     at_once = generator.sentences(SOURCES, OPTIONS, batch_tokens=256)
     assert len(threads) == 2
     monkeypatch.setattr(generator, "_at_once", 1)

@@ -13,7 +13,8 @@ from jaxformer.decoding import beam_search
 from jaxformer.dropout import dropout
 from jaxformer.embedding import Embedding
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig, generate
+from jaxformer.generation import generate
+from jaxformer.generation_config import GenerationConfig
 from jaxformer.generator import Generator
 from jaxformer.ids import as_ids
 from jaxformer.linear import Linear

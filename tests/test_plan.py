@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig
+from jaxformer.generation_config import GenerationConfig
 from jaxformer.pages.pictures import picture
 from small_run import change, small_config
 from train.cli import main

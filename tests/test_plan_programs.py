@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxformer.config import TransformerConfig
-from jaxformer.generation import GenerationConfig
+from jaxformer.generation_config import GenerationConfig
 from jaxformer.transformer import Transformer
 from packed_rows import BATCH, KEY, SOURCE, SPLITTABLE, TARGET
 from train.config import DataConfig, ParallelConfig, TrainConfig

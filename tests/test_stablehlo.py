@@ -15,7 +15,8 @@ import pytest
 
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig, generate
+from jaxformer.generation import generate
+from jaxformer.generation_config import GenerationConfig
 from jaxformer.interop import stablehlo
 from jaxformer.interop.stablehlo import export_programs, to_stablehlo
 from jaxformer.run_directory import save_params

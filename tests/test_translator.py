@@ -16,7 +16,7 @@ import pytest
 import jaxformer.translator as module
 from jaxformer import loading
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig
+from jaxformer.generation_config import GenerationConfig
 from jaxformer.long_lines import cut
 from jaxformer.search import BeamResult
 from jaxformer.tokenizer import VocabularyTokenizer

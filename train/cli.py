@@ -19,7 +19,7 @@ from jaxformer.compilation import keep_compiled_programs
 from jaxformer.config import Precision
 from jaxformer.errors import UserError, memory_errors
 from jaxformer.files import check_writable, write_lines
-from jaxformer.generation import PenaltyForm
+from jaxformer.generation_config import PenaltyForm
 from jaxformer.terminal import begin_program, check_open, drop_output
 from train.arguments import config_names, load_config, override, refuse
 from train.benchmark.command import add_benchmark

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from jaxformer.config import TransformerConfig, check_fields
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig, PenaltyForm
+from jaxformer.generation_config import GenerationConfig, PenaltyForm
 from jaxformer.run_directory import CONFIG_FILE, read_config
 
 

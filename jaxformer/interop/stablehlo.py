@@ -62,7 +62,8 @@ from jax import export
 
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID, UNK_ID, TransformerConfig
 from jaxformer.errors import UserError
-from jaxformer.generation import GenerationConfig, generate
+from jaxformer.generation import generate
+from jaxformer.generation_config import GenerationConfig
 from jaxformer.interop.directory import check_free, new_directory
 from jaxformer.run_directory import save_tokenizers
 from jaxformer.transformer import Transformer

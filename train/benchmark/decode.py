@@ -34,7 +34,7 @@ from jaxformer.config import (
 )
 from jaxformer.errors import UserError
 from jaxformer.files import check_writable
-from jaxformer.generation import GenerationConfig
+from jaxformer.generation_config import GenerationConfig
 from jaxformer.run_directory import save_params, save_tokenizers, write_config
 from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import Transformer

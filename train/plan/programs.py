@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer.errors import UserError, one_line
-from jaxformer.generation import GenerationConfig, generate
+from jaxformer.generation import generate
+from jaxformer.generation_config import GenerationConfig
 from jaxformer.transformer import Transformer, parameter_shapes
 from train.config import TrainConfig
 from train.costs.hlo import Program

@@ -1,0 +1,120 @@
+"""How to search for a translation: the options of a search, checked."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from jaxformer.config import check_fields
+from jaxformer.errors import UserError
+
+PenaltyForm = Literal["gnmt", "power"]
+
+# Of anything that arrays grow with: more is a slip, and XLA would not end in an exception.
+_MOST = 100_000
+# A power of the length: with more, scores of hundreds of tokens are beyond float32, all of them 0.
+_MOST_PENALTY = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """How to search for a translation.
+
+    Lengths count target tokens and S source tokens, both including eos.
+
+    Attributes:
+      beam_size: K, hypotheses kept at each step; 1 is greedy search.
+      n_best: N, hypotheses returned, by default all K. The search ends as soon as these are sure.
+        With `sampling`, how many are drawn, by default K.
+      length_penalty: alpha; higher favours longer translations.
+      length_penalty_form: "gnmt", ((5 + length) / 6)^alpha (§6.1), or "power", length^alpha.
+      coverage_penalty: beta of Wu et al. (2016), eq. 14: how much a source token costs that the
+        last decoder layer has hardly attended to.
+      early_stopping: a sentence ends with its K-th finished hypothesis, as in other toolkits,
+        instead of when no live one can be better.
+      max_length_ratio, max_length_extra: a and b, hypotheses have at most a · S + b tokens; §6.1
+        has 1 and 50.
+      min_length_ratio, min_length_extra: likewise, at least, but never more than the most.
+      no_repeat_ngram_size: n-grams of this many tokens occur once in a hypothesis; 0 is no limit.
+      sampling: draw each token instead of searching for the best.
+      temperature, top_k, top_p: as for `Sampling`.
+
+    Raises:
+      UserError: a value is impossible; the message names the field, the value and the fix.
+    """
+
+    beam_size: int = 4
+    n_best: int | None = None
+    length_penalty: float = 0.6
+    length_penalty_form: PenaltyForm = "gnmt"
+    coverage_penalty: float = 0.0
+    early_stopping: bool = False
+    max_length_ratio: float = 1.0
+    max_length_extra: int = 50
+    min_length_ratio: float = 0.0
+    min_length_extra: int = 0
+    no_repeat_ngram_size: int = 0
+    sampling: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        at_least = {
+            "beam_size": 1,
+            "n_best": 1,
+            "length_penalty": 0,
+            "coverage_penalty": 0,
+            "max_length_ratio": 0,
+            "max_length_extra": 0,
+            "min_length_ratio": 0,
+            "min_length_extra": 0,
+            "no_repeat_ngram_size": 0,
+            "top_k": 1,
+        }
+        for name, minimum in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= minimum:
+                raise UserError(f"{name} is {value}: give at least {minimum}")
+            most = _MOST_PENALTY if name == "length_penalty" else _MOST
+            if value is not None and name != "top_k" and value > most:
+                raise UserError(f"{name} is {value}: give at most {most:,}")
+        if not self.sampling and self.n_best is not None and self.n_best > self.beam_size:
+            raise UserError(
+                f"n_best is {self.n_best}: give 1 to {self.beam_size}, as many as there are beams"
+            )
+        if self.temperature != 0 and not 1e-30 <= self.temperature <= 1e30:  # by float32
+            raise UserError(f"temperature is {self.temperature}: give 0, or 1e-30 to 1e30")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}: give more than 0, at most 1")
+        if self.sampling:
+            idle = ["length_penalty", "length_penalty_form", "coverage_penalty", "early_stopping"]
+            why = "with sampling"
+        else:
+            idle, why = ["temperature", "top_k", "top_p"], "without sampling: set sampling too"
+        for name in idle:
+            if (value := getattr(self, name)) != getattr(GenerationConfig, name):
+                raise UserError(f"{name} is {value}: it has no effect {why}")
+
+    @property
+    def num_beams(self) -> int:
+        """How many hypotheses a step goes on with."""
+        return self.n_best or self.beam_size if self.sampling else self.beam_size
+
+    def max_length(self, source_length: int) -> int:
+        """T: the most tokens a hypothesis of a source of this many tokens can have."""
+        return math.floor(self.max_length_ratio * source_length) + self.max_length_extra
+
+    def min_length(self, source_length: int) -> int:
+        """The fewest tokens that a hypothesis of it can have, if T are not fewer."""
+        return math.floor(self.min_length_ratio * source_length) + self.min_length_extra
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "GenerationConfig":
+        """Make it of keyword arguments; raises `UserError` for one that is unknown."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise UserError(f"there is no option {name!r}: choose one of {', '.join(known)}")
+        return cls(**options)

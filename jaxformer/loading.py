@@ -7,17 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxformer.checkpoints import check_same_arrays, describe_arrays, find_checkpoint, load_params
 from jaxformer.config import Precision, TransformerConfig, check_choice
 from jaxformer.errors import UserError
 from jaxformer.quantization import quantize
-from jaxformer.run_directory import (
-    check_same_arrays,
-    describe_arrays,
-    find_checkpoint,
-    load_params,
-    load_tokenizers,
-    read_model_config,
-)
+from jaxformer.run_directory import load_tokenizers, read_model_config
 from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import parameter_shapes
 

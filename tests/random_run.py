@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import sentencepiece
 
+from jaxformer.checkpoints import save_params
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID, UNK_ID, TransformerConfig
-from jaxformer.run_directory import save_params, save_tokenizers, write_config
+from jaxformer.run_directory import save_tokenizers, write_config
 from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import Transformer
 from small_run import sentence_pairs

@@ -22,7 +22,7 @@ LAYERS = [
     "generation_config linear",
     "batching beam embedding feed_forward losses masks positions residual sampling tokenizer",
     "decoding flash run_directory",
-    "attention",
+    "attention checkpoints",
     "stack",
     "decoder encoder",
     "transformer",

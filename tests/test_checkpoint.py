@@ -16,21 +16,18 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from damage import flip_a_bit, leave_out, swap, truncate
-from jaxformer import run_directory
-from jaxformer.config import PRESETS
-from jaxformer.errors import UserError
-from jaxformer.run_directory import (
+from jaxformer import checkpoints, run_directory
+from jaxformer.checkpoints import (
     best_step,
     checkpoint_steps,
     evaluations,
     find_checkpoint,
     load_params,
-    load_tokenizers,
-    read_config,
-    read_model_config,
     save_params,
-    write_config,
 )
+from jaxformer.config import PRESETS
+from jaxformer.errors import UserError
+from jaxformer.run_directory import load_tokenizers, read_config, read_model_config, write_config
 from jaxformer.tokenizer import Tokenizer
 from train.checkpoint import Checkpoints
 from train.lock import only_trainer
@@ -427,7 +424,7 @@ def test_names_with_which_checkpoints_could_not_be_read(tmp_path, monkeypatch, n
 
 def test_what_training_removes_while_it_is_read_is_read_from_the_newer_one(tmp_path, monkeypatch):
     save_params(tmp_path, 1, {"a": np.ones(2)})
-    read = run_directory.read_arrays
+    read = checkpoints.read_arrays
 
     def too_late(path):
         if path.parent.name == "1":
@@ -435,7 +432,7 @@ def test_what_training_removes_while_it_is_read_is_read_from_the_newer_one(tmp_p
             shutil.rmtree(path.parent)
         return read(path)
 
-    monkeypatch.setattr(run_directory, "read_arrays", too_late)
+    monkeypatch.setattr(checkpoints, "read_arrays", too_late)
     np.testing.assert_array_equal(load_params(tmp_path, "last")["a"], [0, 0])
     with pytest.raises(UserError, match="has no checkpoint 1: choose"):
         load_params(tmp_path, 1)
@@ -474,7 +471,7 @@ def test_params_are_read_alone_on_another_machine_and_in_silence(tmp_path):
     shutil.rmtree(tmp_path / "here/checkpoints/1/optimizer")
     program = f"""
 import jax, numpy
-from jaxformer.run_directory import load_params
+from jaxformer.checkpoints import load_params
 params = load_params({str(tmp_path / "here")!r})
 assert jax.device_count() == 1
 print(*(type(x) is numpy.ndarray for x in jax.tree.leaves(params)))

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from jaxformer.checkpoints import save_params
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
 from jaxformer.errors import UserError
 from jaxformer.generation_config import GenerationConfig
 from jaxformer.interop.ctranslate2 import _set_embedding, to_ctranslate2
-from jaxformer.run_directory import save_params
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from random_run import CONFIG, SENTENCES, write_random_run

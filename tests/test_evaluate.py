@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxformer.checkpoints import load_params
 from jaxformer.errors import UserError
 from jaxformer.files import write_lines
-from jaxformer.run_directory import load_params
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from small_run import LEXICON, small_config, trained_run

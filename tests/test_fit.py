@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxformer.checkpoints import checkpoint_steps, evaluations, find_checkpoint, load_params
 from jaxformer.errors import UserError
-from jaxformer.run_directory import checkpoint_steps, evaluations, find_checkpoint, load_params
 from jaxformer.translator import Translator
 from small_run import change, small_config, write_corpus
 from train.benchmark.compiles import count_compiles

@@ -15,16 +15,15 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from jaxformer.checkpoints import load_params, save_params
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID, TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.interop.ctranslate2 import to_ctranslate2
 from jaxformer.interop.marian import from_marian, to_marian
 from jaxformer.interop.marian_config import complete_settings
 from jaxformer.run_directory import (
-    load_params,
     load_tokenizers,
     read_model_config,
-    save_params,
     save_tokenizers,
     write_config,
 )

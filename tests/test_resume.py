@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from damage import flip_a_bit
-from jaxformer.run_directory import checkpoint_steps, load_params
+from jaxformer.checkpoints import checkpoint_steps, load_params
 from small_run import change, small_config, write_corpus
 from train.log import Log
 from train.loop import fit

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxformer.checkpoints import save_params
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
 from jaxformer.errors import UserError
 from jaxformer.generation import generate
 from jaxformer.generation_config import GenerationConfig
 from jaxformer.interop import stablehlo
 from jaxformer.interop.stablehlo import export_programs, to_stablehlo
-from jaxformer.run_directory import save_params
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from random_run import CONFIG, SENTENCES, random_params, write_random_run

@@ -16,8 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from jaxformer.errors import UserError, reason
-from jaxformer.run_directory import (
+from jaxformer.checkpoints import (
     AVERAGE,
     CHECKPOINTS_DIR,
     INFO,
@@ -31,6 +30,7 @@ from jaxformer.run_directory import (
     is_intact,
     load_params,
 )
+from jaxformer.errors import UserError, reason
 from train.checkpoint_items import (
     DamagedCheckpoint,
     fingerprints,

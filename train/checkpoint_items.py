@@ -9,9 +9,9 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
+from jaxformer.checkpoints import OPTIMIZER, PARAMS, describe_arrays
 from jaxformer.errors import UserError, reason
 from jaxformer.fingerprint import fingerprint
-from jaxformer.run_directory import OPTIMIZER, PARAMS, describe_arrays
 
 
 class DamagedCheckpoint(UserError):
@@ -24,7 +24,7 @@ def split(state: Any) -> dict[str, Any]:
 
 
 def fingerprints(items: Mapping[str, Any]) -> dict[str, int]:
-    """Return what `jaxformer.run_directory.is_intact` compares with."""
+    """Return what `jaxformer.checkpoints.is_intact` compares with."""
     return {name: fingerprint(tree) for name, tree in items.items()}
 
 

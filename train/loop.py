@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxformer.checkpoints import find_checkpoint, load_params
 from jaxformer.errors import UserError, memory_errors
-from jaxformer.run_directory import find_checkpoint, load_params
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from train.checkpoint import Checkpoints

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from jaxformer.checkpoints import checkpoint_steps
 from jaxformer.errors import UserError
 from jaxformer.run_directory import (
     SOURCE_TOKENIZER_FILE,
     TARGET_TOKENIZER_FILE,
     TOKENIZER_FILE,
-    checkpoint_steps,
     load_tokenizers,
     write_config,
 )

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import jax
 
+from jaxformer.checkpoints import checkpoint_steps
 from jaxformer.errors import UserError, reason
 from jaxformer.files import write_text
-from jaxformer.run_directory import CONFIG_FILE, checkpoint_steps, read_config
+from jaxformer.run_directory import CONFIG_FILE, read_config
 from train.config import TrainConfig, flatten, read_train_config
 from train.data.corpus import EncodedCorpus
 

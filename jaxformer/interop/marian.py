@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxformer.checkpoints import save_params
 from jaxformer.config import BOS_ID, PAD_ID
 from jaxformer.errors import UserError, one_line
 from jaxformer.interop.directory import check_free, new_directory
@@ -53,7 +54,6 @@ from jaxformer.run_directory import (
     load_tokenizers,
     read_config,
     read_model_config,
-    save_params,
     save_tokenizers,
     write_config,
 )

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxformer.checkpoints import save_params
 from jaxformer.config import (
     BOS_ID,
     EOS_ID,
@@ -35,7 +36,7 @@ from jaxformer.config import (
 from jaxformer.errors import UserError
 from jaxformer.files import check_writable
 from jaxformer.generation_config import GenerationConfig
-from jaxformer.run_directory import save_params, save_tokenizers, write_config
+from jaxformer.run_directory import save_tokenizers, write_config
 from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator

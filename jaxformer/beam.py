@@ -105,20 +105,20 @@ class BeamSearch:
     others live on, so eos never narrows the beam. With `beam_size` 1 a step looks at the best one
     only, which makes it greedy search. Ties go to the lower beam, then to the lower token id.
 
-    A sentence is done at its length limit, or as soon as no live beam can enter its N best finished
+    A sentence is done at its length limit, or as soon as no live beam can enter its M best finished
     ones: log-probabilities only fall, so the best score in reach of a beam is its log-probability
     now over the penalty at the sentence's limit. With `early_stopping` it is also done when K
     hypotheses have finished, and only an eos among the best K of a step finishes one, as in
     fairseq, CTranslate2 and Hugging Face's `early_stopping=True`: fewer steps, no guarantee.
 
     Finished hypotheses rank before unfinished ones; live beams cut off at the limit, scored like
-    the rest, only fill up the N when too few finished.
+    the rest, only fill up the M when too few finished.
 
     To `jax.jit` it is a pytree, of the numbers in `length_penalty` and `bonus` if these are.
 
     Attributes:
       beam_size: K.
-      n_best: N, how many are returned, the same as of more, in fewer steps; None is all K.
+      n_best: M, how many are returned, the same as of more, in fewer steps; None is all K.
       length_penalty: float32 lengths -> divisors, positive from length 1 on, that never fall.
       early_stopping: see above.
       no_repeat_ngram_size: n-grams of this many tokens occur once in a hypothesis; 0 is no limit.
@@ -252,13 +252,13 @@ def best_extensions(
     logits: Float[Array, "B K V"],
     normalizer: Float[Array, "B K 1"],
     count: int,
-) -> tuple[Float[Array, "B M"], Int[Array, "B M"], Int[Array, "B M"]]:
+) -> tuple[Float[Array, "B C"], Int[Array, "B C"], Int[Array, "B C"]]:
     """The best one-token extensions of all beams of each sentence.
 
     Args:
       log_probs: of the beams, float32.
       logits, normalizer: of the next token, whose log-probabilities are their difference.
-      count: M, how many, or all K · V if they are fewer.
+      count: C, how many, or all K · V if they are fewer.
 
     Returns:
       Log-probabilities, beams and tokens of the extensions, best first; of equal ones the lower
@@ -291,7 +291,7 @@ def _best(hypotheses: BeamResult, count: int, *, by: str) -> tuple[BeamResult, A
 
 
 def _only(hypotheses: BeamResult, mask: Array) -> BeamResult:
-    """Hypotheses outside the mask [B, N] become impossible."""
+    """Hypotheses outside the mask [B, M] become impossible."""
     return hypotheses._replace(
         scores=jnp.where(mask, hypotheses.scores, -jnp.inf),
         log_probs=jnp.where(mask, hypotheses.log_probs, -jnp.inf),

@@ -80,7 +80,7 @@ def generate(
       UserError: the arrays are not of these shapes, or `options.sampling` without keys.
 
     Returns:
-      N hypotheses a sentence. Neither pad nor bos is ever generated. A sentence's result does not
+      M hypotheses a sentence. Neither pad nor bos is ever generated. A sentence's result does not
       depend, to the last bit, on the others in the batch nor on its row.
     """
     models, params = ensemble(models, params)

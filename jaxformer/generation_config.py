@@ -24,7 +24,7 @@ class GenerationConfig:
 
     Attributes:
       beam_size: K, hypotheses kept at each step; 1 is greedy search.
-      n_best: N, hypotheses returned, by default all K. The search ends as soon as these are sure.
+      n_best: M, hypotheses returned, by default all K. The search ends as soon as these are sure.
         With `sampling`, how many are drawn, by default K.
       length_penalty: alpha; higher favours longer translations.
       length_penalty_form: "gnmt", ((5 + length) / 6)^alpha (§6.1), or "power", length^alpha.

@@ -105,7 +105,7 @@ class Generator:
             compile.
 
         Returns:
-          For each sentence numpy arrays [N, T], or [N]. T depends on its length.
+          For each sentence numpy arrays [M, T], or [M]. T depends on its length.
 
         Raises:
           UserError: prefixes or keys are not as many as sentences, the keys are of another kind

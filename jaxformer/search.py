@@ -15,16 +15,16 @@ StepFn = Callable[[Int[Array, "B K"], State], tuple[Float[Array, "B K V"], State
 
 
 class BeamResult(NamedTuple):
-    """N hypotheses for each of B sentences.
+    """M hypotheses for each of B sentences.
 
-    A slot for which no hypothesis exists (there are fewer than N of non-zero probability) has
+    A slot for which no hypothesis exists (there are fewer than M of non-zero probability) has
     scores and log_probs -inf, length 0 and nothing but padding.
     """
 
-    sequences: Int[Array, "B N T"]  # without bos; eos last if finished, then padding
-    scores: Float[Array, "B N"]  # log_probs / length penalty + bonus, float32
-    log_probs: Float[Array, "B N"]  # summed over the tokens with eos, natural logarithm, float32
-    lengths: Int[Array, "B N"]  # tokens, eos counted
+    sequences: Int[Array, "B M T"]  # without bos; eos last if finished, then padding
+    scores: Float[Array, "B M"]  # log_probs / length penalty + bonus, float32
+    log_probs: Float[Array, "B M"]  # summed over the tokens with eos, natural logarithm, float32
+    lengths: Int[Array, "B M"]  # tokens, eos counted
 
 
 class Request(NamedTuple):
@@ -132,7 +132,7 @@ def best_of_chunks(
     chunks: Float[Array, "R C c"],
     maxima: Float[Array, "R C"],
     k: int,
-    score: Callable[[Float[Array, "R N c"], Int[Array, "R N"]], Float[Array, "R N c"]] = (
+    score: Callable[[Float[Array, "R k c"], Int[Array, "R k"]], Float[Array, "R k c"]] = (
         lambda values, _: values
     ),
 ) -> tuple[Float[Array, "R k"], Int[Array, "R k"], Int[Array, "R k"]]:
@@ -183,7 +183,7 @@ def log_normalizer(logits: Float[Array, "B K V"]) -> Float[Array, "B K 1"]:
 
 
 def take(leaf: Array, index: Array) -> Array:
-    """leaf[b, index[b, k]] for each b and k: leaf [B, N, …], index [B, K] -> [B, K, …]."""
+    """leaf[b, index[b, k]] for each b and k: leaf [B, J, …], index [B, K] -> [B, K, …]."""
     return jax.vmap(lambda row, i: row[i])(leaf, index)
 
 

@@ -4,7 +4,7 @@
 
 The directory holds
 
-- `beam_search.bin` and `greedy_search.bin`: source_ids [B, S] -> sequences [B, N, T], N the
+- `beam_search.bin` and `greedy_search.bin`: source_ids [B, S] -> sequences [B, M, T], M the
   `n_best` or K, and scores;
 - `encode.bin`, then `decode_step.bin` token by token: the same in steps, for a search of one's own;
 - `params.npz`, the parameters, their first argument; the others are passed by name;

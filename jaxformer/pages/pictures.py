@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxformer.errors import UserError
-from jaxformer.files import check_writable
+from jaxformer.files import check_writable, writing
 from jaxformer.results import Explanation
 
 # Inches of a side: 8,000 pixels, which every viewer can show.
@@ -59,12 +59,9 @@ def picture(path: Path, width: float, height: float, text: str = "") -> Iterator
     with rc_context({"font.family": fonts_for(text)[0], "font.size": 8}):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=110)
-        except OSError as error:
-            reason = error.strerror
-            raise UserError(f"cannot write {path}: {reason}; choose another place") from error
 
 
 def fonts_for(text: str) -> tuple[list[str], str]:

@@ -5,6 +5,7 @@ import shutil
 import time
 from types import SimpleNamespace
 
+import datasets
 import jax
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from jaxformer.checkpoints import checkpoint_steps, evaluations, find_checkpoint
 from jaxformer.errors import UserError
 from jaxformer.translator import Translator
 from small_run import change, small_config, write_corpus
+from train import loop
 from train.benchmark.compiles import count_compiles
 from train.config import read_train_config
 from train.lock import only_trainer
@@ -221,6 +223,26 @@ def test_missing_data_leaves_no_directory_behind(folder):
     with pytest.raises(UserError, match=r"no file .*trian"):
         fit(small_config(folder, run=str(folder / "none"), data__train=("trian",)))
     assert not (folder / "none").exists()
+
+
+def test_long_sentences_are_told_once_an_evaluation(folder, monkeypatch, capsys):
+    def make_translate(*_, beam_size):
+        def translate(lines, warn):
+            for number in (2, 3):
+                warn(f"line {number} has too many pieces")
+            return lines
+
+        return translate
+
+    monkeypatch.setattr(loop, "Translator", lambda *_: None)
+    monkeypatch.setattr(loop, "make_translate", make_translate)
+    pairs = {"source": ["a", "b c d"], "target": ["a", "b"]}
+    pairs = {name: datasets.Dataset.from_dict(pairs) for name in ("validation", "test")}
+    data = SimpleNamespace(pairs=pairs, source_tokenizer=None, target_tokenizer=None)
+    scored = loop._evaluate(small_config(folder), data, {}, list(pairs), beam_size=1)
+    assert [quality.exact_match for quality, _ in scored.values()] == [0.5, 0.5]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: 2 of the 4 sentences of validation and test are longer")
 
 
 def test_a_run_directory_that_cannot_be_written(folder):

@@ -1,5 +1,6 @@
 """The story of a run: build, restore, step, report, evaluate, save; in the end average and test."""
 
+import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -239,7 +240,14 @@ def _evaluate(
     translate = make_translate(translator, config.evaluate, beam_size=beam_size)
     # All at once: the longest sentence of them all decides on the programs.
     lines = [line for split in splits for line in data.pairs[split]["source"][:]]
-    translations = iter(translate(lines))
+    in_parts: list[str] = []
+    translations = iter(translate(lines, warn=in_parts.append))
+    if in_parts and jax.process_index() == 0:  # of all splits together no line has its number
+        print(
+            f"warning: {len(in_parts)} of the {len(lines)} sentences of {' and '.join(splits)} are "
+            "longer than the model takes at once, and translated in parts: raise model.max_length",
+            file=sys.stderr,
+        )
     scored = {}
     for split in splits:
         references = data.pairs[split]["target"][:]

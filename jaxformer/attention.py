@@ -25,10 +25,14 @@ def attention_weights(
     """
     batch_size, length, num_heads, _ = query.shape
     mask = dense_mask(mask, (batch_size, num_heads, length, key.shape[1]))
+    scale = query.shape[-1] ** -0.5
+    if whole := query.dtype == jnp.float32:
+        query = query * scale
     # Heads first, or einsum would pick an order of operands that XLA multiplies slowly on CPU.
-    query = jnp.swapaxes(query * query.shape[-1] ** -0.5, 1, 2)
-    key = jnp.swapaxes(key, 1, 2)
+    query, key = jnp.swapaxes(query, 1, 2), jnp.swapaxes(key, 1, 2)
     scores = jnp.einsum("BNTH,BNSH->BNTS", query, key, preferred_element_type=jnp.float32)
+    if not whole:  # a query of few bits would be rounded once more
+        scores = scores * scale
     if mask is None or 0 in key.shape:
         return jax.nn.softmax(scores, axis=-1)
     scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxformer.arguments import add_search, generation_options
 from jaxformer.errors import UserError
-from jaxformer.terminal import signals_as_exit
+from jaxformer.terminal import as_argument, signals_as_exit
 
 # What --to can name, each with the options that it takes beside those of the search.
 _CONVERT_OPTIONS = {
@@ -67,7 +67,11 @@ def add_convert(commands: Any) -> None:
     stablehlo = convert.add_argument_group("with --to stablehlo")
     for flag, explanation in (
         ("--batch-size", "sentences at once (default: open)"),
-        ("--source-length", "source pieces, eos and padding included (default: 128)"),
+        (
+            "--source-length",
+            "source pieces, eos and padding included (default: 128, or the model's max_length if "
+            "that is less)",
+        ),
     ):
         stablehlo.add_argument(flag, type=int, metavar="N", help=explanation)
     add_search(stablehlo)
@@ -104,7 +108,7 @@ def _convert(options: argparse.Namespace) -> None:
                 from jaxformer.interop.marian import from_marian
 
                 from_marian(source, destination)
-                use = f"jaxformer translate {destination}"
+                use = f"jaxformer translate {as_argument(destination)}"
             case "marian":
                 from jaxformer.interop.marian import to_marian
 

@@ -152,13 +152,14 @@ def _chunk_losses(hidden, embedding, mean, labels, label_smoothing):
     label_logit = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     real = labels != PAD_ID
     nll = log_normalizer[..., 0] - label_logit
-    # -Σ_v (ε/V) log p_v, the smoothed share of the loss, needs only the mean logit (no product:
-    # TPUs round the factors of those to bfloat16).
-    uniform = log_normalizer[..., 0] - jnp.sum(
-        hidden.astype(jnp.float32) * mean[None, None], axis=-1
-    )
-    nll = jnp.where(real, nll, 0.0)
-    loss = (1.0 - label_smoothing) * nll + label_smoothing * jnp.where(real, uniform, 0.0)
+    loss = nll = jnp.where(real, nll, 0.0)
+    if label_smoothing:  # or what is impossible would make 0 · inf of it
+        # -Σ_v (ε/V) log p_v, the smoothed share of the loss, needs only the mean logit (no product:
+        # TPUs round the factors of those to bfloat16).
+        uniform = log_normalizer[..., 0] - jnp.sum(
+            hidden.astype(jnp.float32) * mean[None, None], axis=-1
+        )
+        loss = (1.0 - label_smoothing) * nll + label_smoothing * jnp.where(real, uniform, 0.0)
     return logits, log_normalizer, is_label, jnp.sum(loss), jnp.sum(nll)
 
 

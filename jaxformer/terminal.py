@@ -4,10 +4,12 @@ import argparse
 import contextlib
 import io
 import os
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -71,6 +73,12 @@ def drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def as_argument(path: str | Path) -> str:
+    """A path as it is given to a command in a shell."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
 def write_line(text: str) -> None:
     """Write a line to standard output, at once and whole: Ctrl-C waits until it is out."""
     try:
@@ -115,15 +123,19 @@ class Progress:
         now = time.monotonic()
         if self._live and now - self._shown > 0.5:
             self._shown = now
-            self._file.write(f"\r{self._summary(now)}\x1b[K")
-            self._file.flush()
+            self._write(f"\r{self._summary(now)}\x1b[K")
 
     def close(self) -> None:
         """Say the sums."""
         if not self._quiet:
             start = "\r" if self._live else ""
             end = "\x1b[K" if self._live else ""
-            self._file.write(f"{start}{self._summary(time.monotonic())}{end}\n")
+            self._write(f"{start}{self._summary(time.monotonic())}{end}\n")
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # it is no part of the result
+            self._file.write(text)
+            self._file.flush()
 
     def _summary(self, now: float) -> str:
         seconds = max(now - self._began, 1e-9)

@@ -182,7 +182,9 @@ class Transformer(nn.Module):
         if self.config.output_bias:
             # h · e + b = [h, 1, 1] · [e, b, rest], as bfloat16 has but a part of b.
             bias = self.output_bias[:, None]
-            rounded = bias.astype(hidden.dtype).astype(bias.dtype)
+            # Of -inf, a token that is never said, the greatest part there is: -inf less that is it.
+            most = float(jnp.finfo(hidden.dtype).max)
+            rounded = jnp.clip(bias, -most, most).astype(hidden.dtype).astype(bias.dtype)
             ones = jnp.ones((*hidden.shape[:-1], 2), hidden.dtype)
             hidden = jnp.concatenate([hidden, ones], axis=-1)
             embedding = jnp.concatenate([embedding, rounded, bias - rounded], axis=-1)

@@ -82,10 +82,11 @@ def test_a_query_with_nothing_to_attend_to_gives_zeros_and_no_gradient(dtype):
     assert not np.any(gradients[0][0, 1])
 
 
-def test_softmax_is_float32_when_the_rest_is_bfloat16():
-    # With H = 16 the scaling by 1/4 is exact, so nothing but a low-precision score or softmax,
-    # wrong in the third digit, can set the weights apart from the reference on the same inputs.
-    query, key = random(B, T, N, 16, dtype=jnp.bfloat16), random(B, S, N, 16, dtype=jnp.bfloat16)
+@pytest.mark.parametrize("head_dim", [16, 32])
+def test_softmax_is_float32_when_the_rest_is_bfloat16(head_dim):
+    # Nothing but a low-precision score or softmax, or a query that is rounded once more when it is
+    # scaled, wrong in the third digit, can set the weights apart from those of the same inputs.
+    query, key = (random(B, n, N, head_dim, dtype=jnp.bfloat16) for n in (T, S))
     mask = jnp.asarray(MASKS["causal"])
     for m in (None, mask):
         weights = attention_weights(query, key, m)

@@ -36,7 +36,7 @@ from train.costs.flops import forward_flops, train_flops
 from train.data.batches import Batches
 from train.data.packing import pack
 from train.prepare import prepare
-from train.records import keep_records
+from train.records import collect, keep_records
 
 #: Compiled often, so as small as can be.
 MODEL = CONFIG.replace(decoder_layers=1, dropout=0.0)
@@ -222,6 +222,21 @@ def test_what_fails_in_a_benchmark_is_not_taken_for_its_file(tmp_path):
     assert (tmp_path / "kept").read_text() == '{"a": 1}\n'
     with pytest.raises(UserError, match=r"cannot write .*: Is a directory"):
         list(keep_records(str(tmp_path), records()))
+
+
+def test_what_is_done_is_shown_where_the_work_ends(capsys):
+    """After Ctrl-C; and on a full disk, with its name."""
+
+    def records():
+        yield {"a": 1}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(records(), str)
+    assert capsys.readouterr().out == "[{'a': 1}]\n"
+    with pytest.raises(UserError, match="cannot write /dev/full: No space left on device"):
+        collect(keep_records("/dev/full", records()), str)
+    assert capsys.readouterr().out == "[{'a': 1}]\n"
 
 
 @pytest.mark.parametrize(

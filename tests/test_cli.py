@@ -1,5 +1,6 @@
 """`jaxformer translate`, a filter like any other, and `jaxformer score`."""
 
+import errno
 import io
 import os
 import signal
@@ -17,7 +18,7 @@ import pytest
 import jaxformer.cli as module
 from jaxformer.cli import main
 from jaxformer.errors import UserError
-from jaxformer.terminal import Progress, write_line
+from jaxformer.terminal import Progress, as_argument, write_line
 from jaxformer.translator import Alignment, Hypothesis, Score, Translator
 from random_run import CONFIG as RANDOM
 from random_run import write_random_run
@@ -219,6 +220,21 @@ def test_progress_on_a_terminal(monkeypatch):
     first, second, last = file.getvalue().split("\r")[1:]
     assert first.startswith("2 lines in 1.0 s") and "2.0 lines/s, 20 tokens/s" in first
     assert second.startswith("4 lines in 2.0 s") and last == second + "\n"
+
+
+def test_progress_that_cannot_be_shown_ends_nothing():
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    Progress(Full()).close()
+
+
+@pytest.mark.parametrize(
+    ("path", "argument"), [("runs/a", "runs/a"), ("a b", "'a b'"), ("-d2", "./-d2")]
+)
+def test_paths_that_are_shown_can_be_given(path, argument):
+    assert as_argument(path) == argument
 
 
 def score(capfd, source, target, *options):

@@ -106,6 +106,15 @@ def test_a_sentence_that_would_fill_all_memory_is_refused(run, tmp_path):
         evaluate_run(run, files=files)
 
 
+def test_what_is_scored_must_be_one_thing_that_is_there(run, monkeypatch):
+    with pytest.raises(UserError, match="a split and two files are given: give one or the other"):
+        evaluate_run(run, split="train", files=("a", "b"))
+    sections = {"data": small_config(run, data__test=()).data, "evaluate": EvaluateConfig()}
+    monkeypatch.setattr("train.evaluate.read_section", lambda _, name: sections[name])
+    with pytest.raises(UserError, match="has no test split: give --split validation, or --source"):
+        evaluate_run(run)
+
+
 def test_a_run_scores_afterwards_as_it_did_in_training(run):
     at_150, _ = evaluate_run(str(run), split="validation", checkpoint="150", beam_size=1)
     validation = record(run, "validation")

@@ -150,7 +150,7 @@ def test_curves_show_what_their_names_say(run, tmp_path):
     assert alone["learning-rate"].marks == {"warm-up ends": 20}
     assert "in a line again" not in alone["learning-rate"].note
 
-    changes = {"optimizer__warmup_steps": 30, "optimizer__cooldown_steps": 9}
+    changes = {"optimizer__warmup_steps": 30, "optimizer__cooldown_steps": 5}
     other = History(write_recorded_run(tmp_path / "other", reports=4, **changes))
     both = report._charts([History(run), other])
     assert looks(both["loss"]) == [(0, False), (0, True), (1, False), (1, True)]

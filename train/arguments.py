@@ -90,8 +90,16 @@ def refuse(overrides: Sequence[str], command: str) -> None:
         raise UserError(f"unknown argument {overrides[0]}: see python -m train {command} --help")
 
 
-def override(config: TrainConfig, arguments: Sequence[str], prog: str) -> TrainConfig:
+def override(
+    config: TrainConfig, arguments: Sequence[str], prog: str, own: Iterable[str] = ()
+) -> TrainConfig:
     """Return `config` changed by `--section.field VALUE …`; `--help` prints all fields and exits.
+
+    Args:
+      config: before.
+      arguments: that the command does not know itself.
+      prog: the command, as `--help` shows it.
+      own: names of its own options, which may be meant.
 
     Raises:
       UserError: an unknown field, the nearest being offered, or a value of the wrong type.
@@ -102,12 +110,11 @@ def override(config: TrainConfig, arguments: Sequence[str], prog: str) -> TrainC
             continue
         field = argument[2:].partition("=")[0].replace("-", "_")
         if field not in known and field != "help":
-            near = difflib.get_close_matches(field, known, n=1)
-            hint = (
-                f"did you mean --{near[0]}?"
-                if near
-                else "python -m train fit CONFIG --help lists all"
-            )
+            near = difflib.get_close_matches(field, [*known, *(set(own) - {field})], n=1)
+            lists = "python -m train fit CONFIG --help lists all"
+            if own:
+                lists += f", {prog} --help its own options"
+            hint = f"did you mean --{near[0].replace('_', '-')}?" if near else lists
             raise UserError(f"no field --{field}: {hint}")
     output = io.StringIO()
     try:

@@ -117,7 +117,6 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--split",
         choices=("train", "validation", "test"),
-        default="test",
         help="of the run's own data; default: test",
     )
     evaluate.add_argument("--checkpoint", help="average, best, last or a step")

@@ -277,6 +277,11 @@ class TrainConfig:
         for name in ("steps", "accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
+        if self.optimizer.cooldown_steps > self.steps:
+            raise UserError(
+                f"optimizer.cooldown_steps is {self.optimizer.cooldown_steps} and steps is "
+                f"{self.steps}: give at most as many"
+            )
         if self.parallel.coordinator is not None and not self.distributed:
             raise UserError("parallel.coordinator is given: give --distributed True with it")
         if self.model.quantized:

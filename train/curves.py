@@ -11,6 +11,10 @@ import numpy as np
 from jaxformer.pages.page import COLOURS
 from jaxformer.pages.pictures import literal, picture
 
+# Of a curve, and of another one of the same run; then of those where colours begin anew.
+_DASHES = ("", "5 3", "1 2", "8 2 1 2")
+_STYLES = ("-", "--", ":", "-.")  # the same to matplotlib
+
 _WIDTH, _HEIGHT = 420, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 8, 36
 #: Lines with fewer points have each of them marked.
@@ -169,7 +173,7 @@ def png(chart: Chart, path: Path) -> None:
                 steps,
                 values,
                 color=COLOURS[line.colour % len(COLOURS)],
-                linestyle="--" if line.dashed else "-",
+                linestyle=_STYLES[_style(line)],
                 linewidth=1.2,
                 marker="o" if len(line.steps) <= _MARKED else "",
                 markersize=3,
@@ -224,20 +228,28 @@ def _limits(values: Sequence[np.ndarray], *, log: bool) -> tuple[float, float]:
     return (low if low == 0.0 else low - margin, high + margin)
 
 
+def _style(line: Line) -> int:
+    return (line.dashed + 2 * (line.colour // len(COLOURS))) % len(_DASHES)
+
+
+def _dash_array(line: Line) -> str:
+    dashes = _DASHES[_style(line)]
+    return f' stroke-dasharray="{dashes}"' if dashes else ""
+
+
 def _path(line: Line, x: np.ndarray, y: np.ndarray) -> str:
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x.tolist(), y.tolist(), strict=True))
-    dashes = ' stroke-dasharray="5 3"' * line.dashed
     return (
         f'<polyline fill="none" stroke="{_colour(line)}" stroke-width="1.5" '
-        f'stroke-linejoin="round"{dashes} points="{points}"/>'
+        f'stroke-linejoin="round"{_dash_array(line)} points="{points}"/>'
     )
 
 
 def _key(line: Line) -> str:
-    dashes = ' stroke-dasharray="5 3"' * line.dashed
     return (
         f'<span class="key"><svg width="24" height="8" aria-hidden="true"><path d="M0 4H24" '
-        f'stroke="{_colour(line)}" stroke-width="2"{dashes}/></svg>{escape(line.label)}</span>'
+        f'stroke="{_colour(line)}" stroke-width="2"{_dash_array(line)}/></svg>'
+        f"{escape(line.label)}</span>"
     )
 
 

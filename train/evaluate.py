@@ -120,7 +120,7 @@ def make_translate(
 def evaluate_run(
     run: str,
     *,
-    split: str = "test",
+    split: str | None = None,
     files: tuple[str, str] | None = None,
     checkpoint: str | None = None,
     dtype: Precision | None = None,
@@ -130,8 +130,8 @@ def evaluate_run(
 
     Args:
       run: the run directory.
-      split: "train", "validation" or "test" of the run's data; not looked at if `files` is given.
-      files: source and reference text file.
+      split: "train", "validation" or "test" of the run's data, by default the last.
+      files: source and reference text file, in the place of a split.
       checkpoint, dtype: as for `Translator.load`.
       **changes: fields of `EvaluateConfig` to use instead of the run's.
 
@@ -146,15 +146,21 @@ def evaluate_run(
     settings = dataclasses.replace(read_section(run, "evaluate"), **changes)
     data: DataConfig = read_section(run, "data")
     bleu_metric(settings.bleu_tokenize)
-    translator = Translator.load(run, checkpoint, dtype=dtype)
-    model = translator.config
+    if files is not None and split is not None:
+        raise UserError("a split and two files are given: give one or the other")
+    split = split or "test"
     if files is not None:
-        split = "test"
         data = dataclasses.replace(data, path=None, dataset=None, test=files)
     elif data == DataConfig():
         raise UserError(
             f"{run} was not trained here and names no data: give --source and --reference"
         )
+    if not getattr(data, split):
+        raise UserError(
+            f"{run} has no {split} split: give --split validation, or --source and --reference"
+        )
+    translator = Translator.load(run, checkpoint, dtype=dtype)
+    model = translator.config
     pairs = load_split(data, split)
     corpus = encode_corpus(
         pairs, translator.source_tokenizer, translator.target_tokenizer, data.cache_dir

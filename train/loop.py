@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxformer.checkpoints import find_checkpoint, load_params
 from jaxformer.errors import UserError, memory_errors
+from jaxformer.terminal import as_argument
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from train.checkpoint import Checkpoints
@@ -229,7 +230,7 @@ def _finish(
     pairs, (_, hypotheses) = data.pairs[splits[-1]], scored[splits[-1]]
     for line in examples(pairs["source"][:], hypotheses, pairs["target"][:]):
         progress.message(line)
-    progress.message(f"\ntry it: jaxformer translate {config.run}")
+    progress.message(f"\ntry it: jaxformer translate {as_argument(config.run)}")
 
 
 def _evaluate(

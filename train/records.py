@@ -1,9 +1,11 @@
 """What was measured or planned, as aligned columns and as JSON lines."""
 
+import contextlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from jaxformer.errors import UserError
 from jaxformer.files import writing
 
 Records = Sequence[dict[str, Any]]
@@ -32,8 +34,30 @@ def keep_records(path: str | None, records: Iterable[dict[str, Any]]) -> Iterato
         return
     with writing(path):
         file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-    with file:
+    try:
         for record in records:
-            with writing(path):
-                file.write(json.dumps(record) + "\n")
+            failure = None
+            try:
+                with writing(path):
+                    file.write(json.dumps(record) + "\n")
+            except UserError as error:
+                failure = error
             yield record
+            if failure is not None:
+                raise failure
+    finally:
+        with contextlib.suppress(OSError):  # of a disk that has refused what was written
+            file.close()
+
+
+def collect(
+    records: Iterable[dict[str, Any]], table: Callable[[Records], str]
+) -> list[dict[str, Any]]:
+    """Return all records when their table is printed, and print what there is where work ends."""
+    collected: list[dict[str, Any]] = []
+    try:
+        collected.extend(records)
+    finally:
+        if collected:
+            print(table(collected))
+    return collected

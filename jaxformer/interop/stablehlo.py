@@ -79,7 +79,7 @@ def to_stablehlo(
     run: str | Path,
     directory: str | Path,
     *,
-    source_length: int = 128,
+    source_length: int | None = None,
     batch_size: int | None = None,
     checkpoint: str | int | None = None,
     **options: Any,
@@ -90,7 +90,7 @@ def to_stablehlo(
       run: the directory that training wrote.
       directory: what to write; must not exist yet, or be empty.
       source_length: S, positions of a source with eos and padding, at most the model's
-        `max_length`.
+        `max_length`; by default 128, or that.
       batch_size: B; None leaves it open, to be that of the arrays the functions are called with.
       checkpoint: as for `Translator.load`.
       **options: fields of `GenerationConfig`, `beam_size=4` and `length_penalty=0.6` among them.
@@ -111,6 +111,8 @@ def to_stablehlo(
     check_free(directory)
     translator = Translator.load(run, checkpoint)
     config = translator.config
+    if source_length is None:
+        source_length = min(128, config.max_length)
     if not 2 <= source_length <= config.max_length:
         raise UserError(
             f"source_length is {source_length}: give 2, a token and eos, to {config.max_length}, "

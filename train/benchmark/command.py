@@ -122,7 +122,7 @@ def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
         _leave_memory_to_peers()
     from jaxformer.pages.pictures import check_picture
     from train.benchmark.report import NOTHING_TO_DRAW, plot, steps_table
-    from train.records import keep_records
+    from train.records import collect, keep_records
 
     if options.plot is not None:
         swept = options.batch, options.length, options.vocab_size, options.devices
@@ -138,13 +138,8 @@ def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
     benchmarks = [_step_benchmark(options, name, overrides) for name in options.config]
     for benchmark in benchmarks:  # what is impossible is said before anything is measured
         check_steps(benchmark)
-    records: list[dict[str, Any]] = []
-    try:
-        measured = itertools.chain.from_iterable(map(benchmark_steps, benchmarks))
-        records.extend(keep_records(options.output, measured))
-    finally:  # after Ctrl-C or an error: what has been measured
-        if records:
-            print(steps_table(records))
+    measured = itertools.chain.from_iterable(map(benchmark_steps, benchmarks))
+    records = collect(keep_records(options.output, measured), steps_table)
     if options.plot is not None:
         plot(options.plot, records)
 
@@ -157,7 +152,8 @@ def _step_benchmark(
     config = (
         TrainConfig(model=PRESETS[name]) if name in PRESETS else load_config(name, also=PRESETS)
     )
-    config = override(config, overrides, f"python -m train benchmark {options.kind}")
+    prog = f"python -m train benchmark {options.kind}"
+    config = override(config, overrides, prog, own=vars(options))
     batches = None
     if options.corpus:
         if options.batch or options.length or options.vocab_size:
@@ -195,11 +191,10 @@ def _benchmark_decode(options: argparse.Namespace, overrides: list[str]) -> None
         _leave_memory_to_peers()
     from train.benchmark.decode import DecodeBenchmark, benchmark_decode
     from train.benchmark.report import decode_table
-    from train.records import keep_records
+    from train.records import collect, keep_records
 
     names = [field.name for field in dataclasses.fields(DecodeBenchmark)]
     values = {name: getattr(options, name) for name in names}
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     measured = benchmark_decode(DecodeBenchmark(**values | lists))
-    records = list(keep_records(options.output, measured))
-    print(decode_table(records))
+    collect(keep_records(options.output, measured), decode_table)

@@ -39,13 +39,12 @@ def add_plan(commands: Any) -> None:
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
-    config = override(
-        load_config(options.config), overrides, f"python -m train plan {options.config}"
-    )
+    prog = f"python -m train plan {options.config}"
+    config = override(load_config(options.config), overrides, prog, own=vars(options))
 
     from jaxformer.pages.pictures import check_picture
     from train.plan.report import NOTHING_TO_DRAW, plan_tables, plot_plan
-    from train.records import keep_records
+    from train.records import collect, keep_records
 
     if options.plot is not None:
         if len(options.topology) < 2:
@@ -64,7 +63,9 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
     from train.plan.plan import plan
 
     machines = [tpu_machine(name) for name in options.topology] or [present_machine()]
-    records = list(keep_records(options.output, plan(config, machines, options.rows_per_device)))
-    print(plan_tables(records, machines))
+    planned = plan(config, machines, options.rows_per_device)
+    records = collect(
+        keep_records(options.output, planned), lambda records: plan_tables(records, machines)
+    )
     if options.plot is not None:
         plot_plan(options.plot, records)

@@ -26,7 +26,8 @@ def plan_tables(records: Records, machines: Sequence[Machine]) -> str:
     if timed:
         parts.append(aligned([_TIME, *map(_time, timed)]))
     decodes = [record for record in records if record["plan"] == "decode"]
-    parts.append(aligned([_DECODE, *map(_decode, decodes)]))
+    if decodes:
+        parts.append(aligned([_DECODE, *map(_decode, decodes)]))
     parts += [
         f"{record['machine']}: the compiler says: {record['refusal']}"
         for record in records
@@ -142,9 +143,12 @@ def _assumptions(steps: Records, decodes: Records, machines: Sequence[Machine]) 
         "contention, all links of a chip used",
         "ms/step: the longest of three terms, as if the others hid behind it, no input, logging or "
         f"evaluation; hours: {first['steps']:,} steps of it",
-        f"decoding: {decodes[0]['sentences']} sentences of {decodes[0]['source_length']} tokens; "
-        "tokens of the best beam",
     ]
+    if decodes:
+        lines.append(
+            f"decoding: {decodes[0]['sentences']} sentences of {decodes[0]['source_length']} "
+            "tokens; tokens of the best beam"
+        )
     if first["dtype"] == "float32":
         lines.append("float32 products are made at the rate of bfloat16, as on a TPU by default")
     searched = dict.fromkeys(one["largest_found_on"] for one in steps if "largest_found_on" in one)

@@ -242,6 +242,7 @@ def score(capfd, source, target, *options):
     return status, *capfd.readouterr()
 
 
+@pytest.mark.slow
 def test_programs_are_kept_for_the_next_process(tmp_path):
     write_random_run(tmp_path / "run", RANDOM)
     kept = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")

@@ -201,6 +201,7 @@ def test_a_run_whose_rate_falls_keeps_its_end(folder):
         fit(change(config, steps=6))
 
 
+@pytest.mark.slow
 def test_more_devices_than_rows(folder):
     """One row of 16 positions: seven of eight devices have nothing but an empty row."""
     few = small_config(folder, run=str(folder / "few"), steps=1, data__batch_tokens=16, log_every=1)
@@ -278,6 +279,7 @@ def test_patience(history, metric, patience, expected):
     assert _out_of_patience(history, metric, patience) is expected
 
 
+@pytest.mark.slow
 def test_early_stopping_also_holds_when_the_run_is_started_again(
     config, folder, monkeypatch, capsys
 ):

@@ -268,6 +268,7 @@ class _GatedLayer(DecoderLayer):
         return _Gate()
 
 
+@pytest.mark.slow
 def test_a_transformer_with_layers_of_ones_own_is_searched_like_any_other():
     model = Transformer(CONFIG, decoder_layer=_GatedLayer)
     params = jax.jit(model.init)(jax.random.key(0), SOURCE, SOURCE)["params"]
@@ -333,7 +334,9 @@ class _UnseenLayer(DecoderLayer):
         return _Unseen()
 
 
-@pytest.mark.parametrize("layer", [_ExpertsLayer, _UnseenLayer])
+@pytest.mark.parametrize(
+    "layer", [pytest.param(_ExpertsLayer, marks=pytest.mark.slow), _UnseenLayer]
+)
 def test_parts_of_ones_own_may_have_other_parameters_and_no_weights_to_show(layer):
     model = Transformer(CONFIG, decoder_layer=layer)
     params = jax.jit(model.init)(jax.random.key(0), SOURCE, SOURCE)["params"]

@@ -84,7 +84,11 @@ def shapes(monkeypatch):
     ("options", "configs", "num_devices", "with_prefix"),
     [
         (GenerationConfig(beam_size=3, **LONG), ENSEMBLE, 1, False),
-        (GenerationConfig(beam_size=3, coverage_penalty=0.4, **LONG), ALONE, 2, True),
+        pytest.param(
+            GenerationConfig(beam_size=3, coverage_penalty=0.4, **LONG),
+            *(ALONE, 2, True),
+            marks=pytest.mark.slow,
+        ),
         (
             GenerationConfig(beam_size=2, sampling=True, no_repeat_ngram_size=2, **LONG),
             *(ALONE, 1, True),

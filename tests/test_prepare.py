@@ -289,6 +289,7 @@ for name in ("few", "many"):
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """Four times the pairs: the token ids are 15 MB more, as Python objects three times that."""
     words = list(LEXICON)

@@ -144,7 +144,8 @@ def _check_peer(peer: str, settings: StepBenchmark) -> None:
 
 def _cases(settings: StepBenchmark) -> Iterator[Case]:
     model = settings.config.model
-    available, accumulate = jax.local_device_count(), settings.config.accumulate
+    available = jax.local_device_count()
+    accumulate = settings.config.accumulate if settings.kind == "train" else 1
     shapes = [(batch, n, n) for n, batch in itertools.product(settings.length, settings.batch)]
     if settings.batches is not None:
         batches = settings.batches
@@ -177,9 +178,7 @@ def _cases(settings: StepBenchmark) -> Iterator[Case]:
             )
         changed = model.replace(dtype=dtype, vocab_size=vocab_size)
         config = dataclasses.replace(settings.config, model=changed)
-        parts = make_runner(config, jax.local_devices()[:devices]).row_parts
-        if settings.kind == "train":
-            parts *= accumulate
+        parts = make_runner(config, jax.local_devices()[:devices]).row_parts * accumulate
         if settings.batches is not None:
             batch = completed(batch, parts)  # as in training
         elif batch % parts:

@@ -56,11 +56,17 @@ def add_search(group: Any, *, sampling: bool = False) -> None:
             help=explanation,
         )
     if sampling:
-        group.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling")
+        group.add_argument(
+            "--seed",
+            type=int,
+            metavar="N",
+            default=argparse.SUPPRESS,
+            help="of sampling (default: 0)",
+        )
 
 
 def generation_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `GenerationConfig` that were given.
+    """The fields of `GenerationConfig` that were given, and the seed.
 
     Raises:
       UserError: a value is impossible; the message names the option and the fix.
@@ -74,4 +80,10 @@ def generation_options(options: argparse.Namespace) -> dict[str, Any]:
     except UserError as error:
         name, _, rest = str(error).partition(" ")
         raise UserError(f"--{name.replace('_', '-')} {rest}") from error
+    if hasattr(options, "seed"):
+        if not given.get("sampling"):
+            raise UserError(
+                f"--seed is {options.seed}: it has no effect without --sampling: add it"
+            )
+        given["seed"] = options.seed
     return given

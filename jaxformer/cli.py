@@ -182,7 +182,6 @@ def _translate(options: argparse.Namespace) -> None:
             lines,
             prefixes=prefixes,
             window=options.window // together * together,
-            seed=options.seed,
             **at_once,
             **search,
         )

@@ -27,7 +27,8 @@ def lines_of(file: Iterable[bytes], name: str | Path) -> Iterator[str]:
     inside sentences, and shift one side of the corpus against the other.
 
     Raises:
-      UserError: a line is not UTF-8; the message says where, by `name`.
+      UserError: a line is not UTF-8, or the first shows that it is UTF-16; the message says
+        where, by `name`.
     """
     for number, raw in enumerate(file, start=1):
         if number == 1:
@@ -42,6 +43,8 @@ def lines_of(file: Iterable[bytes], name: str | Path) -> Iterator[str]:
                 f"{name}:{number}: not UTF-8 (byte 0x{raw[error.start]:02x} at column "
                 f"{error.start + 1}); convert it, for example with iconv"
             ) from error
+        if number == 1 and 3 * raw.count(0) >= len(raw) > 0:  # every second byte of Latin letters
+            raise UserError(f"{name} is UTF-16, it seems: convert it, for example with iconv")
         yield line.removesuffix("\n").removesuffix("\r")
 
 

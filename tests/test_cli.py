@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_program_a_search")
 ROOT = Path(__file__).parent.parent
 
 
-DEFAULTS = {"prefixes": None, "window": 4096, "n_best": 1, "seed": 0}
+DEFAULTS = {"prefixes": None, "window": 4096, "n_best": 1}
 
 
 class Uppercase:
@@ -321,6 +321,7 @@ def test_a_line_that_is_not_utf8_is_named_after_those_before_it(translator, run_
     ("arguments", "message"),
     [
         (["--sampling", "--seed", "-1"], "--seed is -1: give 0 to 2^32 - 1"),
+        (["--seed", "7"], "--seed is 7: it has no effect without --sampling: add it"),
         (["--beam-size", "0"], "--beam-size is 0: give at least 1"),
         (["--batch-tokens", "-5"], "--batch-tokens is -5: give at least 1"),
         (["--length-penalty", "-1"], "--length-penalty is -1.0: give at least 0"),

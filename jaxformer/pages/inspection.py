@@ -181,7 +181,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
     keep_compiled_programs()
     translator = Translator.load(options.run, options.checkpoint)
-    explanation = translator.explain(options.sentence, seed=options.seed, **search)
+    explanation = translator.explain(options.sentence, **search)
     write_line(explanation.hypotheses[0].text)
     drawing = can_draw()
     index = write_inspection(

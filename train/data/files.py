@@ -109,7 +109,7 @@ def _name_fields(path: Path, rows: Iterable[tuple[int, list[str]]]) -> Iterator[
         if len(fields) != len(header):
             raise UserError(
                 f"{path}:{number}: {len(fields)} columns, but the header has {len(header)} "
-                f"({', '.join(header)})"
+                f"({', '.join(header)}): mend or remove the line"
             )
         yield f"{path}:{number}", dict(zip(header, fields, strict=True)) | several
 
@@ -133,9 +133,13 @@ def _parse_json(text: str, path: Path, first_line: int = 1) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         number = first_line + error.lineno - 1
-        raise UserError(f"{path}:{number}: not JSON ({error.msg}, column {error.colno})") from error
+        raise UserError(
+            f"{path}:{number}: not JSON ({error.msg}, column {error.colno}): mend it"
+        ) from error
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond all measure
-        raise UserError(f"{path}:{first_line}: not to be read as JSON ({error})") from error
+        raise UserError(
+            f"{path}:{first_line}: not to be read as JSON ({error}): mend it"
+        ) from error
 
 
 _READERS = {".tsv": _tsv_rows, ".csv": _csv_rows, ".jsonl": _jsonl_rows, ".json": _json_rows}
@@ -145,20 +149,27 @@ table_suffixes = tuple(_READERS)
 def _text(row: Any, column: str, where: str) -> str:
     """Return the text in a column of `row`; "translation.de" is "de" of the dict "translation"."""
     if not isinstance(row, dict):
-        raise UserError(f"{where}: {json.dumps(row)} is not an object with the columns as keys")
+        raise UserError(
+            f'{where}: {json.dumps(row)} is no object of columns: write {{"{column}": "…", …}}'
+        )
     value = row
     for key in [column] if column in row else column.split("."):
         if not isinstance(value, dict) or key not in value:
             raise UserError(
-                f"{where}: no column {column!r}; the columns are {', '.join(_columns(row))}"
+                f"{where}: no column {column!r}; the columns are {', '.join(_columns(row))}: "
+                "name two of them in data.source and data.target"
             )
         value = value[key]
     if isinstance(value, _Several):
         raise UserError(f"{where}: several columns are called {column!r}; rename all but one")
     if not isinstance(value, str):
-        raise UserError(f"{where}: column {column!r} holds {json.dumps(value)}, not text")
+        raise UserError(
+            f"{where}: column {column!r} holds {json.dumps(value)}, not text: write some"
+        )
     if _SURROGATE.search(value):
-        raise UserError(f"{where}: column {column!r} holds half a character (U+D800 to U+DFFF)")
+        raise UserError(
+            f"{where}: column {column!r} holds half a character (U+D800 to U+DFFF): remove it"
+        )
     return value
 
 

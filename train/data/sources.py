@@ -144,7 +144,7 @@ def _local(data: "DataConfig", names: tuple[str, ...]) -> "datasets.Dataset":
             existing(paths[0]), data.source, data.target, last_names=bool(data.dataset)
         )
     else:
-        if len(paths) == 1 and suffixes[0] in _COMPRESSED and paths[0].is_file():
+        if len(paths) == 1 and suffixes[0] in _COMPRESSED and os.path.isfile(paths[0]):
             raise UserError(f"{paths[0]} is compressed: unpack it")
         if len(paths) == 1:
             columns = data.source, data.target

@@ -37,13 +37,21 @@ LengthPenalty = Callable[[Any], Any]
 def gnmt_length_penalty(alpha: float) -> LengthPenalty:
     """((5 + length) / 6) ** alpha: Wu et al. (2016), eq. 14. The paper's §6.1 uses alpha = 0.6."""
     require(alpha >= 0, "alpha", alpha, "give 0 (no penalty) or more")
-    return lambda length: ((5 + length) / 6) ** alpha
+    return jax.tree_util.Partial(_gnmt, alpha)
 
 
 def power_length_penalty(alpha: float) -> LengthPenalty:
     """Length ** alpha: fairseq and Marian. With alpha = 1 the score is the mean log-probability."""
     require(alpha >= 0, "alpha", alpha, "give 0 (no penalty) or more")
-    return lambda length: length**alpha
+    return jax.tree_util.Partial(_power, alpha)
+
+
+def _gnmt(alpha: Any, length: Any) -> Any:
+    return ((5 + length) / 6) ** alpha
+
+
+def _power(alpha: Any, length: Any) -> Any:
+    return length**alpha
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["divisors"], meta_fields=[])

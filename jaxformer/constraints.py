@@ -38,7 +38,7 @@ def forbid_repeated_ngrams(
     ends = jnp.maximum(steps, size - 1)[:, None] + jnp.arange(1 - size, 0, dtype=jnp.int32)[None]
     last = jnp.take_along_axis(sequences, ends[:, None], axis=2)
     starts = length - size + 1  # n-grams that fit
-    written = jnp.arange(starts)[None, None] + size <= steps[:, None, None]
+    written = jnp.arange(starts, dtype=jnp.int32)[None, None] + size <= steps[:, None, None]
     repeats = jnp.broadcast_to(written, (*sequences.shape[:2], starts))
     for offset in range(size - 1):
         repeats &= sequences[:, :, offset : offset + starts] == last[:, :, offset, None]

@@ -53,10 +53,15 @@ def ensemble(
 
 
 def as_transformer(model: Model) -> Transformer:
-    """The model, also of its configuration alone; raises `UserError` for anything else."""
+    """The model, also of its configuration alone; raises `UserError` for anything else.
+
+    One that is bound, as a submodule is, is no longer: it could be no static argument.
+    """
     if not isinstance(model, Model):
         raise UserError(f"a model is a Transformer or its TransformerConfig, not {model!r}")
-    return model if isinstance(model, Transformer) else Transformer(model)
+    if isinstance(model, TransformerConfig):
+        return Transformer(model, parent=None)
+    return model if model.scope is None else model.clone(parent=None, name=None)
 
 
 def speakable(logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:

@@ -100,6 +100,7 @@ def generate(
     most = max_target_length(configs, options, source_ids.shape[1])
     method = make_method(options, most)
     limits = Limits.of(options, source_ids.shape[1], most)
+    method, limits = jax.device_put((method, limits))  # or a transfer guard would stop them
     return _generate(models, most, params, method, limits, source_ids, prefix, keys)
 
 

@@ -148,7 +148,7 @@ def _chunk_losses(hidden, embedding, mean, labels, label_smoothing):
     log_normalizer = constrain(log_normalizer, "vocab_batch", None, None)
     # One below 0 would count from the end: past the end it gives NaN, as any other that is no id.
     labels = jnp.where(labels < 0, embedding.shape[0], labels)
-    is_label = labels[..., None] == jnp.arange(embedding.shape[0])[None, None]
+    is_label = labels[..., None] == jnp.arange(embedding.shape[0], dtype=labels.dtype)[None, None]
     label_logit = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     real = labels != PAD_ID
     nll = log_normalizer[..., 0] - label_logit

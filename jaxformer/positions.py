@@ -49,7 +49,7 @@ def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     [[0, 1, 2, 0, 1, 0]]
     """
     segment_ids = as_ids(segment_ids, "segment_ids")
-    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
     previous = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     starts = jnp.where(segment_ids != previous, index, 0)
     return index - jax.lax.cummax(starts, axis=1)
@@ -84,7 +84,7 @@ class PositionalEncoding(nn.Module):
                     f"a sequence of {x.shape[1]} tokens is longer than max_length="
                     f"{self.max_length} learned positions: shorten it or raise max_length"
                 )
-            positions = jnp.arange(x.shape[1])[None]
+            positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
         if self.kind == "learned":
             normal = nn.initializers.normal(d_model**-0.5)
             table = self.param("embedding", normal, (self.max_length, d_model), jnp.float32)

@@ -136,7 +136,9 @@ class Sampling:
         if search.request.keys is None:
             raise UserError("sentences have no keys: give one for each to draw from it")
         keys = jax.vmap(jax.random.fold_in)(search.request.keys, search.steps)
-        keys = jax.vmap(fold_in_rows, in_axes=(0, None))(keys, jnp.arange(self.num_samples))
+        keys = jax.vmap(fold_in_rows, in_axes=(0, None))(
+            keys, jnp.arange(self.num_samples, dtype=jnp.int32)
+        )
         choice = jax.vmap(jax.vmap(jax.random.categorical))(keys, logits)
         return jnp.take_along_axis(ids, choice[:, :, None], axis=-1)[:, :, 0]
 

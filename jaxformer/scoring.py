@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxformer.config import BOS_ID, PAD_ID, TransformerConfig
@@ -14,12 +15,11 @@ from jaxformer.ids import as_ids
 from jaxformer.transformer import Transformer
 
 
-@partial(jax.jit, static_argnums=0)
 def token_log_probs(
     models: Model | tuple[Model, ...],
     params: Any,
-    source_ids: Int[Array, "B S"],
-    labels: Int[Array, "B T"],
+    source_ids: Int[Array | np.ndarray, "B S"],
+    labels: Int[Array | np.ndarray, "B T"],
 ) -> Float[Array, "B T"]:
     """Log-probability of each target token given those before it; 0 at padding.
 
@@ -31,8 +31,16 @@ def token_log_probs(
       source_ids, labels: sentences with eos, then padding.
     """
     models, params = ensemble(models, params)
-    labels = as_ids(labels, "labels")
+    return _token_log_probs(models, params, source_ids, as_ids(labels, "labels"))
 
+
+@partial(jax.jit, static_argnums=0)
+def _token_log_probs(
+    models: tuple[Transformer, ...],
+    params: tuple[Any, ...],
+    source_ids: Int[Array, "B S"],
+    labels: Int[Array, "B T"],
+) -> Float[Array, "B T"]:
     def member(model: Transformer, variables: Any) -> Array:
         model = model.bind({"params": variables})
         hidden = model.hidden(source_ids, shift_right(labels))
@@ -46,6 +54,8 @@ def token_log_probs(
         return jax.lax.map(sentence, (hidden, labels))
 
     members = jnp.stack(list(map(member, models, params)))
+    # Of the -inf of padding the gradient would be NaN, in all parameters.
+    members = jnp.where(labels != PAD_ID, members, 0.0)
     mean = jax.nn.logsumexp(members, axis=0) - jnp.log(len(models))
     return jnp.where(labels != PAD_ID, mean, 0.0)
 
@@ -58,12 +68,11 @@ class AttentionMaps(NamedTuple):
     cross: Float[Array, "Ld B N T S"]
 
 
-@partial(jax.jit, static_argnums=0)
 def attention_maps(
     model: Model,
     params: Any,
-    source_ids: Int[Array, "B S"],
-    labels: Int[Array, "B T"],
+    source_ids: Int[Array | np.ndarray, "B S"],
+    labels: Int[Array | np.ndarray, "B T"],
 ) -> AttentionMaps:
     """Where the model looks when it reads a sentence and writes a given translation.
 
@@ -77,7 +86,14 @@ def attention_maps(
     Raises:
       UserError: an attention of one's own keeps no weights.
     """
-    _, sown = as_transformer(model).apply(
+    return _attention_maps(as_transformer(model), params, source_ids, labels)
+
+
+@partial(jax.jit, static_argnums=0)
+def _attention_maps(
+    model: Transformer, params: Any, source_ids: Int[Array, "B S"], labels: Int[Array, "B T"]
+) -> AttentionMaps:
+    _, sown = model.apply(
         {"params": params},
         source_ids,
         shift_right(labels),
@@ -101,12 +117,11 @@ def alignment_layer(config: TransformerConfig) -> int:
     return max(0, config.decoder_layers - 2)
 
 
-@partial(jax.jit, static_argnums=(0, 4))
 def attention_alignment(
     model: Model,
     params: Any,
-    source_ids: Int[Array, "B S"],
-    labels: Int[Array, "B T"],
+    source_ids: Int[Array | np.ndarray, "B S"],
+    labels: Int[Array | np.ndarray, "B T"],
     layer: int | None = None,
 ) -> Float[Array, "B T S"]:
     """How much each target token looked at each source token when it was written, heads averaged.
@@ -119,13 +134,25 @@ def attention_alignment(
     Raises:
       UserError: there is no such layer.
     """
-    config = as_transformer(model).config
+    model = as_transformer(model)
+    config = model.config
     layer = alignment_layer(config) if layer is None else layer
     if not 0 <= layer < config.decoder_layers:
         raise UserError(f"layer is {layer}: give 0 to {config.decoder_layers - 1}, of the decoder")
-    return jnp.mean(attention_maps(model, params, source_ids, labels).cross[layer], axis=1)
+    return _attention_alignment(model, params, source_ids, labels, layer)
 
 
-def shift_right(labels: Int[Array, "B T"]) -> Int[Array, "B T"]:
+@partial(jax.jit, static_argnums=(0, 4))
+def _attention_alignment(
+    model: Transformer,
+    params: Any,
+    source_ids: Int[Array, "B S"],
+    labels: Int[Array, "B T"],
+    layer: int,
+) -> Float[Array, "B T S"]:
+    return jnp.mean(_attention_maps(model, params, source_ids, labels).cross[layer], axis=1)
+
+
+def shift_right(labels: Int[Array | np.ndarray, "B T"]) -> Int[Array, "B T"]:
     """The decoder's input: bos, then the target without its last token."""
     return jnp.pad(as_ids(labels, "labels"), ((0, 0), (1, 0)), constant_values=BOS_ID)[:, :-1]

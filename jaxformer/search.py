@@ -150,7 +150,7 @@ def best_of_chunks(
       Their scores, best first, chunks, and places in these.
     """
     num_rows, num_chunks, chunk = chunks.shape
-    all_chunks = jnp.broadcast_to(jnp.arange(num_chunks), (num_rows, num_chunks))
+    all_chunks = jnp.broadcast_to(jnp.arange(num_chunks, dtype=jnp.int32), (num_rows, num_chunks))
     _, best = jax.lax.top_k(score(maxima[:, :, None], all_chunks)[:, :, 0], k)
     best = jnp.sort(best, axis=-1)  # back in order of index, for the ties
     scores, flat = jax.lax.top_k(score(take(chunks, best), best).reshape(num_rows, k * chunk), k)

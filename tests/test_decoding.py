@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import pickle
 import re
 
 import jax
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxformer.beam import (
+    BeamSearch,
     best_extensions,
     gather_beams,
     gnmt_length_penalty,
@@ -599,6 +601,16 @@ def test_early_stopping(beam_size, seed):
         expected = plain_beam(log_probs, beam_size, T, PAPER, early_stopping=True)
         assert_same_hypotheses(hypotheses(result, row), expected)
         assert float(exact.scores[row, 0]) >= float(result.scores[row, 0]) - 1e-6
+
+
+@pytest.mark.parametrize("penalty", [gnmt_length_penalty, power_length_penalty])
+def test_a_search_is_a_pytree_and_can_be_pickled(penalty):
+    search = BeamSearch(3, length_penalty=penalty(0.7))
+    lengths = jnp.array([1.0, 6.0])
+    expected = penalty(0.7)(lengths)
+    for copy in (pickle.loads(pickle.dumps(search)), jax.jit(lambda search: search)(search)):
+        assert copy.beam_size == 3
+        np.testing.assert_allclose(copy.length_penalty(lengths), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("early_stopping", [False, True])

@@ -60,6 +60,40 @@ def test_one_model_is_an_ensemble_of_one():
     )
 
 
+def test_a_model_may_be_bound_or_part_of_another():
+    class Whole(nn.Module):
+        def setup(self):
+            self.part = Transformer(CONFIG)
+
+        def translate(self, source):
+            return generate(self.part, self.part.variables["params"], source, OPTIONS)
+
+        def score(self, source, labels):
+            return token_log_probs(self.part, self.part.variables["params"], source, labels)
+
+    params, expected = params_of(), search()
+    bound = Transformer(CONFIG).bind({"params": params})
+    variables = {"params": {"part": params}}
+    for found in (
+        generate(bound, params, SOURCE, OPTIONS),
+        Whole().apply(variables, SOURCE, method="translate"),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    labels = expected.sequences[:, 0]
+    np.testing.assert_array_equal(
+        Whole().apply(variables, SOURCE, labels, method="score"),
+        token_log_probs(CONFIG, params, SOURCE, labels),
+    )
+
+
+def test_nothing_is_moved_unasked_that_is_on_the_device():
+    params = jax.device_put(params_of())
+    expected = search()
+    with jax.transfer_guard("disallow"):
+        found = generate(CONFIG, params, SOURCE, OPTIONS)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -252,6 +286,12 @@ def test_scores_of_a_given_translation_are_those_of_decoding():
     log_probs = token_log_probs(configs, params, *flat_pairs(result))
     np.testing.assert_allclose(jnp.sum(log_probs, axis=1), result.log_probs.ravel(), rtol=1e-5)
     assert (np.asarray(log_probs)[np.asarray(flat_pairs(result)[1]) == PAD_ID] == 0).all()
+
+    def total(params):
+        return jnp.sum(token_log_probs(configs, params, *flat_pairs(result)))
+
+    gradients = jax.tree.leaves(jax.grad(total)(params))
+    assert all(np.isfinite(gradient).all() for gradient in gradients), "padding has none"
 
 
 class _Gate(nn.Module):
@@ -575,12 +615,16 @@ def test_impossible_options(monkeypatch, changes, message):
         {"no_repeat_ngram_size": 2, "sampling": True, "top_p": 0.9},
     ],
 )
-def test_searches_promote_no_rank_and_stay_in_float32(options):
+def test_searches_promote_nothing_and_stay_in_float32(options):
     options = GenerationConfig(beam_size=2, max_length_extra=3, **options)
     ids = jnp.ones((2, 3), jnp.int32)
     keys = jax.random.split(jax.random.key(0), 2) if options.sampling else None
     arguments = {"prefix": ids, "keys": keys}
-    with jax.numpy_rank_promotion("raise"), jax.enable_x64(True):
+    with (
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+        jax.enable_x64(True),
+    ):
         params = jax.tree.map(jnp.asarray, params_of())
         program = functools.partial(generate, (CONFIG,), options=options)
         found = jax.eval_shape(program, (params,), ids, **arguments)

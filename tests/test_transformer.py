@@ -710,6 +710,7 @@ def test_no_type_or_rank_is_promoted_silently(name, dtype):
     with (
         jax.numpy_dtype_promotion("strict"),
         jax.numpy_rank_promotion("raise"),
+        jax.enable_x64(True),
         nn.intercept_methods(skip_layer_norm),
     ):
         jax.eval_shape(functools.partial(logits_of, config), SOURCE, TARGET)

@@ -195,13 +195,14 @@ def read_arrays(path: Path) -> dict[str, Any]:
     """Return the pytree of arrays that orbax saved in the directory `path`, as numpy arrays.
 
     Raises:
-      UserError: the directory is incomplete or damaged.
+      UserError: the directory is incomplete or damaged, or of a name that orbax cannot read.
     """
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
     from etils import epath
 
+    check_name(path)
     # The bare handler, unlike orbax's checkpointers, waits for no other process.
     handler = ocp.PyTreeCheckpointHandler()
     directory = epath.Path(path.absolute())

@@ -24,6 +24,7 @@ from jaxformer.terminal import (
     begin_program,
     check_open,
     drop_output,
+    say,
     write_line,
 )
 
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with memory_errors(options.if_memory_ends):
             options.command(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 1
     except BrokenPipeError:  # the reader has gone, as in `… | head`
         drop_output()

@@ -1,6 +1,7 @@
 """Compiled programs that outlive the process."""
 
 import os
+import warnings
 from pathlib import Path
 
 import jax
@@ -10,10 +11,20 @@ def keep_compiled_programs() -> None:
     """Keep what XLA compiles in ~/.cache/jaxformer, so that the next process need not compile it.
 
     JAX_COMPILATION_CACHE_DIR names another directory, JAX_ENABLE_COMPILATION_CACHE=0 keeps nothing.
+    Where nothing can be written nothing is kept.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
         if not caches.is_absolute():  # nobody's home, as in a container without users
             return
-        jax.config.update("jax_compilation_cache_dir", str(caches / "jaxformer"))
+        folder = caches / "jaxformer"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            return
+        # Programs of another user, who need not let us read them.
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,12 +1,11 @@
 """The `jaxformer convert` command: models from and to other formats."""
 
 import argparse
-import sys
 from typing import Any
 
 from jaxformer.arguments import add_search, generation_options
 from jaxformer.errors import UserError
-from jaxformer.terminal import as_argument, signals_as_exit
+from jaxformer.terminal import as_argument, say, signals_as_exit
 
 # What --to can name, each with the options that it takes beside those of the search.
 _CONVERT_OPTIONS = {
@@ -124,4 +123,4 @@ def _convert(options: argparse.Namespace) -> None:
 
                 to_stablehlo(source, destination, **given, **search)
                 use = "jax.export.deserialize(…), as help(jaxformer.interop.stablehlo) shows"
-    print(f"wrote {destination}: use it with {use}", file=sys.stderr)
+    say(f"wrote {destination}: use it with {use}")

@@ -46,9 +46,13 @@ METRICS_FILE = "metrics.jsonl"
 def check_name(run: str | Path) -> None:
     """Raise `UserError` if checkpoints in this directory could not be read again.
 
-    orbax and tensorstore take some signs for patterns, and a URL for a folder here.
+    orbax and tensorstore want UTF-8, take some signs for patterns, and a URL for a folder here.
     """
     path = str(Path(run).absolute())
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path} is not UTF-8: name it otherwise, or use such a locale") from error
     if re.match(r"\w+:/", str(run)):
         raise UserError(f"{run} is no directory: give one, for example where a bucket is mounted")
     if sign := next((sign for sign in "[]\\" if sign in path), None):

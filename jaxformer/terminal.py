@@ -68,6 +68,17 @@ def check_open(*names: str) -> None:
             raise UserError(f"{name} is closed: connect it to a file, a pipe or a terminal")
 
 
+def say(text: str) -> None:
+    """Print a line on standard error; it is no part of the result, and a full disk ends nothing."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """`say` what somebody may want to mend."""
+    say(f"warning: {message}")
+
+
 def drop_output() -> None:
     """Send what is still to be written nowhere, or Python would complain again when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,5 @@
 """A trained model: strings in, strings out."""
 
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
@@ -28,15 +27,12 @@ from jaxformer.scoring import (
     token_log_probs,
 )
 from jaxformer.search import BeamResult
+from jaxformer.terminal import warn
 from jaxformer.tokenizer import Tokenizer
 
 #: Lines that are read, sorted by length and translated together: enough to fill batches with
 #: sentences of like length, few enough that memory stays flat and output soon begins.
 WINDOW = 4096
-
-
-def _print_warning(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
 
 
 class Translator:
@@ -133,7 +129,7 @@ class Translator:
         few_shapes: bool = False,
         window: int = WINDOW,
         seed: int | Iterable[int] = 0,
-        warn: Callable[[str], None] = _print_warning,
+        warn: Callable[[str], None] = warn,
         **options: Any,
     ) -> Iterator[list[Hypothesis]]:
         """Find the best translations of each line, or draw some.

@@ -69,6 +69,13 @@ def test_help_lists_every_field_with_its_value(capsys):
             assert f"(default: {value})" in " ".join(text.split()), name
 
 
+def test_help_ends_on_the_narrowest_of_terminals(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1")
+    with pytest.raises(SystemExit):
+        main(["fit", "quickstart", "--help"])
+    assert "--steps" in capsys.readouterr().out
+
+
 HOSTS = (
     "--distributed True --parallel.coordinator a:1 --parallel.processes 2 --parallel.process 1"
 ).split()

@@ -411,15 +411,20 @@ def test_notes_of_another_kind(tmp_path):
         load_params(tmp_path, 2)
 
 
-@pytest.mark.parametrize("name", ["exp[1]", "a\\b", "gs://bucket/run"])
+@pytest.mark.parametrize("name", ["exp[1]", "a\\b", "gs://bucket/run", "r\udcf6"])
 def test_names_with_which_checkpoints_could_not_be_read(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"name it without|give one, for example where a bucket"):
+    said = r"name it without|give one, for example where a bucket|is not UTF-8: name it otherwise"
+    with pytest.raises(UserError, match=said):
         save_params(name, 1, {"a": np.ones(2)})
-
-    with pytest.raises(UserError, match=r"name it without|give one, for example where a bucket"):
+    with pytest.raises(UserError, match=said):
         only_trainer(Path(name)).__enter__()
     assert not list(tmp_path.iterdir())
+    if ":" not in name:  # brought here by other means
+        save_params("run", 1, {"a": np.ones(2)})
+        Path("run").rename(name)
+        with pytest.raises(UserError, match=said):
+            load_params(name, 1)
 
 
 def test_what_training_removes_while_it_is_read_is_read_from_the_newer_one(tmp_path, monkeypatch):

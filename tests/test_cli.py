@@ -17,8 +17,9 @@ import pytest
 
 import jaxformer.cli as module
 from jaxformer.cli import main
+from jaxformer.compilation import keep_compiled_programs
 from jaxformer.errors import UserError
-from jaxformer.terminal import Progress, as_argument, write_line
+from jaxformer.terminal import Progress, as_argument, warn, write_line
 from jaxformer.translator import Alignment, Hypothesis, Score, Translator
 from random_run import CONFIG as RANDOM
 from random_run import write_random_run
@@ -222,12 +223,27 @@ def test_progress_on_a_terminal(monkeypatch):
     assert second.startswith("4 lines in 2.0 s") and last == second + "\n"
 
 
-def test_progress_that_cannot_be_shown_ends_nothing():
+def test_what_standard_error_does_not_take_ends_nothing(monkeypatch):
     class Full(io.StringIO):
         def write(self, text):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    Progress(Full()).close()
+    monkeypatch.setattr(sys, "stderr", Full())
+    Progress(sys.stderr).close()
+    warn("somebody may want to know")
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_where_no_program_can_be_kept_none_is(monkeypatch, tmp_path, locked):
+    (tmp_path / "cache").touch()
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ("" if locked else "cache")))
+    if locked:
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    updated = []
+    monkeypatch.setattr(jax.config, "update", lambda *setting: updated.append(setting))
+    keep_compiled_programs()
+    assert not updated
 
 
 @pytest.mark.parametrize(

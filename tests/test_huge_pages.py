@@ -33,6 +33,19 @@ def test_restarts_once_with_the_same_command(monkeypatch):
     restart_with_huge_pages()
 
 
+def test_goes_on_where_it_cannot_start_itself_again(monkeypatch):
+    def forbidden(path, arguments):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(os, "execv", forbidden)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    restart_with_huge_pages()
+    monkeypatch.setattr(sys, "executable", "")
+    restart_with_huge_pages()
+    assert "GLIBC_TUNABLES" not in os.environ
+
+
 @pytest.mark.parametrize(("platform", "tunables"), [("linux", ""), ("darwin", None)])
 def test_leaves_others_alone(monkeypatch, platform, tunables):
     monkeypatch.setattr(sys, "platform", platform)

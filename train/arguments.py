@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import io
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -117,6 +118,8 @@ def override(
             hint = f"did you mean --{near[0].replace('_', '-')}?" if near else lists
             raise UserError(f"no field --{field}: {hint}")
     output = io.StringIO()
+    if shutil.get_terminal_size().columns < 20:  # with three tyro would never end
+        os.environ["COLUMNS"] = "20"
     try:
         with contextlib.nullcontext() if "--help" in arguments else _capture(output):
             return tyro.cli(

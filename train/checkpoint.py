@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
@@ -31,6 +30,7 @@ from jaxformer.checkpoints import (
     load_params,
 )
 from jaxformer.errors import UserError, reason
+from jaxformer.terminal import warn
 from train.checkpoint_items import (
     DamagedCheckpoint,
     fingerprints,
@@ -234,7 +234,7 @@ class Checkpoints:
     def _set_aside(self, step: int, error: DamagedCheckpoint) -> None:
         place = self._free_name(f"damaged-{step}")
         if jax.process_index() == 0:
-            _warn(f"{error}; it is now {place.name}, trying the one before")
+            warn(f"{error}; it is now {place.name}, trying the one before")
             (self.directory / str(step)).rename(place)
         meet(f"damaged-{step}")
         self._manager.reload()
@@ -247,7 +247,7 @@ class Checkpoints:
                 folder = self.directory / str(step) / METRICS
                 if (folder / METRICS).exists() and step not in evaluated:
                     place = self._free_name(f"damaged-{METRICS}-{step}")
-                    _warn(f"the metrics of checkpoint {step} cannot be read: now {place.name}")
+                    warn(f"the metrics of checkpoint {step} cannot be read: now {place.name}")
                     folder.rename(place)
         meet("metrics")
 
@@ -285,7 +285,7 @@ class Checkpoints:
                 if not averaged and step == steps[-1]:
                     raise
                 if jax.process_index() == 0:
-                    _warn(f"{error}; the average goes without it")
+                    warn(f"{error}; the average goes without it")
                 continue
             averaged.append(step)
             if mean is None:
@@ -353,7 +353,3 @@ class Checkpoints:
         if not steps:
             raise UserError(f"{self._run} has no checkpoint yet: train longer")
         return steps
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)

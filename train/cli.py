@@ -20,7 +20,7 @@ from jaxformer.config import Precision
 from jaxformer.errors import UserError, memory_errors
 from jaxformer.files import check_writable, write_lines
 from jaxformer.generation_config import PenaltyForm
-from jaxformer.terminal import begin_program, check_open, drop_output
+from jaxformer.terminal import begin_program, check_open, drop_output, say
 from train.arguments import config_names, load_config, override, refuse
 from train.benchmark.command import add_benchmark
 from train.hosts import ProcessLost
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.command(options, overrides)
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return error.status if isinstance(error, ProcessLost) else 1
     except Preempted:  # what runs us shall see that it is not done, and begin it again
         return 128 + signal.SIGTERM
@@ -55,11 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         drop_output()
         where = error.filename or "standard output"
-        print(f"error: cannot write {where}: {error.strerror}", file=sys.stderr)
+        say(f"error: cannot write {where}: {error.strerror}")
         return 1
     except KeyboardInterrupt:
         again = ": run the same command again to go on" if options.command == _fit else ""
-        print(f"interrupted{again}", file=sys.stderr)
+        say(f"interrupted{again}")
         return 128 + signal.SIGINT
     return 0
 

@@ -1,6 +1,5 @@
 """The story of a run: build, restore, step, report, evaluate, save; in the end average and test."""
 
-import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -13,7 +12,7 @@ import numpy as np
 
 from jaxformer.checkpoints import find_checkpoint, load_params
 from jaxformer.errors import UserError, memory_errors
-from jaxformer.terminal import as_argument
+from jaxformer.terminal import as_argument, warn
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from train.checkpoint import Checkpoints
@@ -244,10 +243,9 @@ def _evaluate(
     in_parts: list[str] = []
     translations = iter(translate(lines, warn=in_parts.append))
     if in_parts and jax.process_index() == 0:  # of all splits together no line has its number
-        print(
-            f"warning: {len(in_parts)} of the {len(lines)} sentences of {' and '.join(splits)} are "
-            "longer than the model takes at once, and translated in parts: raise model.max_length",
-            file=sys.stderr,
+        warn(
+            f"{len(in_parts)} of the {len(lines)} sentences of {' and '.join(splits)} are "
+            "longer than the model takes at once, and translated in parts: raise model.max_length"
         )
     scored = {}
     for split in splits:

@@ -5,6 +5,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Self, TextIO
 
+from jaxformer.terminal import say
+
 if TYPE_CHECKING:
     import rich.progress
 
@@ -127,7 +129,7 @@ class Count:
                 f"{self._what}: {self._done:,} of {self._total:,} pairs "
                 f"({self._done / self._total:.0%})  ETA {duration(left)}"
             )
-        print(line, file=sys.stderr, flush=True)
+        say(line)
 
 
 def _bar(file: TextIO, total_steps: int, start_step: int) -> "rich.progress.Progress | None":

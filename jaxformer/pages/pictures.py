@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from jaxformer.errors import UserError
 from jaxformer.files import check_writable, writing
 from jaxformer.results import Explanation
+from jaxformer.terminal import say, warn
 
 # Inches of a side: 8,000 pixels, which every viewer can show.
 _LARGEST = 72.0
@@ -36,7 +36,7 @@ def check_picture(path: str | Path) -> None:
 def say_where(index: Path, *, drawn: bool) -> None:
     """Say on standard error where a page was written, and what PNGs beside it need."""
     without = "" if drawn else "; for PNGs too: pip install matplotlib"
-    print(f"wrote {index}{without}", file=sys.stderr)
+    say(f"wrote {index}{without}")
 
 
 @contextlib.contextmanager
@@ -126,10 +126,9 @@ def draw_explanation(explanation: Explanation, folder: Path) -> list[Path]:
     text = "".join(explanation.source_tokens + explanation.decoder_tokens)
     _, missing = fonts_for(text + "".join(explanation.target_tokens))
     if missing:
-        print(
-            f"warning: no installed font has {missing}: PNGs show ? instead; install one "
-            "(Debian: fonts-noto-cjk, fonts-noto)",
-            file=sys.stderr,
+        warn(
+            f"no installed font has {missing}: PNGs show ? instead; install one "
+            "(Debian: fonts-noto-cjk, fonts-noto)"
         )
     gone = dict.fromkeys(map(ord, missing), "?")
 

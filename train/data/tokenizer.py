@@ -3,7 +3,6 @@
 import hashlib
 import io
 import re
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -14,6 +13,7 @@ from jaxformer.config import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from jaxformer.errors import UserError
 from jaxformer.files import write_bytes, writing
 from jaxformer.run_directory import SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, TOKENIZER_FILE
+from jaxformer.terminal import say
 from jaxformer.tokenizer import Tokenizer
 from train.data.arrow import ADVICE, CACHE_VERSION, reading
 from train.data.corpus import text_digest
@@ -181,7 +181,7 @@ def _sentences(corpora: "Sequence[datasets.Dataset]", columns: tuple[str, ...]) 
             first = (first - rows) % every
             count.add(rows)
     if (number := pairs * len(columns) // every) >= _MANY_SENTENCES:
-        print(f"learning the vocabulary on {number:,} sentences", file=sys.stderr, flush=True)
+        say(f"learning the vocabulary on {number:,} sentences")
 
 
 def _explain(error: str, vocab_size: int, side: str) -> str:

@@ -9,13 +9,13 @@ compiler has made; times are what a chip's data sheet allows for them at best.
 
 import dataclasses
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxformer.errors import UserError
 from jaxformer.generation import max_target_length
+from jaxformer.terminal import say
 from train.config import TrainConfig
 from train.costs.flops import decode_step_flops, train_flops
 from train.parallel import completed, make_runner
@@ -121,7 +121,7 @@ def _train_record(config: TrainConfig, machine: Machine, work: Work) -> dict[str
             "memory": {"total": refusal.needed},
             "refusal": refusal.reason,
         }
-    _say(machine, f"{work.rows} rows", program.compile_seconds)
+    say(f"{machine.name}: {work.rows} rows compiled in {program.compile_seconds:.1f} s")
     sent = sum(one.sent for one in program.collectives)
     record |= {
         "fits": program.memory <= machine.memory,
@@ -194,7 +194,7 @@ def _decode_record(config: TrainConfig, machine: Machine) -> dict[str, Any]:
         program = decode_program(config, machine, options, SENTENCES, SOURCE_LENGTH)
     except DoesNotFit as refusal:
         return record | {"fits": False, "memory": refusal.needed, "refusal": refusal.reason}
-    _say(machine, "decoding", program.compile_seconds)
+    say(f"{machine.name}: decoding compiled in {program.compile_seconds:.1f} s")
     record |= {
         "fits": program.memory <= machine.memory,
         "memory": program.memory,
@@ -228,7 +228,3 @@ def _by_kind(found: Sequence[Collective]) -> dict[str, dict[str, float]]:
         total["bytes"] += one.times * one.bytes
         total["sent"] += one.sent
     return dict(totals)
-
-
-def _say(machine: Machine, what: str, seconds: float) -> None:
-    print(f"{machine.name}: {what} compiled in {seconds:.1f} s", file=sys.stderr)

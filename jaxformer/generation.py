@@ -77,7 +77,8 @@ def generate(
       keys: [B] keys of the noise of each sentence, needed if `options.sampling`.
 
     Raises:
-      UserError: the arrays are not of these shapes, or `options.sampling` without keys.
+      UserError: these are no models, parameters of theirs or options, the arrays are not of these
+        shapes, or `options.sampling` without keys.
 
     Returns:
       M hypotheses a sentence. Neither pad nor bos is ever generated. A sentence's result does not

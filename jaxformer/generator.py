@@ -53,6 +53,9 @@ class Generator:
       models, params: as for `generate`.
       devices: where to translate, by default all of this process, each its share.
 
+    Raises:
+      UserError: these are no models or parameters of theirs, or there are no devices.
+
     Attributes:
       computed_steps: rows times steps so far ...
       needed_steps: ... and those of them that were of sentences not yet done, and of use.
@@ -109,7 +112,8 @@ class Generator:
 
         Raises:
           UserError: prefixes or keys are not as many as sentences, the keys are of another kind
-            than JAX makes by default, or a sentence is longer than the learned positions.
+            than JAX makes by default, a sentence is longer than the learned positions or is no
+            list of ids, or the options are none.
         """
         if not isinstance(options, GenerationConfig):
             raise UserError(f"options are {options!r}: give a GenerationConfig")

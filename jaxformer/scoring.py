@@ -29,6 +29,9 @@ def token_log_probs(
     Args:
       models, params: as for `generate`.
       source_ids, labels: sentences with eos, then padding.
+
+    Raises:
+      UserError: these are no models, parameters of theirs, or ids.
     """
     models, params = ensemble(models, params)
     return _token_log_probs(models, params, source_ids, as_ids(labels, "labels"))
@@ -84,7 +87,7 @@ def attention_maps(
       source_ids, labels: sentences with eos, then padding.
 
     Raises:
-      UserError: an attention of one's own keeps no weights.
+      UserError: this is no model, or an attention of one's own keeps no weights.
     """
     return _attention_maps(as_transformer(model), params, source_ids, labels)
 
@@ -132,7 +135,7 @@ def attention_alignment(
       layer: decoder layer, from 0; by default that of `alignment_layer`.
 
     Raises:
-      UserError: there is no such layer.
+      UserError: as for `attention_maps`, or there is no such layer.
     """
     model = as_transformer(model)
     config = model.config

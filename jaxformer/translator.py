@@ -49,6 +49,9 @@ class Translator:
       source_tokenizer, target_tokenizer: the same object if the vocabulary is joint.
       others: further members (config, params) of an ensemble, of the same vocabulary.
       devices: where to translate, by default on all devices of this process.
+
+    Raises:
+      UserError: there are no devices.
     """
 
     def __init__(
@@ -107,6 +110,9 @@ class Translator:
         Args:
           lines: one sentence each. An empty one gives an empty one.
           **options: as for `generate`, all but `n_best`.
+
+        Raises:
+          UserError: as for `generate`.
         """
         return list(self.translate_stream(lines, **options))
 
@@ -215,7 +221,8 @@ class Translator:
           first_line: the number of the first pair, for messages.
 
         Raises:
-          UserError: the lines are not as many, or one is longer than learned positions reach.
+          UserError: the lines are not as many, one is no text, or longer than learned positions
+            reach.
         """
         source_ids, target_ids = self._pairs(sources, targets, first_line)
         scores: list[Score] = [Score(0.0, [], [])] * len(source_ids)
@@ -311,7 +318,7 @@ class Translator:
             the first is explained: the best, or with `sampling` the first drawn.
 
         Raises:
-          UserError: the line is empty or too long.
+          UserError: the line is empty, too long or no text, or an option is impossible.
         """
         _check_text("line", 1, line)
         _check_seed(seed)

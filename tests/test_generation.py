@@ -287,11 +287,16 @@ def test_scores_of_a_given_translation_are_those_of_decoding():
     np.testing.assert_allclose(jnp.sum(log_probs, axis=1), result.log_probs.ravel(), rtol=1e-5)
     assert (np.asarray(log_probs)[np.asarray(flat_pairs(result)[1]) == PAD_ID] == 0).all()
 
-    def total(params):
-        return jnp.sum(token_log_probs(configs, params, *flat_pairs(result)))
 
-    gradients = jax.tree.leaves(jax.grad(total)(params))
-    assert all(np.isfinite(gradient).all() for gradient in gradients), "padding has none"
+def test_scores_have_gradients_beside_padding():
+    config = CONFIG.replace(encoder_layers=1, decoder_layers=1)
+    labels = jnp.array([[5, EOS_ID, PAD_ID]])
+
+    def total(params):
+        return jnp.sum(token_log_probs(config, params, SOURCE[:1], labels))
+
+    gradients = jax.tree.leaves(jax.grad(total)(params_of(config)))
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
 class _Gate(nn.Module):

@@ -178,12 +178,14 @@ def save_params(run: str | Path, step: int, params: Mapping[str, Any]) -> None:
     """Write a checkpoint of parameters alone: nested dictionaries of arrays.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: it is there already, or cannot be written.
     """
     import orbax.checkpoint as ocp
 
     check_name(run)
     path = Path(run).absolute() / CHECKPOINTS_DIR / str(step)
+    if path.exists():
+        raise UserError(f"{run} has a checkpoint {step} already: give another step")
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
             writer.save(path, args=ocp.args.Composite(**{PARAMS: ocp.args.StandardSave(params)}))

@@ -1,5 +1,6 @@
 """`generate` for any number of sentences by continuous batching: hardly a row is idle."""
 
+import contextlib
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -38,6 +39,15 @@ _ENCODED = 8
 #: Slots of the cache for each beam, besides one for each token. Beams soon go on from one past: of
 #: 1000 sentences a few need more.
 _SLOTS_PER_BEAM = 8
+
+#: Settings of JAX that results depend on and that a caller may have made for its thread alone;
+#: what searches has threads of its own.
+_OF_A_THREAD = (
+    "default_matmul_precision",
+    "default_prng_impl",
+    "enable_x64",
+    "threefry_partitionable",
+)
 
 
 class Generator:
@@ -128,15 +138,14 @@ class Generator:
         results: list[Any] = [None] * len(sources)
         prefix_length = bucket(max(map(len, prefixes or [[]]), default=0))
         if keys is not None and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
-            if keys.dtype != jax.eval_shape(jax.random.key, 0).dtype:
+            if keys.dtype != jax.eval_shape(lambda: jax.random.key(0)).dtype:
                 raise UserError(f"keys are {keys.dtype}: give keys of jax_default_prng_impl")
             keys = jax.random.key_data(keys)
         noise = None if keys is None else np.asarray(keys)
         for name, each in (("prefixes", prefixes), ("keys", noise)):
             if each is not None and len(each) != len(sources):
                 raise UserError(f"there are {len(each)} {name}: give one for each of the sources")
-        # Of the caller's thread: those that search have one of their own.
-        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        settings = {name: getattr(jax.config, f"jax_{name}") for name in _OF_A_THREAD}
 
         def search(shape: Shape, chosen: Sequence[int]) -> list[int]:
             """Those that need more room are returned."""
@@ -154,7 +163,9 @@ class Generator:
             most = max_target_length(self._configs, options, shape.length)
             method, limits = make_method(options, most), Limits.of(options, shape.length, most)
             arguments = self._params, method, limits, given, counts
-            with jax.default_matmul_precision(precision):
+            with contextlib.ExitStack() as as_the_caller:
+                for name, value in settings.items():
+                    as_the_caller.enter_context(getattr(jax, name)(value))
                 (found, steps, out_of_room), turns = jax.device_get(
                     search_continuously(self._models, shape, self._mesh, *arguments)
                 )

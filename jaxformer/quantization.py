@@ -104,7 +104,18 @@ def check_kind(wanted: bool, given: bool) -> None:
 
 
 def check_matrix(module: Any, name: str) -> None:
-    """`check_kind` of a bound module and its matrix, if it has one by now."""
-    for given, matrix in ((False, name), (True, f"int8_{name}")):
-        if module.has_variable("params", matrix):
-            check_kind(module.quantized, given)
+    """Raise `UserError` if the matrix of a bound module, if it has one by now, is not of its kind.
+
+    `check_kind` has passed then, or was not asked: it may be of a part of one's own.
+    """
+    path = "/".join(module.path) or type(module).__name__
+    if module.quantized and module.has_variable("params", name):
+        raise UserError(
+            f"{path} is quantized and its parameters are not: give what `quantize` makes of them, "
+            "or set quantized=False, as for parts of one's own whose names `quantize` does not know"
+        )
+    if not module.quantized and module.has_variable("params", f"int8_{name}"):
+        raise UserError(
+            f"the parameters of {path} are int8 and it is not: set config.quantized=True, in a "
+            "part of one's own quantized=config.quantized, or give those that were trained"
+        )

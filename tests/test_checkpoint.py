@@ -368,6 +368,16 @@ def test_the_one_before_a_damaged_checkpoint_is_used(tmp_path, capsys, damage):
         assert (tmp_path / "checkpoints" / name).is_dir()
 
 
+def test_of_parameters_alone_training_cannot_go_on(tmp_path, capsys):
+    save_all(tmp_path, [(make_state(1), {"loss": 1.0})])
+    save_params(tmp_path, 2, make_state(2).params)
+    with pytest.raises(UserError, match="has a checkpoint 2 already: give another step"):
+        save_params(tmp_path, 2, make_state(2).params)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(make_state(1)).step == 1
+    assert "2 has no optimizer that training could go on with" in capsys.readouterr().err
+
+
 def test_whatever_orbax_raises_is_damage(tmp_path, monkeypatch, capsys):
     states = [make_state(step) for step in (1, 2)]
     save_all(tmp_path, [(state, {"loss": 1.0}) for state in states])

@@ -212,6 +212,34 @@ def test_two_searches_at_once_are_one(monkeypatch):
         assert_bit_equal(ours, alone)
 
 
+def test_what_searches_has_the_settings_of_its_caller(monkeypatch):
+    def settings():
+        config = jax.config
+        return (
+            config.jax_enable_x64,
+            config.jax_default_prng_impl,
+            config.jax_threefry_partitionable,
+        )
+
+    def spy(*_):
+        seen.append(settings())
+        raise UserError("seen")
+
+    monkeypatch.setattr(module, "search_continuously", spy)
+    generator, seen = make_generator(), []
+    jax.eval_shape(jax.random.key, 0)  # traced once, it may be asked again
+    options = GenerationConfig(sampling=True)
+    with (
+        jax.enable_x64(True),
+        jax.default_prng_impl("rbg"),
+        jax.threefry_partitionable(False),
+        pytest.raises(UserError, match="seen"),
+    ):
+        keys = jax.random.split(jax.random.key(0), len(SOURCES))
+        generator.sentences(SOURCES, options, keys=keys)
+    assert set(seen) == {(True, "rbg", False)} != {settings()}
+
+
 def test_other_devices_encode_as_many_as_there_are_rows():
     generator = make_generator()
     expected = generator.sentences(SOURCES, OPTIONS, batch_tokens=256)

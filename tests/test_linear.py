@@ -205,7 +205,7 @@ def test_every_matrix_is_quantized_and_nothing_else():
 def test_a_model_of_floats_refuses_int8():
     """Without their scales they are numbers from -127 to 127."""
     params = quantize(random_params(CONFIG))
-    with pytest.raises(UserError, match="the parameters are int8 and the model is not"):
+    with pytest.raises(UserError, match="parameters of embedding are int8 and it is not: set"):
         Transformer(CONFIG).apply({"params": params}, SOURCE, TARGET)
     with pytest.raises(UserError, match="the parameters are int8 and the model is not"):
         generate(CONFIG, params, SOURCE)
@@ -214,7 +214,7 @@ def test_a_model_of_floats_refuses_int8():
     for small in (params, params["decoder"], unstack_layers(params)):
         with pytest.raises(UserError, match="the parameters are int8 already"):
             quantize(small)
-    with pytest.raises(UserError, match="the model is quantized and the parameters are not"):
+    with pytest.raises(UserError, match="embedding is quantized and its parameters are not: give"):
         Transformer(CONFIG.replace(quantized=True)).apply(
             {"params": random_params(CONFIG)}, SOURCE, TARGET
         )
@@ -249,7 +249,7 @@ def test_matrices_of_parts_of_ones_own_are_not_taken_for_what_they_are_not():
 
 def test_a_layer_of_floats_refuses_int8():
     params = {"int8_kernel": jnp.ones((2, 3), jnp.int8), "scale": jnp.ones(3)}
-    with pytest.raises(UserError, match="the parameters are int8 and the model is not"):
+    with pytest.raises(UserError, match="parameters of Linear are int8 and it is not"):
         Linear(3, use_bias=False).apply({"params": params}, jnp.ones(2))
 
 

@@ -216,6 +216,11 @@ class Checkpoints:
     def _restore(self, example: State, step: int) -> State:
         directory = self.directory / str(step)
         examples = split(example)
+        if not (directory / OPTIMIZER).exists():  # as `save_params` writes them
+            raise DamagedCheckpoint(
+                f"checkpoint {directory} has no {OPTIMIZER} that training could go on with; "
+                "delete it to go on from the one before"
+            )
         with reading(directory):
             saved = {name: saved_arrays(directory / name) for name in examples}
         for name, tree in examples.items():

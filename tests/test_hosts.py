@@ -1,12 +1,27 @@
 """What several processes agree on; tests/test_resume.py starts some."""
 
+import socket
+import sys
+import threading
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 
 from jaxformer.errors import UserError
 from train import hosts
-from train.hosts import ProcessLost, agreed, check_alike, noticing_lost_processes, together
+from train.config import ParallelConfig
+from train.hosts import (
+    ProcessLost,
+    agreed,
+    check_alike,
+    check_shared,
+    initialize_hosts,
+    noticing_lost_processes,
+    together,
+)
+from train.lock import only_process
 
 
 @pytest.fixture
@@ -82,6 +97,52 @@ def test_what_processes_were_given_is_alike(two, first, message):
         with pytest.raises(UserError, match=message):
             check_alike(given, "give all the same")
     assert shapes == [(1,), (len(first),)], "all send as much as the first"
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_directory_is_the_same_for_all_or_refused(two, tmp_path, shared):
+    def agreed(values):
+        if shared:  # process 0 has left its mark
+            (tmp_path / f".shared-{int(values[0]):x}").touch()
+        return values
+
+    two.setattr(hosts, "agreed", agreed)
+    fails_elsewhere(two, False)
+    if shared:
+        check_shared(tmp_path)
+    else:
+        with pytest.raises(UserError, match="of process 1 is not that of process 0: name one on"):
+            check_shared(tmp_path)
+    two.setattr(jax, "process_index", lambda: 0)
+    two.setattr(hosts, "agreed", lambda values: values)
+    before = list(tmp_path.iterdir())
+    check_shared(tmp_path)
+    assert list(tmp_path.iterdir()) == before
+
+
+def test_joining_says_that_it_waits_and_counts_devices(two, capsys):
+    said = threading.Event()
+    two.setattr(hosts, "_PATIENCE_S", 0.0)
+    two.setattr(hosts, "say", lambda text: (print(text), said.set()))
+    two.setattr(jax.distributed, "initialize", lambda *_: said.wait(10))
+    two.setattr(jax, "devices", lambda: [SimpleNamespace(process_index=i) for i in (0, 0, 1)])
+    with pytest.raises(UserError, match="process 0 has 2 devices and process 1 1: give all as"):
+        initialize_hosts(ParallelConfig(coordinator="host:1", processes=2, process=1))
+    assert capsys.readouterr().out.startswith("waiting for the other processes at host:1; JAX")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has names without a file")
+def test_of_a_number_at_an_address_one_process_runs():
+    with socket.create_server(("", 0)) as server:
+        used = f"localhost:{server.getsockname()[1]}"
+        with pytest.raises(UserError, match="is in use: give"), only_process(used, 0):
+            pass
+        with only_process(used, 1), only_process(used, 2), only_process(None, None):
+            second = only_process(used, 1)
+            with pytest.raises(UserError, match=r"process 1 at .* runs here already"), second:
+                pass
+        with only_process(used, 1):
+            pass
 
 
 @pytest.mark.parametrize(

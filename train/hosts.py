@@ -4,7 +4,11 @@ import contextlib
 import json
 import os
 import re
+import secrets
+import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,10 +17,15 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from jaxformer.errors import UserError, one_line
+from jaxformer.files import writing
+from jaxformer.terminal import say
 from train.config import ParallelConfig
 
 # Long enough for any preparation; of a process that has died JAX's heartbeat tells much sooner.
 _DAY_MS = 24 * 60 * 60 * 1000
+
+# Before it is said that others are waited for.
+_PATIENCE_S = 10.0
 
 # What the libraries that carry collectives say where a process is not there any more.
 _LOST = re.compile(
@@ -38,9 +47,15 @@ class ProcessLost(UserError):
 def initialize_hosts(config: ParallelConfig) -> None:
     """Join the other processes: found by itself on TPU, Slurm, Open MPI and Kubernetes, or told.
 
+    Where one does not come the others say that they wait, until JAX ends them.
+
     Raises:
-      UserError: there is nothing to find them by, or they did not come.
+      UserError: there is nothing to find them by, or they have not as many devices each.
     """
+    place = f" at {config.coordinator}" if config.coordinator else ""
+    waiting = f"waiting for the other processes{place}; JAX gives up after five minutes"
+    telling = threading.Timer(_PATIENCE_S, say, [waiting])
+    telling.start()
     try:
         jax.distributed.initialize(config.coordinator, config.processes, config.process)
     except (ValueError, RuntimeError) as error:
@@ -48,6 +63,15 @@ def initialize_hosts(config: ParallelConfig) -> None:
             f"cannot join the other processes ({one_line(error)[:200]}): leave out "
             "--distributed True, or give parallel.coordinator, .processes and .process with it"
         ) from error
+    finally:
+        telling.cancel()
+    devices = Counter(device.process_index for device in jax.devices())
+    for process in range(jax.process_count()):
+        if devices[process] != devices[0]:
+            raise UserError(
+                f"process 0 has {devices[0]} devices and process {process} {devices[process]}: "
+                "give all as many"
+            )
 
 
 def meet(name: str) -> None:
@@ -121,6 +145,32 @@ def check_alike(values: Mapping[str, Any], advice: str) -> None:
                     f"process {jax.process_index()} has {name}={value!r} and process 0 "
                     f"{first.get(name)!r}: {advice}"
                 )
+
+
+def check_shared(directory: Path) -> None:
+    """Refuse a directory that is not the same one for all processes; it is there for process 0.
+
+    Raises:
+      UserError: on all processes.
+    """
+    if jax.process_count() == 1:
+        return
+    (number,) = agreed(np.array([secrets.randbits(62)])).tolist()
+    mark = directory / f".shared-{number:x}"
+    try:
+        with together():
+            if jax.process_index() == 0:
+                with writing(mark):
+                    mark.touch()
+        with together():
+            if not mark.exists():
+                raise UserError(
+                    f"the run directory {directory} of process {jax.process_index()} is not that "
+                    "of process 0: name one on a file system that all see"
+                )
+    finally:
+        if jax.process_index() == 0:
+            mark.unlink(missing_ok=True)
 
 
 def is_of_lost_process(error: BaseException | None) -> bool:

@@ -1,7 +1,8 @@
-"""One process, or one group of processes, trains in a run directory at a time."""
+"""One process, or one group of processes, trains in a run directory or at an address at a time."""
 
 import contextlib
 import errno
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,43 @@ def acquire(path: Path, timeout: float = -1) -> FileLock:
         if error.errno != errno.ENOSYS:
             raise
     return lock
+
+
+@contextlib.contextmanager
+def only_process(coordinator: str | None, process: int | None) -> Iterator[None]:
+    """Be the only one on this machine with a number among those of a coordinator.
+
+    A second one that joined would end all the others.
+
+    Args:
+      coordinator, process: HOST:PORT and the number; None where JAX finds them, and a scheduler
+        sees to it.
+
+    Raises:
+      UserError: there is one already, or the port of process 0 is in use.
+    """
+    if coordinator is None or process is None:
+        yield
+        return
+    with socket.socket(socket.AF_UNIX) as place:
+        try:  # a name without a file is free again when the process ends, however it ends
+            place.bind(f"\0jaxformer {coordinator} {process}")
+        except OSError as error:  # other systems than Linux have no such names
+            if error.errno == errno.EADDRINUSE:
+                raise UserError(
+                    f"process {process} at {coordinator} runs here already: wait until it ends, or "
+                    "give another parallel.coordinator"
+                ) from error
+        port = coordinator.rpartition(":")[2]
+        if process == 0 and port.isdecimal():
+            try:  # it is shared in silence by those who wait at it as JAX does
+                socket.create_server(("", int(port))).close()
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise UserError(
+                        f"port {port} is in use: give parallel.coordinator another"
+                    ) from error
+        yield
 
 
 @contextlib.contextmanager

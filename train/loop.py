@@ -22,11 +22,12 @@ from train.hosts import (
     agreed,
     agreed_steps,
     check_alike,
+    check_shared,
     initialize_hosts,
     noticing_lost_processes,
     together,
 )
-from train.lock import only_trainer
+from train.lock import only_process, only_trainer
 from train.log import Log, check_finite, describe, examples
 from train.machine import describe_machine
 from train.metrics import MetricsWriter, read_metrics
@@ -59,8 +60,6 @@ def fit(config: TrainConfig) -> Path:
     """
     if not config.run:
         raise UserError("run is empty: name the directory to train in")
-    if config.distributed:
-        initialize_hosts(config.parallel)
     run = Path(config.run)
     with (
         ExitStack() as held,
@@ -69,9 +68,14 @@ def fit(config: TrainConfig) -> Path:
         ),
         noticing_lost_processes(),
     ):
+        if config.distributed:
+            hosts = config.parallel
+            held.enter_context(only_process(hosts.coordinator, hosts.process))
+            initialize_hosts(hosts)
         with together():
             if jax.process_index() == 0:
                 held.enter_context(only_trainer(run))
+        check_shared(run)
         fields = flatten(config).items()
         check_alike(
             {name: value for name, value in fields if name not in _OF_EACH_PROCESS},

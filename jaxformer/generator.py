@@ -102,7 +102,7 @@ class Generator:
         *,
         batch_tokens: int | None = None,
         prefixes: Sequence[Sequence[int]] | None = None,
-        keys: Array | None = None,
+        keys: Array | np.ndarray | None = None,
         few_shapes: bool = False,
     ) -> list[BeamResult]:
         """Search for any number of sentences of any length, the longest first.

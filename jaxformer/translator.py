@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from jaxformer.batching import batches, in_windows, pad
+from jaxformer.batching import batches, bucket, in_windows, pad
 from jaxformer.config import BOS_ID, EOS_ID, Precision, TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.generation import fewest_positions, max_target_length
@@ -359,8 +359,14 @@ class Translator:
             decoder_self_attention=decoder[:, :, :T, :T],
             cross_attention=cross,
             alignment=Alignment(source_tokens, target_tokens, cross[layer].mean(axis=0)),
-            positional_encoding=positional_encoding(self.config, self._params[0], max(S, T)),
+            positional_encoding=self._positional_encoding(max(S, T)),
         )
+
+    def _positional_encoding(self, length: int) -> np.ndarray:
+        """[P, D], of a few lengths alone: each is compiled."""
+        computed, positions = bucket(length), self.config.num_positions
+        computed = computed if positions is None else min(computed, positions)
+        return positional_encoding(self.config, self._params[0], computed)[:length]
 
     @property
     def steps(self) -> tuple[int, int]:
@@ -425,7 +431,9 @@ class Translator:
         sources = [[*part.ids, EOS_ID] for part in parts]
         keys = None
         if options.sampling and parts:
-            keys = _keys(*np.array(noise, np.int64).astype(np.uint32).T)
+            numbers = np.zeros((bucket(len(noise)), 3), np.uint32)  # each number is compiled
+            numbers[: len(noise)] = np.array(noise, np.int64)
+            keys = np.asarray(_keys(*numbers.T))[: len(noise)]
         return self._generator.sentences(
             sources,
             options,
@@ -506,7 +514,8 @@ def _check_text(name: str, number: int, text: Any) -> None:
 @jax.jit
 @jax.vmap
 def _keys(seed: Array, line: Array, part: Array) -> Array:
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), line), part)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), line), part)
+    return jax.random.key_data(key)
 
 
 def _pair_batches(

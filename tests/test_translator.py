@@ -17,6 +17,7 @@ import jaxformer.translator as module
 from jaxformer import loading
 from jaxformer.errors import UserError
 from jaxformer.generation_config import GenerationConfig
+from jaxformer.generator import Generator
 from jaxformer.long_lines import cut
 from jaxformer.search import BeamResult
 from jaxformer.tokenizer import VocabularyTokenizer
@@ -403,6 +404,22 @@ def test_prefixes(translator):
 def test_any_seed_draws(translator, seed):
     options = {"beam_size": 1, "sampling": True, "batch_tokens": 128}
     assert len(translator.translate(SENTENCES[:1], seed=seed, **options)) == 1
+
+
+def test_noise_of_any_number_of_lines_is_one_program(translator, monkeypatch):
+    given = []
+
+    def spy(self, sources, options, *, keys, **_):
+        given.append(keys)
+        raise UserError("seen")
+
+    monkeypatch.setattr(Generator, "sentences", spy)
+    for number in (3, 7):
+        with count_compiles() as compiled, pytest.raises(UserError, match="seen"):
+            translator.translate(["red dogs"] * number, sampling=True)
+    assert compiled == []
+    assert len(np.unique(given[1], axis=0)) == 7
+    np.testing.assert_array_equal(given[0], given[1][:3])
 
 
 def test_one_string_is_no_list(translator):

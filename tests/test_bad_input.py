@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 import shutil
 import sys
+import threading
 
 import jax
 import pytest
@@ -13,6 +15,7 @@ from jaxformer.files import write_lines
 from jaxformer.run_directory import load_tokenizers, write_config
 from random_run import CONFIG, write_random_run
 from small_run import small_config, trained_run, write_corpus
+from train import cli
 from train.arguments import config_names, load_config, override
 from train.cli import main
 from train.config import TrainConfig, flatten
@@ -67,6 +70,39 @@ def test_help_lists_every_field_with_its_value(capsys):
         assert flag in text, name
         if isinstance(value, int | float) and not isinstance(value, bool):
             assert f"(default: {value})" in " ".join(text.split()), name
+
+
+@pytest.mark.parametrize(
+    ("joined", "status", "leaves"),
+    [
+        (False, 0, "when Python does"),
+        (False, 1, "when Python does"),
+        (False, 130, "at once"),
+        (False, 143, "at once"),
+        (True, 0, "when Python does"),
+        (True, 1, "soon"),
+        (True, 75, "at once"),
+        (True, 130, "at once"),
+        (True, 143, "when Python does"),
+    ],
+)
+def test_when_a_process_leaves(monkeypatch, joined, status, leaves):
+    class Left(Exception):
+        pass
+
+    def leave(status):
+        raise Left(status)
+
+    timers = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: joined)
+    monkeypatch.setattr(cli, "begin_program", lambda: None)
+    monkeypatch.setattr(cli, "main", lambda: status)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(threading.Timer, "start", lambda timer: timers.append(timer))
+    with pytest.raises(Left if leaves == "at once" else SystemExit) as left:
+        cli.command()
+    assert left.value.args == (status,)
+    assert [timer.daemon for timer in timers] == [True] * (leaves == "soon")
 
 
 def test_help_ends_on_the_narrowest_of_terminals(monkeypatch, capsys):
@@ -126,6 +162,10 @@ HOSTS = (
         (
             ["fit", "quickstart", *HOSTS, "--parallel.coordinator", "host0"],
             "'host0': give HOST:PORT",
+        ),
+        *(
+            (["fit", "quickstart", *HOSTS, "--parallel.coordinator", address], "give HOST:PORT")
+            for address in ("a:0", "a:65536", "a:１")
         ),
         (["fit", "quickstart", *HOSTS, "--parallel.process", "2"], "process is 2 of parallel.proc"),
         (["evaluate", "/no/such/run"], "/no/such/run is not a directory"),

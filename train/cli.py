@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -28,6 +29,9 @@ from train.metrics import has_ended
 from train.plan.command import add_plan
 from train.preemption import Preempted
 from train.report import add_report, report_after_training
+
+# What a process that has failed waits for the others at most.
+_LEAVE_S = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,13 +75,23 @@ def command() -> NoReturn:
     """
     begin_program()
     status = main()
-    # One of several processes takes leave of the others, or they would fail; unless one is lost.
-    if status == ProcessLost.status or (status > 128 and not jax.distributed.is_initialized()):
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(AttributeError, OSError):  # closed, or nobody reads it
-                stream.flush()
-        os._exit(status)
+    joined = jax.distributed.is_initialized()
+    if status in (ProcessLost.status, 128 + signal.SIGINT) or (status > 128 and not joined):
+        _leave(status)
+    if joined and status == 1:
+        # Processes take leave of each other, or those that are slower would fail. But of an error
+        # they may know nothing, and JAX would wait for them for minutes.
+        waiting = threading.Timer(_LEAVE_S, _leave, [status])
+        waiting.daemon = True
+        waiting.start()
     sys.exit(status)
+
+
+def _leave(status: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError):  # closed, or nobody reads it
+            stream.flush()
+    os._exit(status)
 
 
 def _check_temporary_directory() -> None:

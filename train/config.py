@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -233,8 +234,8 @@ class ParallelConfig:
                 "parallel.coordinator, parallel.processes and parallel.process go together: "
                 "give all three, or none where JAX finds the other hosts by itself"
             )
-        host, _, port = (self.coordinator or "host:0").rpartition(":")
-        if not host or not port.isdecimal():
+        host, _, port = (self.coordinator or "host:1").rpartition(":")
+        if not host or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
             raise UserError(
                 f"parallel.coordinator is {self.coordinator!r}: give HOST:PORT, any free port of "
                 "the host of process 0"

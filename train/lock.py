@@ -54,10 +54,10 @@ def only_process(coordinator: str | None, process: int | None) -> Iterator[None]
                     f"process {process} at {coordinator} runs here already: wait until it ends, or "
                     "give another parallel.coordinator"
                 ) from error
-        port = coordinator.rpartition(":")[2]
-        if process == 0 and port.isdecimal():
+        if process == 0:
+            port = int(coordinator.rpartition(":")[2])
             try:  # it is shared in silence by those who wait at it as JAX does
-                socket.create_server(("", int(port))).close()
+                socket.create_server(("", port)).close()
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
                     raise UserError(

@@ -422,6 +422,14 @@ def test_noise_of_any_number_of_lines_is_one_program(translator, monkeypatch):
     np.testing.assert_array_equal(given[0], given[1][:3])
 
 
+def test_encodings_of_many_lengths_are_one_program(translator):
+    longest = translator._positional_encoding(30)
+    with count_compiles() as compiled:
+        shorter = translator._positional_encoding(17)
+    assert compiled == []
+    np.testing.assert_array_equal(shorter, longest[:17])
+
+
 def test_one_string_is_no_list(translator):
     for call in (
         lambda: translator.translate("red dogs"),

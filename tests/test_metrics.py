@@ -205,6 +205,16 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
             writer.write(1, "train", {"loss": 1.0})
 
 
+def test_events_that_cannot_be_written_are_said_in_one_line(tmp_path, monkeypatch):
+    def flush():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with MetricsWriter(tmp_path) as writer, monkeypatch.context() as patch:
+        patch.setattr(writer._events, "flush", flush)
+        with pytest.raises(UserError, match=f"cannot write {tmp_path}: No space left"):
+            writer.write(1, "train", {"loss": 1.0})
+
+
 def test_a_full_disk_at_the_end_hides_no_other_error(tmp_path, monkeypatch):
     def close():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -226,6 +236,8 @@ def read_events(path):
 def test_tensorboard_shows_the_numbers_and_purges_on_resume(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.write(4, "train", {"loss": 0.5, "nll": float("nan"), "signature": "nrefs:1"})
+        (file,) = tmp_path.glob("*tfevents*")
+        assert [event.step for event in read_events(file)][-1] == 4  # while training goes on
         writer.write(7, "validation", {"bleu": np.float32(41.5), "count": 3})
     with MetricsWriter(tmp_path, start_step=4) as writer:
         writer.write(5, "train", {"loss": 0.25})

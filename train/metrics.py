@@ -80,13 +80,15 @@ class MetricsWriter:
         records = read_metrics(run)
         self._written = {(record["step"], record["split"]) for record in records}
         self._start = time.monotonic() - max((record["time"] for record in records), default=0.0)
-        from tensorboardX import SummaryWriter
+        # Not `SummaryWriter`: after one failed write its thread is dead, and whoever writes more
+        # waits for it for ever. The suffix keeps two runs that start in the same second from
+        # writing to the same file.
+        from tensorboardX.event_file_writer import EventsWriter
 
-        # TensorBoard hides what an interrupted run wrote from purge_step on. The suffix keeps two
-        # runs that start in the same second from writing to the same file.
-        self._events = SummaryWriter(
-            str(run), purge_step=start_step + 1, filename_suffix=f".from{start_step}"
-        )
+        with writing(self._path.parent, "choose another --run"):
+            self._events = EventsWriter(str(self._path.parent / "events"), f".from{start_step}")
+        # TensorBoard hides what an interrupted run wrote from such a start on.
+        self._add_event(start_step + 1, session_log={"status": "START"})
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Record `values`, such as {"loss": 3.2, "bleu": 41.02, "signature": "nrefs:1|…"}.
@@ -95,7 +97,7 @@ class MetricsWriter:
         same step and split takes the place of the first.
 
         Raises:
-          UserError: metrics.jsonl cannot be written.
+          UserError: metrics.jsonl or the events cannot be written.
         """
         if self._file is None:
             return
@@ -107,9 +109,12 @@ class MetricsWriter:
                 self._keep(lambda record: (record["step"], record["split"]) != (step, split))
             self._file.write(_line(record))
         self._written.add((step, split))
-        for name, value in values.items():
-            if isinstance(value, float | int):
-                self._events.add_scalar(f"{split}/{name}", value, step)
+        scalars = [
+            {"tag": f"{split}/{name}", "simple_value": value}
+            for name, value in values.items()
+            if isinstance(value, float | int)
+        ]
+        self._add_event(step, summary={"value": scalars})
 
     def close(self) -> None:
         """Write out what is buffered, or on a full disk leave it: every record is written."""
@@ -123,6 +128,13 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _add_event(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        with writing(self._path.parent, "free disk space, then run the same command again"):
+            self._events.write_event(Event(step=step, wall_time=time.time(), **content))
+            self._events.flush()
 
     def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drop the other records from the file, in one move, and open it for appending."""

@@ -9,7 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from jaxformer.errors import UserError, reason
+from jaxformer.fingerprint import fingerprint
 from jaxformer.run_directory import check_name
 
 CHECKPOINTS_DIR = "checkpoints"
@@ -138,8 +143,6 @@ def is_intact(checkpoint: Path, item: str, tree: Any) -> bool:
 
     True as well for a checkpoint that keeps no fingerprint of it.
     """
-    from jaxformer.fingerprint import fingerprint
-
     saved = _info(checkpoint).get("fingerprints", {})
     if not isinstance(saved, dict):
         return False
@@ -148,9 +151,6 @@ def is_intact(checkpoint: Path, item: str, tree: Any) -> bool:
 
 def describe_arrays(tree: Any) -> dict[str, str]:
     """Map the path of each array to its type: {"decoder/kernel": "float32[3,5]"}."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
 
     def dtype_and_shape(leaf: Any) -> str:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -199,8 +199,6 @@ def read_arrays(path: Path) -> dict[str, Any]:
     Raises:
       UserError: the directory is incomplete or damaged, or of a name that orbax cannot read.
     """
-    import jax
-    import numpy as np
     import orbax.checkpoint as ocp
     from etils import epath
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice, repeat, tee, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, get_args
+from typing import Any, BinaryIO, NoReturn, get_args
 
 from jaxformer.arguments import add_search, generation_options
 from jaxformer.batching import in_windows
@@ -18,6 +18,7 @@ from jaxformer.convert import add_convert
 from jaxformer.errors import UserError, memory_errors
 from jaxformer.files import lines_of
 from jaxformer.pages.inspection import add_inspect
+from jaxformer.results import Alignment
 from jaxformer.terminal import (
     Progress,
     ShowDefaults,
@@ -27,10 +28,7 @@ from jaxformer.terminal import (
     say,
     write_line,
 )
-
-if TYPE_CHECKING:
-    from jaxformer.results import Alignment
-    from jaxformer.translator import Translator
+from jaxformer.translator import Translator
 
 # Lines that are printed, and aligned or scored, at a time.
 _WINDOW = 256
@@ -204,7 +202,7 @@ def _translate(options: argparse.Namespace) -> None:
         progress.close()
 
 
-def _links(alignment: "Alignment | None") -> str:
+def _links(alignment: Alignment | None) -> str:
     words = [] if alignment is None else alignment.word_links()
     return "\t" + " ".join(f"{source}-{target}" for source, target in words)
 
@@ -249,9 +247,7 @@ def _pairs(
         yield source_line, target_line
 
 
-def _load(options: argparse.Namespace) -> "Translator":
-    from jaxformer.translator import Translator
-
+def _load(options: argparse.Namespace) -> Translator:
     keep_compiled_programs()
     return Translator.load(options.run, options.checkpoint, dtype=options.dtype)
 

@@ -137,7 +137,10 @@ class Decoder(nn.Module):
         if own.__call__ is not DecoderLayer.__call__ and (
             own.decode_step is DecoderLayer.decode_step
         ):
-            raise UserError(f"{own.__name__} has a __call__ of its own: give it a decode_step, too")
+            raise UserError(
+                f"{own.__name__} has a __call__ of its own, or of nn.jit or nn.remat: give it a "
+                "decode_step too, or those to the whole model"
+            )
         cache, slots = cache.begin_position()
         self_mask, layers = cache.past[:, None], []
         for (layer, params), past in zip(each_layer(self), cache.layers, strict=True):

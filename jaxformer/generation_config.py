@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from jaxformer.config import check_fields
 from jaxformer.errors import UserError
+from jaxformer.sampling import check_sampling
 
 PenaltyForm = Literal["gnmt", "power"]
 
@@ -71,23 +72,19 @@ class GenerationConfig:
             "min_length_ratio": 0,
             "min_length_extra": 0,
             "no_repeat_ngram_size": 0,
-            "top_k": 1,
         }
         for name, minimum in at_least.items():
             value = getattr(self, name)
             if value is not None and not value >= minimum:
                 raise UserError(f"{name} is {value}: give at least {minimum}")
             most = _MOST_PENALTY if name == "length_penalty" else _MOST
-            if value is not None and name != "top_k" and value > most:
+            if value is not None and value > most:
                 raise UserError(f"{name} is {value}: give at most {most:,}")
         if not self.sampling and self.n_best is not None and self.n_best > self.beam_size:
             raise UserError(
                 f"n_best is {self.n_best}: give 1 to {self.beam_size}, as many as there are beams"
             )
-        if self.temperature != 0 and not 1e-30 <= self.temperature <= 1e30:  # by float32
-            raise UserError(f"temperature is {self.temperature}: give 0, or 1e-30 to 1e30")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}: give more than 0, at most 1")
+        check_sampling(self.temperature, self.top_k, self.top_p)
         if self.sampling:
             idle = ["length_penalty", "length_penalty_form", "coverage_penalty", "early_stopping"]
             why = "with sampling"

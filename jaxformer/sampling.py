@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 from numbers import Real
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,14 +61,8 @@ class Sampling:
     pad_id: int = PAD_ID
 
     def __post_init__(self) -> None:
-        temperature, top_k, top_p = self.temperature, self.top_k, self.top_p
         require(self.num_samples >= 1, "num_samples", self.num_samples, "give 1 or more")
-        if isinstance(temperature, Real):
-            fits = temperature == 0 or 1e-30 <= temperature <= 1e30  # as float32 can divide
-            require(fits, "temperature", temperature, "give 0 (greedy), or 1e-30 to 1e30")
-        require(top_k is None or top_k >= 1, "top_k", top_k, "give 1 or more, or None for all")
-        if isinstance(top_p, Real):
-            require(0 < top_p <= 1, "top_p", top_p, "give more than 0, at most 1, or None")
+        check_sampling(self.temperature, self.top_k, self.top_p)
         require_ngram_size(self.no_repeat_ngram_size)
 
     @property
@@ -141,6 +136,16 @@ class Sampling:
         )
         choice = jax.vmap(jax.vmap(jax.random.categorical))(keys, logits)
         return jnp.take_along_axis(ids, choice[:, :, None], axis=-1)[:, :, 0]
+
+
+def check_sampling(temperature: Any, top_k: int | None, top_p: Any) -> None:
+    """Raise `UserError` for what no token can be drawn with; arrays pass, as they may be traced."""
+    if isinstance(temperature, Real):
+        fits = temperature == 0 or 1e-30 <= float(temperature) <= 1e30  # as float32 can divide
+        require(fits, "temperature", temperature, "give 0, or 1e-30 to 1e30")
+    require(top_k is None or top_k >= 1, "top_k", top_k, "give at least 1")
+    if isinstance(top_p, Real):
+        require(0 < float(top_p) <= 1, "top_p", top_p, "give more than 0, at most 1")
 
 
 def fold_in_rows(rng: Array, numbers: Int[Array, "B"]) -> Array:

@@ -125,35 +125,25 @@ def attention_alignment(
     params: Any,
     source_ids: Int[Array | np.ndarray, "B S"],
     labels: Int[Array | np.ndarray, "B T"],
-    layer: int | None = None,
 ) -> Float[Array, "B T S"]:
-    """How much each target token looked at each source token when it was written, heads averaged.
+    """How much each target token looked at each source token in `alignment_layer`, heads averaged.
 
     Args:
       model: or its configuration.
       source_ids, labels: sentences with eos, then padding.
-      layer: decoder layer, from 0; by default that of `alignment_layer`.
 
     Raises:
-      UserError: as for `attention_maps`, or there is no such layer.
+      UserError: as for `attention_maps`.
     """
-    model = as_transformer(model)
-    config = model.config
-    layer = alignment_layer(config) if layer is None else layer
-    if not 0 <= layer < config.decoder_layers:
-        raise UserError(f"layer is {layer}: give 0 to {config.decoder_layers - 1}, of the decoder")
-    return _attention_alignment(model, params, source_ids, labels, layer)
+    return _attention_alignment(as_transformer(model), params, source_ids, labels)
 
 
-@partial(jax.jit, static_argnums=(0, 4))
+@partial(jax.jit, static_argnums=0)
 def _attention_alignment(
-    model: Transformer,
-    params: Any,
-    source_ids: Int[Array, "B S"],
-    labels: Int[Array, "B T"],
-    layer: int,
+    model: Transformer, params: Any, source_ids: Int[Array, "B S"], labels: Int[Array, "B T"]
 ) -> Float[Array, "B T S"]:
-    return jnp.mean(_attention_maps(model, params, source_ids, labels).cross[layer], axis=1)
+    cross = _attention_maps(model, params, source_ids, labels).cross
+    return jnp.mean(cross[alignment_layer(model.config)], axis=1)
 
 
 def shift_right(labels: Int[Array | np.ndarray, "B T"]) -> Int[Array, "B T"]:

@@ -16,7 +16,8 @@ class Tokenizer:
 
     Attributes:
       model: the serialized model, the bytes of a `tokenizer.model` file.
-      vocab_size: number of pieces, the four above among them.
+      vocabulary: the piece of each id, the four above first; "▁" stands for a space.
+      vocab_size: their number.
 
     Raises:
       UserError: `model` is no sentencepiece model, or numbers its special pieces otherwise.
@@ -26,6 +27,7 @@ class Tokenizer:
         self._processor = _processor(model, name)
         self.model = model
         self.vocab_size: int = self._processor.vocab_size()
+        self.vocabulary: list[str] = self._processor.id_to_piece(list(range(self.vocab_size)))
         special = {
             "pad": (self._processor.pad_id(), PAD_ID),
             "bos": (self._processor.bos_id(), BOS_ID),
@@ -73,7 +75,7 @@ class Tokenizer:
 
     def pieces(self, ids: Iterable[int] | np.ndarray) -> list[str]:
         """Return the vocabulary's piece of each id; "▁" in it stands for a space."""
-        return [self._processor.id_to_piece(int(i)) for i in ids]
+        return [self.vocabulary[int(i)] for i in ids]
 
 
 class VocabularyTokenizer(Tokenizer):
@@ -134,9 +136,6 @@ class VocabularyTokenizer(Tokenizer):
         text = self._processor.decode(self.pieces(i for i in ids if int(i) not in special))
         # The model leaves pieces as they are that it does not know.
         return text.replace("▁", " ").strip()
-
-    def pieces(self, ids: Iterable[int] | np.ndarray) -> list[str]:
-        return [self.vocabulary[int(i)] for i in ids]
 
 
 def _sampling(dropout: float, seed: int) -> dict[str, Any]:

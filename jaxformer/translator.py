@@ -240,20 +240,18 @@ class Translator:
         sources: Sequence[str],
         targets: Sequence[str],
         *,
-        layer: int | None = None,
         batch_tokens: int = 4096,
     ) -> list[Alignment]:
         """How much each target piece looked at each source piece, by the (first) model.
 
         Args:
           sources, targets: sentences and their translations, the model's own or not.
-          layer: decoder layer, from 0; by default the last but one.
           batch_tokens: positions at once.
 
         Raises:
-          UserError: as for `score`, or there is no such layer.
+          UserError: as for `score`.
         """
-        return self._align(*self._pairs(sources, targets, 1), layer, batch_tokens)
+        return self._align(*self._pairs(sources, targets, 1), batch_tokens)
 
     def align_hypotheses(
         self,
@@ -284,7 +282,7 @@ class Translator:
                     sources.append([*source, EOS_ID])
                     targets.append(target)
                     where.append((line, number))
-        aligned = self._align(sources, targets, None, batch_tokens)
+        aligned = self._align(sources, targets, batch_tokens)
         for (line, number), alignment in zip(where, aligned, strict=True):
             found[line][number] = alignment
         return found
@@ -293,13 +291,12 @@ class Translator:
         self,
         source_ids: list[list[int]],
         target_ids: list[list[int]],
-        layer: int | None,
         batch_tokens: int,
     ) -> list[Alignment]:
         found: list[Any] = [None] * len(source_ids)
         limit = self.config.num_positions
         for chosen, source, target in _pair_batches(source_ids, target_ids, batch_tokens, limit):
-            weights = attention_alignment(self.config, self.params, source, target, layer)
+            weights = attention_alignment(self.config, self.params, source, target)
             for index, row in zip(chosen, np.asarray(weights), strict=False):
                 found[index] = Alignment(
                     self.source_tokenizer.pieces(source_ids[index]),
@@ -341,7 +338,7 @@ class Translator:
         target.append(EOS_ID)
         ((_, source_ids, target_ids),) = _pair_batches([source], [target], len(source), positions)
         log_probs = token_log_probs(self._configs, self._params, source_ids, target_ids)
-        maps = attention_maps(self.config, self._params[0], source_ids, target_ids)
+        maps = attention_maps(self.config, self.params, source_ids, target_ids)
         S, T = len(source), len(target)
         encoder, decoder, cross = (np.asarray(weights)[:, 0] for weights in maps)
         cross = cross[:, :, :T, :S]
@@ -366,7 +363,7 @@ class Translator:
         """[P, D], of a few lengths alone: each is compiled."""
         computed, positions = bucket(length), self.config.num_positions
         computed = computed if positions is None else min(computed, positions)
-        return positional_encoding(self.config, self._params[0], computed)[:length]
+        return positional_encoding(self.config, self.params, computed)[:length]
 
     @property
     def steps(self) -> tuple[int, int]:

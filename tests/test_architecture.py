@@ -19,9 +19,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "cache compilation constraints errors fingerprint matrices results sharding",
     "config dropout files ids quantization schedules search terminal",
-    "generation_config linear",
+    "linear",
     "batching beam embedding feed_forward losses masks positions residual sampling tokenizer",
-    "decoding flash run_directory",
+    "decoding flash generation_config run_directory",
     "attention checkpoints",
     "stack",
     "decoder encoder",

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 DEFAULTS = {"prefixes": None, "window": 4096, "n_best": 1}
 
 
-class Uppercase:
+class Uppercase(Translator):
     """Takes the place of a `Translator`."""
 
     def __init__(self):

@@ -563,7 +563,7 @@ def misshapen_step(tokens, state):
         (lambda: gather_beams(jnp.zeros(B * K), jnp.zeros((B, K), jnp.int32)), "a state leaf is"),
         (lambda: draw(random_table(0), num_samples=0), "num_samples is 0: give 1"),
         (lambda: draw(random_table(0), temperature=-1.0), "temperature is -1.0: give 0"),
-        (lambda: draw(random_table(0), top_k=0), "top_k is 0: give 1"),
+        (lambda: draw(random_table(0), top_k=0), "top_k is 0: give at least 1"),
         (lambda: draw(random_table(0), top_p=1.5), "top_p is 1.5: give more than 0"),
     ],
 )

@@ -175,7 +175,7 @@ def test_an_end_that_training_went_beyond_is_called_by_its_step(tmp_path, no_pic
 
 
 def test_where_the_time_went(run):
-    parts = History(run).time_split()
+    parts = History(run).time_split
     expected = {
         "compile": COMPILE_SECONDS,
         "steps": 40 * 50 * STEP_SECONDS,
@@ -192,7 +192,7 @@ def test_bars_of_time_stand_side_by_side(run, tmp_path):
     drawn = report._time(histories)
     bars = re.findall(r'<rect x="(.*?)" y="(.*?)" width="(.*?)"', drawn)
     x, y, width = np.array(bars, float).reshape(2, len(PARTS), 3).transpose(2, 0, 1)
-    totals = [sum(history.time_split().values()) for history in histories]
+    totals = [sum(history.time_split.values()) for history in histories]
     np.testing.assert_allclose(x, np.cumsum(width, axis=1) - width, atol=0.3)
     np.testing.assert_allclose(width.sum(axis=1), [720, 720 * totals[1] / totals[0]], atol=0.3)
     assert len(set(y[0])) == len(set(y[1])) == 1 and y[0, 0] < y[1, 0]

@@ -441,12 +441,6 @@ def test_one_string_is_no_list(translator):
             call()
 
 
-def test_a_layer_that_is_not_there(translator):
-    for layer in (-1, 1, 6):
-        with pytest.raises(UserError, match=f"layer is {layer}: give 0 to 0"):
-            translator.align(["red dogs"], ["rot"], layer=layer)
-
-
 def test_parameters_are_where_it_translates(run):
     device = jax.devices()[3]
     translator = Translator.load(run, devices=[device])

@@ -108,13 +108,9 @@ def make_translate(
     translator: Translator, config: EvaluateConfig, *, beam_size: int
 ) -> Callable[..., list[str]]:
     """Return the translation function that a configuration asks for."""
-    return partial(
-        translator.translate,
-        few_shapes=True,
-        beam_size=beam_size,
-        length_penalty=config.length_penalty,
-        length_penalty_form=config.length_penalty_form,
-    )
+    options = dataclasses.asdict(config.search(beam_size))
+    del options["n_best"]  # `translate` returns one
+    return partial(translator.translate, few_shapes=True, **options)
 
 
 def evaluate_run(

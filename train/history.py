@@ -1,6 +1,6 @@
 """A run's metrics.jsonl as columns, fast enough for a million records."""
 
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,7 @@ class History:
     Attributes:
       run: its directory.
       name: a short name, which who shows several may change.
-      config: its configuration as a nested dictionary.
-      settings: the same, {"model.d_model": 512, …}.
+      settings: its configuration, {"model.d_model": 512, …}.
 
     Raises:
       UserError: the directory is no run, or its metrics are missing, empty or damaged.
@@ -63,7 +62,7 @@ class History:
         rows = self._rows(split).to_pylist()
         return [{name: x for name, x in row.items() if x is not None} for row in rows]
 
-    @cache  # noqa: B019
+    @cached_property
     def time_split(self) -> dict[str, float]:
         """Seconds spent on each of `PARTS`.
 

@@ -113,7 +113,7 @@ def _results(histories: Sequence[History]) -> str:
     rows, signatures = [], {}
     for history in histories:
         last = history.series("train", "step")[0][-1]
-        seconds = sum(history.time_split().values())
+        seconds = sum(history.time_split.values())
         summary = f"{last:,.0f} steps in {duration(seconds)}"
         records = [(f"validation, step {r['step']:,}", r) for r in _best_validation(history)]
         for split in ("validation", "test"):
@@ -222,7 +222,7 @@ def _charts(histories: Sequence[History]) -> dict[str, Chart]:
 def _time(histories: Sequence[History]) -> str:
     """A bar a run: what its time went into."""
     height, width, rows, bars = 26, 720, [], []
-    splits = [history.time_split() for history in histories]
+    splits = [history.time_split for history in histories]
     longest = max(sum(parts.values()) for parts in splits) or 1.0
     for number, (history, parts) in enumerate(zip(histories, splits, strict=True)):
         total, x = sum(parts.values()) or 1.0, 0.0

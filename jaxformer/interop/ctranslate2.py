@@ -111,8 +111,7 @@ def to_ctranslate2(
 
 
 def _vocabulary(tokenizer: Tokenizer) -> list[str]:
-    pieces = tokenizer.pieces(range(tokenizer.vocab_size))
-    return [_SPECIAL_TOKENS.get(i, piece) for i, piece in enumerate(pieces)]
+    return [_SPECIAL_TOKENS.get(i, piece) for i, piece in enumerate(tokenizer.vocabulary)]
 
 
 def _model_spec(config: TransformerConfig, params: Mapping[str, Any]) -> Any:

@@ -217,7 +217,7 @@ def _import_pieces(vocabulary: Mapping[str, int], order: np.ndarray) -> list[str
 
 
 def _export_vocabulary(tokenizer: Tokenizer, order: np.ndarray, run: str | Path) -> dict[str, int]:
-    pieces = tokenizer.pieces(range(tokenizer.vocab_size))
+    pieces = list(tokenizer.vocabulary)
     if not isinstance(tokenizer, VocabularyTokenizer):
         pieces[:4] = "<pad>", "<s>", "</s>", "<unk>"  # the names that MarianTokenizer knows
     if len(pieces) != len(order):

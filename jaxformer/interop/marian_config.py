@@ -176,7 +176,6 @@ def own_section(config: TransformerConfig, source: Tokenizer, target: Tokenizer)
         "decoder_start_token_id": BOS_ID,
         "forced_eos_token_id": EOS_ID,
     }
-    vocabularies = [side.pieces(range(side.vocab_size)) for side in (source, target)]
     return {
         "config": {
             "architectures": ["MarianMTModel"],
@@ -216,7 +215,7 @@ def own_section(config: TransformerConfig, source: Tokenizer, target: Tokenizer)
             "eos_token": "</s>",
             "unk_token": "<unk>",
             "model_max_length": config.max_length,
-            "separate_vocabs": vocabularies[0] != vocabularies[1],
+            "separate_vocabs": source.vocabulary != target.vocabulary,
             "clean_up_tokenization_spaces": False,
         },
         "special_ids": {side: [PAD_ID, BOS_ID, EOS_ID, UNK_ID] for side in ("source", "target")},

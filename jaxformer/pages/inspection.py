@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxformer.arguments import add_search, generation_options
+from jaxformer.compilation import keep_compiled_programs
 from jaxformer.errors import UserError
 from jaxformer.files import check_writable, write_text
 from jaxformer.pages.heatmap import (
@@ -21,8 +22,10 @@ from jaxformer.pages.heatmap import (
     signed_shades,
 )
 from jaxformer.pages.page import page, script_note, scrolling, section, table
+from jaxformer.pages.pictures import can_draw, draw_explanation, say_where
 from jaxformer.results import Explanation
 from jaxformer.terminal import ShowDefaults, write_line
+from jaxformer.translator import Translator
 
 _READ = {
     "Encoder self-attention": "A row is a piece of the source, and shows what it looks at.",
@@ -57,8 +60,6 @@ def write_inspection(explanation: Explanation, folder: Path, *, pictures: bool =
     index = folder / "index.html"
     write_text(index, inspection_page(explanation))
     if pictures:
-        from jaxformer.pages.pictures import draw_explanation
-
         draw_explanation(explanation, folder)
     return index
 
@@ -175,10 +176,6 @@ def _inspect(options: argparse.Namespace) -> None:
     except UnicodeEncodeError as error:  # what the shell gave is bytes that are no letters
         raise UserError(f"SENTENCE is not UTF-8 at letter {error.start + 1}: mend it") from error
     check_writable(Path(options.output, "index.html"))
-    from jaxformer.compilation import keep_compiled_programs
-    from jaxformer.pages.pictures import can_draw, say_where
-    from jaxformer.translator import Translator
-
     keep_compiled_programs()
     translator = Translator.load(options.run, options.checkpoint)
     explanation = translator.explain(options.sentence, **search)

@@ -39,7 +39,7 @@ def ctranslate2_candidates(
     import ctranslate2
 
     source, target = load_tokenizers(run)
-    ids = {piece: index for index, piece in enumerate(target.pieces(range(target.vocab_size)))}
+    ids = {piece: index for index, piece in enumerate(target.vocabulary)}
     lengths = {} if fixed is None else {"max_decoding_length": fixed, "min_decoding_length": fixed}
 
     def translate(engine: ctranslate2.Translator, batch: int, lines: Sequence[str]) -> list[str]:

@@ -64,7 +64,7 @@ class Generator:
       devices: where to translate, by default all of this process, each its share.
 
     Raises:
-      UserError: these are no models or parameters of theirs, or there are no devices.
+      UserError: these are no models or parameters of theirs, or as for `devices_or_all`.
 
     Attributes:
       computed_steps: rows times steps so far ...
@@ -75,11 +75,9 @@ class Generator:
         self,
         models: Model | tuple[Model, ...],
         params: Any,
-        devices: list[jax.Device] | None = None,
+        devices: Sequence[jax.Device] | None = None,
     ) -> None:
-        self._devices = jax.local_devices() if devices is None else devices
-        if not self._devices:
-            raise UserError("devices are none: give at least one, or leave them out for all")
+        self._devices = devices_or_all(devices)
         self._mesh = Mesh(np.array(self._devices), ("data",))
         self._models, params = ensemble(models, params)
         self._configs = [model.config for model in self._models]
@@ -248,6 +246,18 @@ class Generator:
         room = min(room, usual)
         slots = options.num_beams * room  # samples share no past
         return room, min(slots, room + _SLOTS_PER_BEAM * options.beam_size) if searched else slots
+
+
+def devices_or_all(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
+    """`devices`, by default all of this process.
+
+    Raises:
+      UserError: there are none, or one is there twice.
+    """
+    found = jax.local_devices() if devices is None else list(devices)
+    if not found or len(set(found)) < len(found):
+        raise UserError("devices are none, or one of them twice: name each once, or leave them out")
+    return found
 
 
 def _deal_to_devices(chosen: Sequence[int], devices: int, per_device: int) -> np.ndarray:

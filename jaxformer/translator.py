@@ -15,7 +15,7 @@ from jaxformer.config import BOS_ID, EOS_ID, Precision, TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.generation import fewest_positions, max_target_length
 from jaxformer.generation_config import GenerationConfig
-from jaxformer.generator import Generator
+from jaxformer.generator import Generator, devices_or_all
 from jaxformer.loading import Checkpoints, Member, Runs, load_members
 from jaxformer.long_lines import Part, join, parts_of
 from jaxformer.positions import positional_encoding
@@ -51,7 +51,7 @@ class Translator:
       devices: where to translate, by default on all devices of this process.
 
     Raises:
-      UserError: there are no devices.
+      UserError: there are no devices, or one is there twice.
     """
 
     def __init__(
@@ -62,11 +62,9 @@ class Translator:
         target_tokenizer: Tokenizer,
         *,
         others: Sequence[Member] = (),
-        devices: list[jax.Device] | None = None,
+        devices: Sequence[jax.Device] | None = None,
     ) -> None:
-        self._devices = jax.local_devices() if devices is None else devices
-        if not self._devices:
-            raise UserError("devices are none: name one, or leave it out")
+        self._devices = devices_or_all(devices)
         members = ((config, params), *others)
         self._configs = tuple(self._with_own_kernel(config) for config, _ in members)
         # For all but the search, which has copies of its own.
@@ -84,7 +82,7 @@ class Translator:
         checkpoint: Checkpoints = None,
         *,
         dtype: Precision | None = None,
-        devices: list[jax.Device] | None = None,
+        devices: Sequence[jax.Device] | None = None,
     ) -> "Translator":
         """Load a run directory, or an ensemble.
 

@@ -79,6 +79,7 @@ WRONG = {
     "sources are no lists of ids": lambda: Generator(CONFIG, params_of()).sentences([4], OPTIONS),
     "give a GenerationConfig": lambda: Generator(CONFIG, params_of()).sentences([[4]], {}),
     "devices are none": lambda: Generator(CONFIG, params_of(), devices=[]),
+    "one of them twice": lambda: Generator(CONFIG, params_of(), devices=2 * jax.devices()[:1]),
     "target_ids are float32": lambda: Transformer(CONFIG).init(
         KEY, jnp.ones((1, 2), int), jnp.ones((1, 2))
     ),

@@ -416,6 +416,14 @@ def test_the_largest_batch_counts_all_parts_of_an_accumulated_one(config, no_com
     assert record["largest_batch_tokens"] == 20 * 2 * 16
 
 
+def test_devices_that_share_matrices_have_the_same_rows(config, no_compiles):
+    machine = dataclasses.replace(as_if(V5E), memory=140)
+    config = change(config, parallel__strategy="mesh", parallel__tensor=2, data__batch_tokens=32)
+    record, *_ = plan(config, [machine])
+    assert record["rows"] == 4 and record["fits"]  # fewer than devices
+    assert record["largest_batch_tokens"] // 16 in range(20 * 8, 21 * 8)
+
+
 def test_memory_that_is_used_again_counts_once():
     x = jax.ShapeDtypeStruct((2**20,), jnp.float32)
     for donated, arrays in ((0, 1), ((), 2)):

@@ -65,10 +65,10 @@ def plan(
         record = _train_record(config, machine, work)
         if machine.chip is not None:
             if machine.chip.name not in largest:
-                rows = _largest_rows_per_device(config, machine, work, record)
+                rows = _largest_rows_per_part(config, machine, work, record)
                 largest[machine.chip.name] = rows, machine.name
             rows, found_on = largest[machine.chip.name]
-            tokens = rows * len(machine.devices) * work.target
+            tokens = rows * _parts(config, machine) * work.target
             record |= {"largest_batch_tokens": tokens, "largest_found_on": found_on}
         yield record
     for machine in {machine.devices[0].device_kind: machine for machine in machines}.values():
@@ -81,8 +81,7 @@ def work_of(config: TrainConfig, machine: Machine, rows_per_device: int | None) 
     Raises:
       UserError: the rows of a device cannot be split into `config.accumulate` parts.
     """
-    devices, target = len(machine.devices), config.data.target_length
-    parts = make_runner(config, machine.devices).row_parts * config.accumulate
+    target = config.data.target_length
     full = max(1, config.data.batch_tokens // target)
     if rows_per_device is not None:
         if rows_per_device < 1 or rows_per_device % config.accumulate:
@@ -90,8 +89,14 @@ def work_of(config: TrainConfig, machine: Machine, rows_per_device: int | None) 
                 f"--rows-per-device is {rows_per_device}: give a multiple of "
                 f"accumulate={config.accumulate}"
             )
-        full = rows_per_device * devices
-    return Work(full, completed(full, parts), config.data.source_length or target, target)
+        full = rows_per_device * len(machine.devices)
+    rows = completed(full, _parts(config, machine))
+    return Work(full, rows, config.data.source_length or target, target)
+
+
+def _parts(config: TrainConfig, machine: Machine) -> int:
+    """How many equal parts a batch has; devices that share a matrix have one together."""
+    return make_runner(config, machine.devices).row_parts * config.accumulate
 
 
 def _train_record(config: TrainConfig, machine: Machine, work: Work) -> dict[str, Any]:
@@ -152,7 +157,7 @@ def _train_record(config: TrainConfig, machine: Machine, work: Work) -> dict[str
     return record
 
 
-def _largest_rows_per_device(
+def _largest_rows_per_part(
     config: TrainConfig, machine: Machine, work: Work, record: dict[str, Any]
 ) -> int:
     """A few compiles; the first of them, that of `record`, is done already.
@@ -160,7 +165,7 @@ def _largest_rows_per_device(
     On more of the same devices each would hold the same: only the axis `data` grows, along which
     nothing is spread but the batch.
     """
-    parts = len(machine.devices) * config.accumulate
+    parts = _parts(config, machine)
 
     def needs(rows_per_part: int) -> float:
         rows = rows_per_part * parts
@@ -170,7 +175,7 @@ def _largest_rows_per_device(
         needed = tried["memory"]["total"] or math.inf
         return needed if tried["fits"] else max(needed, machine.memory + 1)
 
-    return largest_fitting(needs, machine.memory, work.rows // parts) * config.accumulate
+    return largest_fitting(needs, machine.memory, work.rows // parts)
 
 
 def _decode_record(config: TrainConfig, machine: Machine) -> dict[str, Any]:

@@ -131,7 +131,8 @@ def _assumptions(steps: Records, decodes: Records, machines: Sequence[Machine]) 
     first = steps[0]
     lines = [
         f"a row has {first['source_length']} source and {first['target_length']} target positions, "
-        "full of tokens (data.source_length=0 is taken for data.target_length)",
+        "full of tokens (data.source_length=0 is taken for data.target_length; a run chooses it by "
+        "its text, and may choose more: give what its line `batches` says)",
         "rows: those of the batch, and the empty ones that a run adds so that all devices have as "
         "many; they take time and hold no tokens",
         "temporaries: activations, gradients and all else that XLA plans for; what JAX and the "

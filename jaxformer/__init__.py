@@ -24,6 +24,7 @@ from jaxformer.feed_forward import FeedForward
 from jaxformer.generation import generate
 from jaxformer.generation_config import GenerationConfig
 from jaxformer.generator import Generator
+from jaxformer.ids import shift_right
 from jaxformer.linear import Linear
 from jaxformer.losses import LossSums, cross_entropy, cross_entropy_sums
 from jaxformer.masks import SegmentMask, causal_mask, padding_mask, segment_mask
@@ -33,13 +34,7 @@ from jaxformer.residual import Residual
 from jaxformer.results import Alignment, Explanation, Hypothesis, Score
 from jaxformer.sampling import Sampling
 from jaxformer.schedules import cooldown, warmup_inverse_sqrt
-from jaxformer.scoring import (
-    AttentionMaps,
-    attention_alignment,
-    attention_maps,
-    shift_right,
-    token_log_probs,
-)
+from jaxformer.scoring import AttentionMaps, attention_alignment, attention_maps, token_log_probs
 from jaxformer.search import BeamResult
 from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import Transformer

@@ -82,6 +82,16 @@ def batches(
             group = group[rows:]
 
 
+def pair_batches(
+    sources: list[list[int]], targets: list[list[int]], batch_tokens: int, limit: int | None
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Indices of pairs of like length and their ids [B, S] and [B, T], `limit` at most."""
+    lengths = [max(map(len, pair)) for pair in zip(sources, targets, strict=True)]
+    for chosen, rows, length in batches(lengths, batch_tokens, limit=limit):
+        source, target = ([side[index] for index in chosen] for side in (sources, targets))
+        yield chosen, pad(source, rows, length), pad(target, rows, length)
+
+
 def pad(sentences: Sequence[Sequence[int]], rows: int, length: int) -> np.ndarray:
     """Token ids as an int32 array [rows, length], filled with padding.
 

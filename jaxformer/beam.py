@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
+from jaxformer.constraints import require_ngram_size
+from jaxformer.errors import require
 from jaxformer.search import (
     BeamResult,
     Request,
@@ -18,17 +20,12 @@ from jaxformer.search import (
     State,
     StepFn,
     apply_constraints,
-    best_of_chunks,
-    chunk_maxima,
-    in_chunks,
-    log_normalizer,
     next_logits,
     no_hypotheses,
     only_possible,
-    require,
-    require_ngram_size,
     take,
 )
+from jaxformer.top_k import best_of_chunks, chunk_maxima, in_chunks, log_normalizer
 
 Reorder = Callable[[State, Int[Array, "B K"]], State]
 LengthPenalty = Callable[[Any], Any]

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxformer.errors import require
+
 
 def delay_eos(
     logits: Float[Array, "B K V"],
@@ -62,3 +64,8 @@ def force_prefix(
     tokens = jnp.arange(logits.shape[-1], dtype=prefix.dtype)[None]
     forced_logits = jnp.where((tokens == forced)[:, None], logits, -jnp.inf)
     return jnp.where(free[:, :, None], free_logits, forced_logits)
+
+
+def require_ngram_size(size: int) -> None:
+    """Raise UserError if `size` is no `no_repeat_ngram_size`."""
+    require(size >= 0, "no_repeat_ngram_size", size, "give 1 or more, or 0 for no limit")

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxformer.beam import BeamSearch
+from jaxformer.errors import require
 from jaxformer.sampling import Sampling, fold_in_rows
-from jaxformer.search import BeamResult, Request, State, StepFn, require, run
+from jaxformer.search import BeamResult, Request, State, StepFn, run
 
 
 def beam_search(

@@ -12,6 +12,12 @@ class UserError(ValueError):
     """
 
 
+def require(condition: bool, name: str, value: object, fix: str) -> None:
+    """Raise UserError, naming argument, value and fix, unless `condition` holds."""
+    if not condition:
+        raise UserError(f"{name} is {value}: {fix}")
+
+
 def one_line(error: BaseException) -> str:
     """All that an error says."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxformer.config import Activation, check_choice
+from jaxformer.config import Activation
 from jaxformer.dropout import Dropout
+from jaxformer.fields import check_choice
 from jaxformer.linear import Linear
 from jaxformer.sharding import constrain
 

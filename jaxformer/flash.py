@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxformer.config import FlashAttention, check_choice
+from jaxformer.config import FlashAttention
+from jaxformer.fields import check_choice
 from jaxformer.masks import Mask, SegmentMask, dense_mask
 from jaxformer.sharding import num_shards
 

@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from jaxformer.config import check_fields
 from jaxformer.errors import UserError
+from jaxformer.fields import check_fields
 from jaxformer.sampling import check_sampling
 
 PenaltyForm = Literal["gnmt", "power"]

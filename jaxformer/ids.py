@@ -1,10 +1,12 @@
-"""Token ids as models take them."""
+"""Token ids as models take them, and as the decoder reads them."""
 
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
+from jaxformer.config import BOS_ID
 from jaxformer.errors import UserError
 
 
@@ -25,3 +27,8 @@ def as_ids(ids: Any, name: str = "ids") -> Any:
         return narrow
     where = np.where if isinstance(ids, np.ndarray | np.generic) else jnp.where
     return where((ids >= 0) & (ids <= most), narrow, -1)
+
+
+def shift_right(labels: Int[Array | np.ndarray, "B T"]) -> Int[Array, "B T"]:
+    """The decoder's input: bos, then the target without its last token."""
+    return jnp.pad(as_ids(labels, "labels"), ((0, 0), (1, 0)), constant_values=BOS_ID)[:, :-1]

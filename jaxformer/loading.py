@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer.checkpoints import check_same_arrays, describe_arrays, find_checkpoint, load_params
-from jaxformer.config import Precision, TransformerConfig, check_choice
+from jaxformer.config import Precision, TransformerConfig
 from jaxformer.errors import UserError
+from jaxformer.fields import check_choice
 from jaxformer.quantization import quantize
 from jaxformer.run_directory import load_tokenizers, read_model_config
 from jaxformer.tokenizer import Tokenizer

@@ -1,15 +1,14 @@
 """Positional encoding (§3.5) and the position of each token in a packed row."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxformer.config import Positions, TransformerConfig, check_choice
+from jaxformer.config import Positions
 from jaxformer.errors import UserError
+from jaxformer.fields import check_choice
 from jaxformer.ids import as_ids
 
 
@@ -93,12 +92,3 @@ class PositionalEncoding(nn.Module):
         else:
             encoding = sinusoid(positions, d_model, interleaved=self.kind == "sinusoidal")
         return x + encoding.astype(x.dtype)
-
-
-def positional_encoding(
-    config: TransformerConfig, params: Any, length: int
-) -> Float[np.ndarray, "P D"]:
-    """What is added to the source's embeddings at positions 0 … length - 1."""
-    model = PositionalEncoding(config.positions, config.max_length)
-    variables = {"params": params.get("source_positions", {})}
-    return np.asarray(model.apply(variables, jnp.zeros((1, length, config.d_model))))[0]

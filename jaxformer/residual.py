@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxformer.config import Norm, check_choice
+from jaxformer.config import Norm
 from jaxformer.dropout import Dropout
+from jaxformer.fields import check_choice
 from jaxformer.sharding import constrain
 
 

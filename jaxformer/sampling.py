@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
-from jaxformer.errors import UserError
+from jaxformer.constraints import require_ngram_size
+from jaxformer.errors import UserError, require
 from jaxformer.search import (
     BeamResult,
     Request,
@@ -18,14 +19,11 @@ from jaxformer.search import (
     State,
     StepFn,
     apply_constraints,
-    log_normalizer,
     next_logits,
     no_hypotheses,
     only_possible,
-    require,
-    require_ngram_size,
-    top_k,
 )
+from jaxformer.top_k import log_normalizer, top_k
 
 
 @partial(

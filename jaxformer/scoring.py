@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxformer.config import BOS_ID, PAD_ID, TransformerConfig
+from jaxformer.config import PAD_ID, TransformerConfig
 from jaxformer.ensemble import Model, as_transformer, ensemble, speakable
 from jaxformer.errors import UserError
-from jaxformer.ids import as_ids
+from jaxformer.ids import as_ids, shift_right
 from jaxformer.transformer import Transformer
 
 
@@ -144,8 +144,3 @@ def _attention_alignment(
 ) -> Float[Array, "B T S"]:
     cross = _attention_maps(model, params, source_ids, labels).cross
     return jnp.mean(cross[alignment_layer(model.config)], axis=1)
-
-
-def shift_right(labels: Int[Array | np.ndarray, "B T"]) -> Int[Array, "B T"]:
-    """The decoder's input: bos, then the target without its last token."""
-    return jnp.pad(as_ids(labels, "labels"), ((0, 0), (1, 0)), constant_values=BOS_ID)[:, :-1]

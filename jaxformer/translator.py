@@ -2,23 +2,24 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import zip_longest
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxformer.batching import batches, bucket, in_windows, pad
+from jaxformer.batching import bucket, in_windows, pair_batches
 from jaxformer.config import BOS_ID, EOS_ID, Precision, TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.generation import fewest_positions, max_target_length
 from jaxformer.generation_config import GenerationConfig
 from jaxformer.generator import Generator, devices_or_all
+from jaxformer.lines import check_seed, check_text, checked_lines, refuse_one_string
 from jaxformer.loading import Checkpoints, Member, Runs, load_members
 from jaxformer.long_lines import Part, join, parts_of
-from jaxformer.positions import positional_encoding
+from jaxformer.positions import PositionalEncoding
 from jaxformer.results import Alignment, Explanation, Hypothesis, Score
 from jaxformer.scoring import (
     alignment_layer,
@@ -164,30 +165,30 @@ class Translator:
           UserError: an option is impossible; when the first is asked for. A line is no text, or
             prefixes or seeds are not as many as lines; after the lines before it.
         """
-        _refuse_one_string(lines, prefixes)
+        refuse_one_string(lines, prefixes)
         for name, value in (("window", window), ("batch_tokens", batch_tokens)):
             if value is not None and not (isinstance(value, Integral) and value >= 1):
                 raise UserError(f"{name} is {value!r}: give at least 1")
         if not isinstance(seed, Iterable):
-            _check_seed(seed)
+            check_seed(seed)
         search = GenerationConfig.of(options)
         first_line = 1
-        for requests in in_windows(_requests(lines, prefixes, seed), window):
-            encoded = self.source_tokenizer.encode_batch([request.line for request in requests])
-            begun = self.target_tokenizer.encode_batch([request.prefix for request in requests])
+        for given in in_windows(checked_lines(lines, prefixes, seed), window):
+            source_ids = self.source_tokenizer.encode_batch([line.text for line in given])
+            prefix_ids = self.target_tokenizer.encode_batch([line.prefix for line in given])
             limit, tokenizer = self._most_pieces, self.source_tokenizer
-            parts = list(parts_of(encoded, limit, tokenizer, first_line=first_line, warn=warn))
-            prefix_ids = [[] if part.number else begun[part.line - first_line] for part in parts]
-            noise = [(*requests[part.line - first_line].noise, part.number) for part in parts]
-            for part, prefix in zip(parts, prefix_ids, strict=True):
+            parts = list(parts_of(source_ids, limit, tokenizer, first_line=first_line, warn=warn))
+            begun = [[] if part.number else prefix_ids[part.line - first_line] for part in parts]
+            noise = [(*given[part.line - first_line].noise, part.number) for part in parts]
+            for part, prefix in zip(parts, begun, strict=True):
                 most = max_target_length(self._configs, search, len(part.ids) + 1)
                 if len(prefix) > most:
                     warn(
                         f"line {part.line}: its prefix has {len(prefix)} pieces and a translation "
                         f"at most {most}: cut off there"
                     )
-            results = self._search(parts, search, prefix_ids, batch_tokens, few_shapes, noise)
-            found: list[list[list[Hypothesis]]] = [[] for _ in requests]
+            results = self._search(parts, search, begun, batch_tokens, few_shapes, noise)
+            found: list[list[list[Hypothesis]]] = [[] for _ in given]
             for part, result in zip(parts, results, strict=True):
                 hypotheses = self._hypotheses(result)
                 if hypotheses[0].score == -np.inf:
@@ -197,7 +198,7 @@ class Translator:
                     )
                 found[part.line - first_line].append(hypotheses)
             yield from map(join, found)
-            first_line += len(requests)
+            first_line += len(given)
 
     def score(
         self,
@@ -225,7 +226,7 @@ class Translator:
         source_ids, target_ids = self._pairs(sources, targets, first_line)
         scores: list[Score] = [Score(0.0, [], [])] * len(source_ids)
         limit = fewest_positions(self._configs)
-        for chosen, source, target in _pair_batches(source_ids, target_ids, batch_tokens, limit):
+        for chosen, source, target in pair_batches(source_ids, target_ids, batch_tokens, limit):
             log_probs = token_log_probs(self._configs, self._params, source, target)
             for index, row in zip(chosen, np.asarray(log_probs), strict=False):
                 values = [float(value) for value in row[: len(target_ids[index])]]
@@ -272,8 +273,8 @@ class Translator:
         limit, positions = self._most_pieces, fewest_positions(self._configs)
         sources, targets, where = [], [], []
         found: list[list[Alignment | None]] = [[None] * len(each) for each in hypotheses]
-        encoded = self.source_tokenizer.encode_batch(lines)
-        for line, (source, each) in enumerate(zip(encoded, hypotheses, strict=True)):
+        source_ids = self.source_tokenizer.encode_batch(lines)
+        for line, (source, each) in enumerate(zip(source_ids, hypotheses, strict=True)):
             for number, hypothesis in enumerate(each):
                 target = [*hypothesis.ids, EOS_ID]
                 if len(source) <= limit and (positions is None or len(target) <= positions):
@@ -293,7 +294,7 @@ class Translator:
     ) -> list[Alignment]:
         found: list[Any] = [None] * len(source_ids)
         limit = self.config.num_positions
-        for chosen, source, target in _pair_batches(source_ids, target_ids, batch_tokens, limit):
+        for chosen, source, target in pair_batches(source_ids, target_ids, batch_tokens, limit):
             weights = attention_alignment(self.config, self.params, source, target)
             for index, row in zip(chosen, np.asarray(weights), strict=False):
                 found[index] = Alignment(
@@ -315,8 +316,8 @@ class Translator:
         Raises:
           UserError: the line is empty, too long or no text, or an option is impossible.
         """
-        _check_text("line", 1, line)
-        _check_seed(seed)
+        check_text("line", 1, line)
+        check_seed(seed)
         ids = self.source_tokenizer.encode(line)
         limit = self._most_pieces
         if not ids:
@@ -334,7 +335,7 @@ class Translator:
         if positions is not None:
             target = target[: positions - 1]  # there is none for the end of one that was cut off
         target.append(EOS_ID)
-        ((_, source_ids, target_ids),) = _pair_batches([source], [target], len(source), positions)
+        ((_, source_ids, target_ids),) = pair_batches([source], [target], len(source), positions)
         log_probs = token_log_probs(self._configs, self._params, source_ids, target_ids)
         maps = attention_maps(self.config, self.params, source_ids, target_ids)
         S, T = len(source), len(target)
@@ -358,10 +359,13 @@ class Translator:
         )
 
     def _positional_encoding(self, length: int) -> np.ndarray:
-        """[P, D], of a few lengths alone: each is compiled."""
-        computed, positions = bucket(length), self.config.num_positions
+        """[P, D]: what is added to the source's embeddings at positions 0 … length - 1."""
+        computed, positions = bucket(length), self.config.num_positions  # each length is compiled
         computed = computed if positions is None else min(computed, positions)
-        return positional_encoding(self.config, self.params, computed)[:length]
+        module = PositionalEncoding(self.config.positions, self.config.max_length)
+        variables = {"params": self.params.get("source_positions", {})}
+        encoding = module.apply(variables, jnp.zeros((1, computed, self.config.d_model)))
+        return np.asarray(encoding)[0, :length]
 
     @property
     def steps(self) -> tuple[int, int]:
@@ -393,7 +397,7 @@ class Translator:
     def _pairs(
         self, sources: Sequence[str], targets: Sequence[str], first_line: int
     ) -> tuple[list[list[int]], list[list[int]]]:
-        _refuse_one_string(sources, targets)
+        refuse_one_string(sources, targets)
         if len(sources) != len(targets):
             raise UserError(f"{len(sources)} sources but {len(targets)} targets: give pairs")
         pairs, limit = [], fewest_positions(self._configs)
@@ -402,7 +406,7 @@ class Translator:
             ("target", self.target_tokenizer, targets),
         ):
             for number, line in enumerate(lines, start=first_line):
-                _check_text(f"{name} line", number, line)
+                check_text(f"{name} line", number, line)
             ids = [[*line, EOS_ID] for line in tokenizer.encode_batch(lines)]
             for number, row in enumerate(ids, start=first_line):
                 if limit is not None and len(row) > limit:
@@ -452,72 +456,8 @@ class Translator:
         return hypotheses or [Hypothesis("", -np.inf, -np.inf, [], [], False)]
 
 
-def _refuse_one_string(*sides: Iterable[str] | None) -> None:
-    """Raise `UserError` if one is a string, which would be translated letter by letter."""
-    if any(isinstance(side, str) for side in sides):
-        raise UserError("one string was given where there may be several: put it into a list")
-
-
-class _Request(NamedTuple):
-    """A line to translate, and what is asked of it alone."""
-
-    line: str
-    prefix: str
-    noise: tuple[int, int]  # a seed, and which of the lines with this seed it is
-
-
-def _requests(
-    lines: Iterable[str], prefixes: Iterable[str] | None, seed: int | Iterable[int]
-) -> Iterator[_Request]:
-    given: dict[str, Iterable[Any]] = {"line": lines}
-    if prefixes is not None:
-        given["prefix"] = prefixes
-    if isinstance(seed, Iterable):
-        given["seed"] = seed
-    ended = object()
-    for number, values in enumerate(zip_longest(*given.values(), fillvalue=ended), start=1):
-        if ended in values:
-            missing = list(given)[values.index(ended)]
-            raise UserError(f"there is no {missing} {number}: give as many as there are others")
-        each: dict[str, Any] = dict(zip(given, values, strict=True))
-        noise: Any = (each["seed"], 1) if "seed" in each else (seed, number)
-        request = _Request(each["line"], each.get("prefix", ""), noise)
-        _check_text("line", number, request.line)
-        _check_text("prefix", number, request.prefix)
-        _check_seed(request.noise[0])
-        yield request
-
-
-def _check_seed(seed: Any) -> None:
-    if not (isinstance(seed, Integral) and 0 <= int(seed) < 2**32):
-        raise UserError(f"seed is {seed!r}: give 0 to {2**32 - 1}")
-
-
-def _check_text(name: str, number: int, text: Any) -> None:
-    """Raise `UserError` for what no tokenizer takes."""
-    if not isinstance(text, str):
-        raise UserError(f"{name} {number} is {text!r}: give a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{name} {number} has half of a character, U+{ord(text[error.start]):X}, which is no "
-            "text: leave it out"
-        ) from None
-
-
 @jax.jit
 @jax.vmap
 def _keys(seed: Array, line: Array, part: Array) -> Array:
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), line), part)
     return jax.random.key_data(key)
-
-
-def _pair_batches(
-    sources: list[list[int]], targets: list[list[int]], batch_tokens: int, limit: int | None
-) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Indices of pairs of like length and their ids [B, S] and [B, T], `limit` at most."""
-    lengths = [max(map(len, pair)) for pair in zip(sources, targets, strict=True)]
-    for chosen, rows, length in batches(lengths, batch_tokens, limit=limit):
-        source, target = ([side[index] for index in chosen] for side in (sources, targets))
-        yield chosen, pad(source, rows, length), pad(target, rows, length)

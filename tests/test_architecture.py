@@ -17,9 +17,10 @@ ROOT = Path(__file__).parent.parent
 
 # The modules of jaxformer, leaves first: each imports from the lines above its own, and no other.
 LAYERS = [
-    "cache compilation constraints errors fingerprint matrices results sharding",
-    "config dropout files ids quantization schedules search terminal",
-    "linear",
+    "cache compilation errors fingerprint matrices results sharding",
+    "constraints dropout fields files lines quantization schedules terminal",
+    "config search",
+    "ids linear top_k",
     "batching beam embedding feed_forward losses masks positions residual sampling tokenizer",
     "decoding flash generation_config run_directory",
     "attention checkpoints",

@@ -22,7 +22,7 @@ from jaxformer.beam import (
 )
 from jaxformer.config import BOS_ID, EOS_ID, PAD_ID
 from jaxformer.decoding import beam_search, greedy_search, sample
-from jaxformer.search import log_normalizer, top_k
+from jaxformer.top_k import log_normalizer, top_k
 
 NODES = 1009
 PAPER = gnmt_length_penalty(0.6)

@@ -16,13 +16,13 @@ from jaxformer.errors import UserError
 from jaxformer.generation import generate
 from jaxformer.generation_config import GenerationConfig
 from jaxformer.generator import Generator
-from jaxformer.ids import as_ids
+from jaxformer.ids import as_ids, shift_right
 from jaxformer.linear import Linear
 from jaxformer.losses import cross_entropy
 from jaxformer.masks import causal_mask, padding_mask, segment_mask
 from jaxformer.positions import segment_positions
 from jaxformer.schedules import cooldown, warmup_inverse_sqrt
-from jaxformer.scoring import shift_right, token_log_probs
+from jaxformer.scoring import token_log_probs
 from jaxformer.transformer import Transformer
 from random_run import CONFIG, params_of
 

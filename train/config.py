@@ -12,8 +12,9 @@ from typing import Any, Literal, get_type_hints
 
 from flax.traverse_util import flatten_dict
 
-from jaxformer.config import TransformerConfig, check_fields
+from jaxformer.config import TransformerConfig
 from jaxformer.errors import UserError
+from jaxformer.fields import check_fields
 from jaxformer.generation_config import GenerationConfig, PenaltyForm
 from jaxformer.run_directory import CONFIG_FILE, read_config
 

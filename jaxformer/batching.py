@@ -12,13 +12,14 @@ from jaxformer.ids import as_ids
 
 T = TypeVar("T")
 
-#: Rows a device for all that are fewer, so that shapes are few; but 4 and 1 have their own.
+#: The least length and the least rows of a device, so that shapes are few; but 1 and 4 rows have
+#: their own.
 SMALLEST = 16
 
 
 def bucket(length: int) -> int:
     """The least of 16, 32, 64, … that is not below `length`."""
-    return max(16, 1 << (length - 1).bit_length())
+    return max(SMALLEST, 1 << (length - 1).bit_length())
 
 
 def groups(

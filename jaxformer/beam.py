@@ -16,7 +16,7 @@ from jaxformer.errors import require
 from jaxformer.search import (
     BeamResult,
     Request,
-    Search,
+    SearchState,
     State,
     StepFn,
     apply_constraints,
@@ -157,14 +157,14 @@ class BeamSearch:
         """K."""
         return self.beam_size
 
-    def start(self, request: Request, max_length: int, state: State) -> Search:
+    def start(self, request: Request, max_length: int, state: State) -> SearchState:
         """Nothing generated yet, room for `max_length` tokens."""
         batch_size = request.max_lengths.shape[0]
         none = no_hypotheses(batch_size, self.beam_size, max_length, self.pad_id)
         # All beams start equal, so only the first may live, or the beam would hold K copies of it.
         first = jnp.arange(self.beam_size) == 0
         start = jnp.where(jnp.broadcast_to(first, none.scores.shape), 0.0, none.scores)
-        return Search(
+        return SearchState(
             done=request.max_lengths <= 0,
             steps=jnp.zeros(batch_size, jnp.int32),
             tokens=jnp.full((batch_size, self.beam_size), self.bos_id, jnp.int32),
@@ -173,18 +173,18 @@ class BeamSearch:
             state=state,
         )
 
-    def advance(self, step_fn: StepFn, search: Search) -> Search:
+    def advance(self, step_fn: StepFn, search: SearchState) -> SearchState:
         """One token more for every live beam."""
         return self._advance(step_fn, search, self.beam_size)
 
-    def first(self, step_fn: StepFn, search: Search) -> Search:
+    def first(self, step_fn: StepFn, search: SearchState) -> SearchState:
         """`advance` right after `start`, with a state of one beam: of equal ones, one is enough.
 
         `reorder` makes K beams of its state. There must be 2K tokens to choose from.
         """
         return self._advance(step_fn, search, 1)
 
-    def _advance(self, step_fn: StepFn, search: Search, num_live: int) -> Search:
+    def _advance(self, step_fn: StepFn, search: SearchState, num_live: int) -> SearchState:
         all_live, old_finished = search.hypotheses
         old_live = jax.tree.map(lambda leaf: leaf[:, :num_live], all_live)
         tokens = search.tokens[:, :num_live]
@@ -231,9 +231,9 @@ class BeamSearch:
             enough |= finished.scores[:, -1] > -jnp.inf
         done = search.done | (steps >= limits) | enough
         steps = jnp.where(search.done, search.steps, steps)
-        return Search(done, steps, tokens, (live, finished), search.request, state)
+        return SearchState(done, steps, tokens, (live, finished), search.request, state)
 
-    def result(self, search: Search) -> BeamResult:
+    def result(self, search: SearchState) -> BeamResult:
         """The hypotheses, best first."""
         live, finished = search.hypotheses
         live, _ = _best(live, self.beam_size, by="scores")  # which a bonus may rank otherwise

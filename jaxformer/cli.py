@@ -20,15 +20,15 @@ from jaxformer.files import lines_of
 from jaxformer.pages.inspection import add_inspect
 from jaxformer.results import Alignment
 from jaxformer.terminal import (
-    Progress,
     ShowDefaults,
+    Throughput,
     begin_program,
     check_open,
     drop_output,
     say,
     write_line,
 )
-from jaxformer.translator import Translator
+from jaxformer.translator import WINDOW, Translator
 
 # Lines that are printed, and aligned or scored, at a time.
 _WINDOW = 256
@@ -92,7 +92,7 @@ def _add_translate(commands: Any) -> None:
         "--window",
         type=int,
         metavar="N",
-        default=4096,
+        default=WINDOW,
         help="lines that are read before the first is translated: with 1 each is answered before "
         "the next is read, more are faster",
     )
@@ -174,7 +174,7 @@ def _translate(options: argparse.Namespace) -> None:
             prefixes = lines_of(stack.enter_context(_open(options.prefix)), options.prefix)
         translator = _load(options)
         source, lines = tee(lines_of(sys.stdin.buffer, "standard input"))
-        progress = Progress(sys.stderr, quiet=options.quiet)
+        progress = Throughput(sys.stderr, quiet=options.quiet)
         # A multiple, so that no answer waits for lines of the next window.
         together = min(_WINDOW, options.window)
         found = translator.generate(

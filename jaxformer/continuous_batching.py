@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from jaxformer.generation import Limits, make_step_fn, prefill, start_search
-from jaxformer.search import BeamResult, Method, Search
+from jaxformer.search import BeamResult, Method, SearchState
 from jaxformer.transformer import Transformer
 
 # What is known of sentences: source_ids, prefix and keys, as `generate` takes them.
@@ -24,16 +24,16 @@ class Shape(NamedTuple):
     length: int  # S
     room: int  # for so many tokens of a translation
     slots: int  # of a row, for what its beams have written
-    encoded: int  # sentences together, a divisor of their number
+    block: int  # sentences encoded together, a divisor of their number
 
 
 class _Batch(NamedTuple):
     """The R rows of a program, and where the search of its P sentences stands."""
 
-    search: Search  # of the R rows
+    search: SearchState  # of the R rows
     sentence: Int[Array, "R"]  # the sentence in each row; P is none
     next: Int[Array, ""]  # the first sentence that has not begun
-    encoded: Search  # it and some that follow
+    prefilled: SearchState  # it and some that follow
     out_of_room: Bool[Array, "R"]  # whether a sentence that is done would need more room
     results: Any  # hypotheses, steps and `out_of_room` of the P sentences
     turns: Int[Array, ""]  # steps so far
@@ -76,15 +76,15 @@ def _search_on_device(
 ) -> tuple[tuple[BeamResult, Int[Array, "P"], Bool[Array, "P"]], Int[Array, "1"]]:
     rows, room = shape.rows, shape.room
     step_fn = make_step_fn(models, params)
-    (count,), num_sentences, block = count, len(sources[0]), shape.encoded
+    (count,), num_sentences, block = count, len(sources[0]), shape.block
 
-    def encode(first: Any) -> Search:
+    def prefill_block(first: Any) -> SearchState:
         def part(leaf):
             return jax.lax.dynamic_slice_in_dim(leaf, first, block)
 
         return prefill(models, params, method, limits, room, *jax.tree.map(part, sources))
 
-    def begin_rows() -> Search:
+    def begin_rows() -> SearchState:
         some = jax.tree.map(lambda leaf: leaf[:rows], sources)
         return start_search(models, params, method, limits, room, *some, num_slots=shape.slots)
 
@@ -101,12 +101,12 @@ def _search_on_device(
         return jnp.any(done & ((batch.sentence < num_sentences) | waiting))
 
     def refill(batch: _Batch) -> _Batch:
-        """Put away what is done, and let those begin that are encoded, as many as find a row."""
+        """Put away what is done, and let those begin that are prefilled, as many as find a row."""
         done, first = batch.search.done, batch.next % block
-        encoded = jax.lax.cond(
+        prefilled = jax.lax.cond(
             (batch.next < count) & (first == 0),
-            lambda batch: encode(batch.next),
-            lambda batch: batch.encoded,
+            lambda batch: prefill_block(batch.next),
+            lambda batch: batch.prefilled,
             batch,
         )
         nth = jnp.arange(block, dtype=jnp.int32) - first  # 0 is `next`; those before it have begun
@@ -114,10 +114,10 @@ def _search_on_device(
         places = jnp.where(begin_now, jnp.argsort(~done)[nth], rows)
         sentence = jnp.where(done, num_sentences, batch.sentence)
         return _Batch(
-            search=_put(batch.search, places, encoded),
+            search=_put(batch.search, places, prefilled),
             sentence=sentence.at[places].set(batch.next + nth, mode="drop"),
             next=batch.next + jnp.sum(begin_now, dtype=jnp.int32),
-            encoded=encoded,
+            prefilled=prefilled,
             out_of_room=batch.out_of_room.at[places].set(False, mode="drop"),
             results=store_finished(batch),
             turns=batch.turns,
@@ -134,7 +134,7 @@ def _search_on_device(
     def unfinished(batch: _Batch) -> Array:
         return jnp.any(~batch.search.done) | (batch.next < count)
 
-    def zeros_like(begun: Callable[[], Search]) -> Search:
+    def zeros_like(begun: Callable[[], SearchState]) -> SearchState:
         """A search of no sentences."""
         structure = None
 
@@ -153,7 +153,7 @@ def _search_on_device(
         search=search,
         sentence=jnp.full(rows, num_sentences, jnp.int32),
         next=jnp.int32(0),
-        encoded=zeros_like(lambda: encode(0)),
+        prefilled=zeros_like(lambda: prefill_block(0)),
         out_of_room=none,
         results=jax.tree.map(
             lambda leaf: jnp.zeros((num_sentences, *leaf.shape[1:]), leaf.dtype),
@@ -166,10 +166,10 @@ def _search_on_device(
     return (method.result(search._replace(hypotheses=hypotheses)), *rest), batch.turns[None]
 
 
-def _put(search: Search, rows: Int[Array, "C"], begun: Search) -> Search:
+def _put(search: SearchState, rows: Int[Array, "C"], begun: SearchState) -> SearchState:
     """Let the sentences of a search that has just begun take the places of others."""
 
-    def without_caches(search: Search) -> Search:
+    def without_caches(search: SearchState) -> SearchState:
         return search._replace(state=search.state._replace(caches=()))
 
     pairs = zip(search.state.caches, begun.state.caches, strict=True)

@@ -12,8 +12,9 @@ penalty, in the limits and in `BeamResult.lengths`.
 `beam_search`, `greedy_search` and `sample` are each one `lax.while_loop` of static shapes that ends
 as soon as every sentence is done. They do not compile themselves: call them inside `jax.jit`. No
 sentence's result depends on the others in its batch, nor on whether `step_fn` runs on after it is
-done. Who wants to look in between, as `jaxformer.generation` does to drop sentences that are done,
-takes the parts they are made of: a `BeamSearch` or a `Sampling` and `jaxformer.search.run`.
+done. To act between steps, as `jaxformer.continuous_batching` does to let others begin in the rows
+of sentences that are done, take the parts they are made of: a `BeamSearch` or a `Sampling`, their
+`start` and `advance`.
 """
 
 from typing import Any

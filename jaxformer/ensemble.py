@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.config import BOS_ID, PAD_ID, TransformerConfig
 from jaxformer.errors import UserError
-from jaxformer.quantization import check_kind, is_quantized
+from jaxformer.quantization import check_quantized, is_quantized
 from jaxformer.transformer import Transformer
 
 #: A Transformer, perhaps with layers of one's own, or the configuration of one that has none.
@@ -41,7 +41,7 @@ def ensemble(
             )
     members = tuple(map(as_transformer, models))
     for model, member in zip(members, params, strict=True):
-        check_kind(model.config.quantized, is_quantized(member))
+        check_quantized(model.config.quantized, is_quantized(member))
     for name in ("vocab_size", "encoder_vocab_size"):
         sizes = {getattr(member.config, name) for member in members}
         if len(sizes) > 1:
@@ -55,7 +55,7 @@ def ensemble(
 def as_transformer(model: Model) -> Transformer:
     """The model, also of its configuration alone; raises `UserError` for anything else.
 
-    One that is bound, as a submodule is, is no longer: it could be no static argument.
+    A bound one, such as a submodule, is unbound: no static argument of a jitted function is bound.
     """
     if not isinstance(model, Model):
         raise UserError(f"a model is a Transformer or its TransformerConfig, not {model!r}")
@@ -65,7 +65,7 @@ def as_transformer(model: Model) -> Transformer:
 
 
 def speakable(logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
-    """Logits without pad and bos: the model can score them as it can any id, but not say them."""
+    """Logits with pad and bos at -inf: the model scores them as any id, but must not say them."""
     return logits.at[..., jnp.array([PAD_ID, BOS_ID])].set(-jnp.inf)
 
 

@@ -89,7 +89,7 @@ def write_text(path: Path, text: str, *, advice: str = "choose another place") -
 
 
 def write_lines(path: Path, lines: Sequence[str]) -> None:
-    """Write a file whole or not at all; in place what is none, such as a pipe.
+    """Write a file whole or not at all; a pipe or another special file is written in place.
 
     Raises:
       UserError: it cannot be written.

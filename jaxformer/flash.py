@@ -26,7 +26,7 @@ _TPU_BLOCK = 128
 
 
 def flash_kernel(
-    whose: FlashAttention,
+    kernel: FlashAttention,
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S N H"],
     value: Float[Array, "B S N Hv"],
@@ -39,18 +39,18 @@ def flash_kernel(
     of 128, a mask that is spelled out, or arrays that a mesh splits. "auto" takes the TPU's where
     it is known that none does: on one chip, inside `shard_map` and `pmap`, or with logical rules.
     """
-    check_choice("flash", whose, FlashAttention)
-    if whose == "auto":
+    check_choice("flash", kernel, FlashAttention)
+    if kernel == "auto":
         backends: dict[str, FlashAttention] = {"gpu": "cudnn", "tpu": "pallas"}
-        whose = backends.get(jax.default_backend(), "none")
-        if whose == "pallas" and not _know_what_is_split():
-            whose = "none"
+        kernel = backends.get(jax.default_backend(), "none")
+        if kernel == "pallas" and not _know_what_is_split():
+            kernel = "none"
     if query.dtype != jnp.bfloat16 or value.shape != key.shape:
         return None
     lengths, width = (query.shape[1], key.shape[1]), query.shape[-1]
-    if whose == "cudnn" and _cudnn_can(lengths, width):
+    if kernel == "cudnn" and _cudnn_can(lengths, width):
         return _cudnn
-    if whose == "pallas" and _pallas_can(lengths, width, mask):
+    if kernel == "pallas" and _pallas_can(lengths, width, mask):
         return _pallas
     return None
 

@@ -25,7 +25,7 @@ from jaxformer.generation_config import GenerationConfig
 from jaxformer.ids import as_ids
 from jaxformer.matrices import map_matrices, transpose_kernels
 from jaxformer.sampling import Sampling
-from jaxformer.search import BeamResult, Method, Request, Search, StepFn, run, take
+from jaxformer.search import BeamResult, Method, Request, SearchState, StepFn, run, take
 from jaxformer.stack import unstack_layers
 from jaxformer.transformer import Transformer
 
@@ -123,14 +123,14 @@ def _generate(
     prefix: Int[Array, "B P"] | None,
     keys: Array | None,
 ) -> BeamResult:
-    params = prepare(models, params)
+    params = decoding_params(models, params)
     search = start_search(models, params, method, limits, room, source_ids, prefix, keys)
     search = run(method, make_step_fn(models, params), search)
     return method.result(search)
 
 
 @partial(jax.jit, static_argnums=(0, 2))
-def prepare(
+def decoding_params(
     models: tuple[Transformer, ...], params: tuple[Any, ...], for_cpu: bool = False
 ) -> tuple[Any, ...]:
     """Parameters as decoding wants them.
@@ -257,7 +257,7 @@ def start_search(
     *,
     num_beams: int | None = None,
     num_slots: int | None = None,
-) -> Search:
+) -> SearchState:
     """A search with the sentences encoded and no token yet, and with room for so many.
 
     Its state has the K beams of `method` and caches of K · room slots, or as many as are given.
@@ -290,7 +290,7 @@ def prefill(
     params: tuple[Any, ...],
     method: Method,
     *given: Any,
-) -> Search:
+) -> SearchState:
     """`start_search` for sentences that go on in the rows of another search, which has the slots.
 
     Beam search has taken its first step: while all beams are equal it takes one of them, and the

@@ -20,11 +20,11 @@ from jaxformer.ensemble import Model, ensemble
 from jaxformer.errors import UserError
 from jaxformer.generation import (
     Limits,
+    decoding_params,
     fewest_positions,
     make_method,
     max_target_length,
     prefill_takes_first_step,
-    prepare,
 )
 from jaxformer.generation_config import GenerationConfig
 from jaxformer.search import BeamResult
@@ -34,7 +34,7 @@ from jaxformer.search import BeamResult
 _SENTENCES_PER_ROW = 16
 
 #: Sentences that a CPU encodes together; other devices encode as many as there are rows.
-_ENCODED = 8
+_CPU_BLOCK = 8
 
 #: Slots of the cache for each beam, besides one for each token. Beams soon go on from one past: of
 #: 1000 sentences a few need more.
@@ -55,9 +55,9 @@ class Generator:
 
     A program has a few rows and many sentences. As soon as a sentence is done, the next that waits
     begins in its row, at its own first token, so that hardly a row is idle. Caches have room for
-    translations of the usual length, whose beams soon go on from one past; the few sentences that
-    need more begin once more where there is room for all that can be. Where they are not few, as
-    with a model that has learned little, later calls give all room at once.
+    translations of the usual length, whose beams soon share one past. The few sentences that
+    outgrow them are searched again, with room for all that can be. Where they are not few, as with
+    a model that has learned little, later calls give all room at once.
 
     Args:
       models, params: as for `generate`.
@@ -91,7 +91,7 @@ class Generator:
         # small to be shared. Two at once on two cores: 1.2 times the sentences a second.
         self._at_once = 2 if self._on_cpu and len(self._devices) == 1 else 1
         everywhere = jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
-        self._params = prepare(self._models, everywhere, self._on_cpu)
+        self._params = decoding_params(self._models, everywhere, self._on_cpu)
 
     def sentences(
         self,
@@ -189,9 +189,9 @@ class Generator:
             if tokens is None:
                 tokens = devices * self._tokens_at_once(options, length)
             rows = num_rows(len(chosen), tokens, length, devices) // devices
-            encoded = min(rows, _ENCODED) if self._on_cpu else rows
+            block = min(rows, _CPU_BLOCK) if self._on_cpu else rows
             room_of = self._all_room if all_room else self._usual_room
-            shape = Shape(rows, length, *room_of(options, length), encoded)
+            shape = Shape(rows, length, *room_of(options, length), block)
             parts = -(-len(chosen) // (devices * rows * _SENTENCES_PER_ROW))
             if len(chosen) > 2 * self._at_once * rows:
                 parts = -(-parts // self._at_once) * self._at_once  # as much for each thread

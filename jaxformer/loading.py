@@ -16,13 +16,13 @@ from jaxformer.run_directory import load_tokenizers, read_model_config
 from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import parameter_shapes
 
-Runs = str | Path | Sequence[str | Path]
-Checkpoints = str | int | Sequence[str | int] | None
+RunPaths = str | Path | Sequence[str | Path]
+CheckpointNames = str | int | Sequence[str | int] | None
 Member = tuple[TransformerConfig, Any]
 
 
 def load_members(
-    run: Runs, checkpoint: Checkpoints, dtype: Precision | None
+    run: RunPaths, checkpoint: CheckpointNames, dtype: Precision | None
 ) -> tuple[list[Member], tuple[Tokenizer, Tokenizer]]:
     """The members of an ensemble, configurations and parameters, and their tokenizers.
 

@@ -153,7 +153,7 @@ def _chunk_losses(hidden, embedding, mean, labels, label_smoothing):
     real = labels != PAD_ID
     nll = log_normalizer[..., 0] - label_logit
     loss = nll = jnp.where(real, nll, 0.0)
-    if label_smoothing:  # or what is impossible would make 0 · inf of it
+    if label_smoothing:  # or a token of probability 0 would make NaN of it, 0 · inf
         # -Σ_v (ε/V) log p_v, the smoothed share of the loss, needs only the mean logit (no product:
         # TPUs round the factors of those to bfloat16).
         uniform = log_normalizer[..., 0] - jnp.sum(

@@ -89,7 +89,7 @@ def is_quantized(params: Any) -> bool:
     return any(str(name).startswith("int8_") or is_quantized(params[name]) for name in params)
 
 
-def check_kind(wanted: bool, given: bool) -> None:
+def check_quantized(wanted: bool, given: bool) -> None:
     """Raise `UserError` if parameters are not of the kind that a model wants: int8 or not."""
     if wanted and not given:
         raise UserError(
@@ -106,7 +106,7 @@ def check_kind(wanted: bool, given: bool) -> None:
 def check_matrix(module: Any, name: str) -> None:
     """Raise `UserError` if the matrix of a bound module, if it has one by now, is not of its kind.
 
-    `check_kind` has passed then, or was not asked: it may be of a part of one's own.
+    `check_quantized` has passed then, or was not asked: it may be of a part of one's own.
     """
     path = "/".join(module.path) or type(module).__name__
     if module.quantized and module.has_variable("params", name):

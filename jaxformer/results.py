@@ -50,6 +50,21 @@ class Alignment(NamedTuple):
         return Alignment(source[0], target[0], _join(self.weights, target[1], source[1]))
 
 
+class NamedAttention(NamedTuple):
+    """One of the paper's three attentions, as `Explanation.attentions` yields them."""
+
+    name: str
+    weights: Float[np.ndarray, "L N T S"]
+    queries: list[str]  # T pieces
+    keys: list[str]  # S pieces
+    causal: bool = False  # whether a query sees no later key
+
+    @property
+    def slug(self) -> str:
+        """The name as part of an address or of a file's name."""
+        return self.name.replace(" ", "-").lower()
+
+
 @dataclass(frozen=True, eq=False)
 class Explanation:
     """How a model came to a translation. Weights are float32, and each query's sum to 1.
@@ -82,12 +97,14 @@ class Explanation:
     alignment: Alignment
     positional_encoding: Float[np.ndarray, "P D"]
 
-    def attentions(self) -> Iterator[tuple[str, np.ndarray, list[str], list[str]]]:
-        """Yield name, weights [L, N, T, S], queries and keys of the paper's three attentions."""
+    def attentions(self) -> Iterator[NamedAttention]:
+        """The paper's three."""
         source, read, written = self.source_tokens, self.decoder_tokens, self.target_tokens
-        yield "Encoder self-attention", self.encoder_self_attention, source, source
-        yield "Masked decoder self-attention", self.decoder_self_attention, read, read
-        yield "Encoder-decoder attention", self.cross_attention, written, source
+        yield NamedAttention("Encoder self-attention", self.encoder_self_attention, source, source)
+        yield NamedAttention(
+            "Masked decoder self-attention", self.decoder_self_attention, read, read, causal=True
+        )
+        yield NamedAttention("Encoder-decoder attention", self.cross_attention, written, source)
 
     def joined(self) -> "Explanation":
         """The same with words in the place of their pieces.

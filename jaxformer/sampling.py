@@ -15,7 +15,7 @@ from jaxformer.errors import UserError, require
 from jaxformer.search import (
     BeamResult,
     Request,
-    Search,
+    SearchState,
     State,
     StepFn,
     apply_constraints,
@@ -68,13 +68,13 @@ class Sampling:
         """K."""
         return self.num_samples
 
-    def start(self, request: Request, max_length: int, state: State) -> Search:
+    def start(self, request: Request, max_length: int, state: State) -> SearchState:
         """Nothing drawn yet, room for `max_length` tokens."""
         shape = request.max_lengths.shape[0], self.num_samples
         none = no_hypotheses(*shape, max_length, self.pad_id)
         zeros = jnp.zeros(shape, jnp.float32)
         done = request.max_lengths <= 0
-        return Search(
+        return SearchState(
             done=done,
             steps=jnp.zeros(shape[0], jnp.int32),
             tokens=jnp.full(shape, self.bos_id, jnp.int32),
@@ -86,7 +86,7 @@ class Sampling:
             state=state,
         )
 
-    def advance(self, step_fn: StepFn, search: Search) -> Search:
+    def advance(self, step_fn: StepFn, search: SearchState) -> SearchState:
         """One token more for every sample that has no eos yet."""
         (sequences, log_probs, _, lengths), ended = search.hypotheses
         steps = search.steps + 1
@@ -106,13 +106,13 @@ class Sampling:
         drawn = BeamResult(sequences, log_probs, log_probs, lengths)
         done = jnp.all(ended, axis=1)
         steps = jnp.where(search.done, search.steps, steps)
-        return Search(done, steps, tokens, (drawn, ended), search.request, state)
+        return SearchState(done, steps, tokens, (drawn, ended), search.request, state)
 
-    def result(self, search: Search) -> BeamResult:
+    def result(self, search: SearchState) -> BeamResult:
         """The samples; their log_probs are the model's own, at temperature 1, as are the scores."""
         return only_possible(search.hypotheses[0], self.pad_id)
 
-    def _draw(self, logits: Array, search: Search) -> Array:
+    def _draw(self, logits: Array, search: SearchState) -> Array:
         vocab_size = logits.shape[-1]
         greedy = isinstance(self.temperature, Real) and self.temperature == 0
         keep = 1 if greedy else min(self.top_k or vocab_size, vocab_size)

@@ -36,7 +36,7 @@ class Request(NamedTuple):
     keys: Array | None = None  # [B] keys of the noise, if hypotheses are drawn
 
 
-class Search(NamedTuple):
+class SearchState(NamedTuple):
     """Where a search stands, of each sentence on its own. All but `state` is [B, …]."""
 
     done: Bool[Array, "B"]
@@ -67,21 +67,21 @@ class Method(Protocol):
     def pad_id(self) -> int:
         """The filling of sequences."""
 
-    def start(self, request: Request, max_length: int, state: State) -> Search:
+    def start(self, request: Request, max_length: int, state: State) -> SearchState:
         """Nothing generated yet, room for `max_length` tokens."""
 
-    def advance(self, step_fn: StepFn, search: Search) -> Search:
+    def advance(self, step_fn: StepFn, search: SearchState) -> SearchState:
         """One token more."""
 
-    def result(self, search: Search) -> BeamResult:
+    def result(self, search: SearchState) -> BeamResult:
         """The hypotheses as they stand."""
 
 
 def run(
     method: Method,
     step_fn: StepFn,
-    search: Search,
-) -> Search:
+    search: SearchState,
+) -> SearchState:
     """Advance until every sentence is done."""
     return jax.lax.while_loop(
         lambda search: jnp.any(~search.done),
@@ -90,7 +90,7 @@ def run(
     )
 
 
-def next_logits(step_fn: StepFn, search: Search) -> tuple[Array, State]:
+def next_logits(step_fn: StepFn, search: SearchState) -> tuple[Array, State]:
     """Logits [B, K, V] of the next tokens, float32, and the new state."""
     logits, state = step_fn(search.tokens, search.state)
     shape = search.tokens.shape
@@ -99,7 +99,9 @@ def next_logits(step_fn: StepFn, search: Search) -> tuple[Array, State]:
     return logits.astype(jnp.float32), state
 
 
-def apply_constraints(method: Method, logits: Array, search: Search, sequences: Array) -> Array:
+def apply_constraints(
+    method: Method, logits: Array, search: SearchState, sequences: Array
+) -> Array:
     """What is asked of the sentences. A prefix goes before the rest."""
     _, min_lengths, prefix, _ = search.request
     constrained = logits

@@ -42,7 +42,7 @@ def run_stack(
 def each_layer(stack: Any) -> Iterator[tuple[Any, dict]]:
     """Each layer of a bound stack as a module of its own, with its parameters.
 
-    To translate is a loop of its own and does not want the layers in another: it unrolls them.
+    Decoding is a compiled loop already: its layers are unrolled, not in a second one inside.
     """
     layers = stack.variables["params"]["layers"]
     for params in layers if isinstance(layers, tuple) else _unstack(layers):

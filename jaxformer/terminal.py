@@ -17,7 +17,7 @@ from jaxformer.errors import UserError
 
 
 class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Says what an option is if it is not given, unless that is nothing."""
+    """Shows the default of each option in its help, unless that is None, False or ()."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         nothing = action.default is None or action.default is False or action.default == ()
@@ -117,7 +117,7 @@ def write_line(text: str) -> None:
         before(*interrupted[0])
 
 
-class Progress:
+class Throughput:
     """Counts lines and tokens; shows them if it has a terminal, and in the end says how fast."""
 
     def __init__(self, file: Any, *, quiet: bool = False) -> None:

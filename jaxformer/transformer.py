@@ -59,7 +59,7 @@ class Transformer(nn.Module):
     `apply` needs `rngs={"dropout": key}`.
 
     Attributes:
-      config: all that fixes its function, but for these:
+      config: the hyper-parameters.
       encoder_layer, decoder_layer: as `layer_type` of `Encoder` and `Decoder`.
     """
 
@@ -180,14 +180,14 @@ class Transformer(nn.Module):
         )
         embedding = self.output_embedding.embedding
         if self.config.output_bias:
-            # h · e + b = [h, 1, 1] · [e, b, rest], as bfloat16 has but a part of b.
+            # h · e + b = [h, 1, 1] · [e, high, low] with high + low = b: bfloat16 alone rounds b.
             bias = self.output_bias[:, None]
-            # Of -inf, a token that is never said, the greatest part there is: -inf less that is it.
+            # -inf, of a token that is never said, is the lowest number plus -inf.
             most = float(jnp.finfo(hidden.dtype).max)
-            rounded = jnp.clip(bias, -most, most).astype(hidden.dtype).astype(bias.dtype)
+            high = jnp.clip(bias, -most, most).astype(hidden.dtype).astype(bias.dtype)
             ones = jnp.ones((*hidden.shape[:-1], 2), hidden.dtype)
             hidden = jnp.concatenate([hidden, ones], axis=-1)
-            embedding = jnp.concatenate([embedding, rounded, bias - rounded], axis=-1)
+            embedding = jnp.concatenate([embedding, high, bias - high], axis=-1)
         return cross_entropy_sums(
             hidden, embedding, labels, label_smoothing=self.config.label_smoothing
         )

@@ -17,7 +17,7 @@ from jaxformer.generation import fewest_positions, max_target_length
 from jaxformer.generation_config import GenerationConfig
 from jaxformer.generator import Generator, devices_or_all
 from jaxformer.lines import check_seed, check_text, checked_lines, refuse_one_string
-from jaxformer.loading import Checkpoints, Member, Runs, load_members
+from jaxformer.loading import CheckpointNames, Member, RunPaths, load_members
 from jaxformer.long_lines import Part, join, parts_of
 from jaxformer.positions import PositionalEncoding
 from jaxformer.results import Alignment, Explanation, Hypothesis, Score
@@ -51,6 +51,10 @@ class Translator:
       others: further members (config, params) of an ensemble, of the same vocabulary.
       devices: where to translate, by default on all devices of this process.
 
+    Attributes:
+      config, params: of the first member; `config.flash_attention` is this machine's choice.
+      source_tokenizer, target_tokenizer: as given.
+
     Raises:
       UserError: there are no devices, or one is there twice.
     """
@@ -79,8 +83,8 @@ class Translator:
     @classmethod
     def load(
         cls,
-        run: Runs,
-        checkpoint: Checkpoints = None,
+        run: RunPaths,
+        checkpoint: CheckpointNames = None,
         *,
         dtype: Precision | None = None,
         devices: Sequence[jax.Device] | None = None,

@@ -19,7 +19,7 @@ import jaxformer.cli as module
 from jaxformer.cli import main
 from jaxformer.compilation import keep_compiled_programs
 from jaxformer.errors import UserError
-from jaxformer.terminal import Progress, as_argument, warn, write_line
+from jaxformer.terminal import Throughput, as_argument, warn, write_line
 from jaxformer.translator import Alignment, Hypothesis, Score, Translator
 from random_run import CONFIG as RANDOM
 from random_run import write_random_run
@@ -214,7 +214,7 @@ def test_progress_on_a_terminal(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     file = Terminal()
-    progress = Progress(file)
+    progress = Throughput(file)
     for now[0] in (0.1, 1.0, 1.1, 2.0):
         progress.add(10)
     progress.close()
@@ -229,7 +229,7 @@ def test_what_standard_error_does_not_take_ends_nothing(monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(sys, "stderr", Full())
-    Progress(sys.stderr).close()
+    Throughput(sys.stderr).close()
     warn("somebody may want to know")
 
 

@@ -117,11 +117,10 @@ def test_words_are_looked_at_as_much_as_their_pieces(explanation):
     words = explanation.joined()
     assert words.source_tokens == [*LINE.split(), "</s>"]
     assert words.decoder_tokens[0] == "<s>"
-    for (_, joined, queries, keys), (_, pieces, _, _) in zip(
-        words.attentions(), explanation.attentions(), strict=True
-    ):
-        assert joined.shape == (*pieces.shape[:2], len(queries), len(keys))
-        np.testing.assert_allclose(joined.sum(-1), 1.0, rtol=1e-5)
+    for joined, pieces in zip(words.attentions(), explanation.attentions(), strict=True):
+        shape = *pieces.weights.shape[:2], len(joined.queries), len(joined.keys)
+        assert joined.weights.shape == shape
+        np.testing.assert_allclose(joined.weights.sum(-1), 1.0, rtol=1e-5)
     np.testing.assert_allclose(
         words.token_log_probs.sum(), explanation.token_log_probs.sum(), rtol=1e-5
     )
@@ -317,9 +316,9 @@ def test_a_page_is_complete_in_itself(explanation):
     labels = alignment.target_tokens, alignment.source_tokens
     assert axes("axes-alignment", *labels, cell=22) in written
     notes = [
-        describe_head(map_, keys, causal=weights is masked)
-        for _, weights, _, keys in explanation.attentions()
-        for map_ in weights.reshape(-1, *weights.shape[2:])
+        describe_head(map_, attention.keys, causal=attention.weights is masked)
+        for attention in explanation.attentions()
+        for map_ in attention.weights.reshape(-1, *attention.weights.shape[2:])
     ]
     bad = re.findall('<span class="bad">(.*?)</span>', written)
     assert 0 < len(bad) < len(notes) and bad == [note for note, failed in notes if failed]
@@ -384,12 +383,17 @@ def test_pngs_name_letters_that_no_font_has(explanation, tmp_path, capsys, monke
     pieces = ["▁집", *explanation.source_tokens[1:]]
     written = ["낱", *explanation.target_tokens[1:]]
     changed = dataclasses.replace(explanation, source_tokens=pieces, target_tokens=written)
-    files = draw_explanation(changed, tmp_path)
+    draw_explanation(changed, tmp_path)
     assert "no installed font has" in (warning := capsys.readouterr().err)
     assert "집" in warning and "낱" in warning
-    assert len(files) == 5
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
-    *maps, (positions, _) = (drawn[file.name].axes for file in files)
+    names = [
+        "alignment.png",
+        *(f"{attention.slug}.png" for attention in changed.attentions()),
+        "positional-encoding.png",
+    ]
+    assert sorted(names) == sorted(file.name for file in tmp_path.iterdir())
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
+    *maps, (positions, _) = (drawn[name].axes for name in names)
     for (image,) in (axis.images for figure in maps for axis in figure):
         assert (image.norm.vmin, image.norm.vmax) == (0, 1)  # one scale for all
     assert (positions.get_xlabel(), positions.get_ylabel()) == ("dimension", "position")

@@ -18,7 +18,7 @@ from jaxformer.decoder import DecoderLayer
 from jaxformer.decoding import beam_search, sample
 from jaxformer.errors import UserError
 from jaxformer.feed_forward import FeedForward
-from jaxformer.generation import Limits, generate, make_method, prepare, start_search
+from jaxformer.generation import Limits, decoding_params, generate, make_method, start_search
 from jaxformer.generation_config import GenerationConfig
 from jaxformer.generator import Generator
 from jaxformer.scoring import attention_alignment, attention_maps, token_log_probs
@@ -168,7 +168,7 @@ def test_a_looked_up_penalty_is_rounded_once():
 
 
 def test_the_softmax_layer_is_transposed_before_the_search():
-    (prepared,) = prepare((Transformer(CONFIG),), (params_of(),))
+    (prepared,) = decoding_params((Transformer(CONFIG),), (params_of(),))
     found = prepared["output_embedding"]
     np.testing.assert_array_equal(found["transposed"], found["embedding"].T)
     assert "transposed" not in prepared["embedding"]
@@ -176,7 +176,7 @@ def test_the_softmax_layer_is_transposed_before_the_search():
 
 
 def test_for_a_cpu_so_is_the_decoder():
-    (prepared,) = prepare((Transformer(CONFIG),), (params_of(),), for_cpu=True)
+    (prepared,) = decoding_params((Transformer(CONFIG),), (params_of(),), for_cpu=True)
     for layer in prepared["decoder"]["layers"]:
         hidden = layer["feed_forward"]["hidden"]
         np.testing.assert_array_equal(hidden["transposed"], hidden["kernel"].T)
@@ -184,7 +184,7 @@ def test_for_a_cpu_so_is_the_decoder():
         whole = output["kernel"].reshape(-1, CONFIG.d_model)
         np.testing.assert_array_equal(output["transposed"], whole.T)
     half = CONFIG.replace(dtype="bfloat16")
-    (prepared,) = prepare((Transformer(half),), (params_of(),), for_cpu=True)
+    (prepared,) = decoding_params((Transformer(half),), (params_of(),), for_cpu=True)
     assert "transposed" not in prepared["decoder"]["layers"][0]["feed_forward"]["hidden"]
 
 
@@ -403,7 +403,7 @@ def test_parts_of_ones_own_may_have_other_parameters_and_no_weights_to_show(laye
 def test_parts_of_ones_own_keep_the_dtype_of_their_parameters():
     model = Transformer(CONFIG.replace(dtype="bfloat16"), decoder_layer=_GatedLayer)
     params = jax.jit(model.init)(jax.random.key(0), SOURCE, SOURCE)["params"]
-    (prepared,) = prepare((model,), (params,), for_cpu=True)
+    (prepared,) = decoding_params((model,), (params,), for_cpu=True)
     layer = prepared["decoder"]["layers"][0]
     assert layer["self_attention"]["query"]["kernel"].dtype == jnp.bfloat16
     assert layer["feed_forward"]["Dense_0"]["kernel"].dtype == jnp.float32
@@ -563,7 +563,7 @@ def test_samples_at_temperature_zero_are_greedy():
 
 def test_bfloat16_weights_are_cast_once():
     config = CONFIG.replace(dtype="bfloat16")
-    (params,) = prepare((Transformer(config),), (params_of(),))
+    (params,) = decoding_params((Transformer(config),), (params_of(),))
     assert isinstance(params["decoder"]["layers"], tuple)
     dtypes = {
         path[-1].key: leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -644,7 +644,7 @@ def test_sampling_is_the_sampling_of_the_decoding_module():
     options = GenerationConfig(beam_size=2, max_length_extra=4, sampling=True, **drawn)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, jnp.arange(B))
     found = search(options, keys=keys)
-    (params,) = prepare((Transformer(CONFIG),), (params_of(),))
+    (params,) = decoding_params((Transformer(CONFIG),), (params_of(),))
 
     def step_fn(tokens, cache):
         logits, cache = Transformer(CONFIG).apply(

@@ -49,7 +49,7 @@ def create(runner, model=MODEL, optimizer=OPTIMIZER):
 
 def five_steps(runner, accumulate=1, model=MODEL):
     step = make_train_step(model, OPTIMIZER, SCHEDULE, accumulate=accumulate)
-    return run_steps(runner.train(step), create(runner, model), place(runner), 5)
+    return run_steps(runner.parallel_train_step(step), create(runner, model), place(runner), 5)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_every_mesh_trains_as_one_device_and_gathers_no_embedding(
     assert runner.mesh.devices.shape == (data, fsdp, tensor)
     step = make_train_step(MODEL, OPTIMIZER, SCHEDULE)
     state, batch = create(runner), place(runner)
-    compiled = runner.train(step).lower(state, batch, KEY).compile()
+    compiled = runner.parallel_train_step(step).lower(state, batch, KEY).compile()
     # XLA's word for an array that it gathers whole only to lay it out anew.
     assert "rematerialization" not in capfd.readouterr().err
     assert one_device[0][1]["loss"] - one_device[-1][1]["loss"] > 0.1
@@ -128,7 +128,7 @@ def test_state_is_born_and_stays_in_parts(path, shape, part):
 
 def test_a_step_keeps_the_layout_donates_and_compiles_once():
     runner = mesh_runner(2, 2)
-    step = runner.train(make_train_step(MODEL, OPTIMIZER, SCHEDULE))
+    step = runner.parallel_train_step(make_train_step(MODEL, OPTIMIZER, SCHEDULE))
     state, batch = create(runner), place(runner)
     before = jax.tree.map(lambda x: x.sharding, state)
     with count_compiles() as first:
@@ -142,10 +142,11 @@ def test_a_step_keeps_the_layout_donates_and_compiles_once():
 
 
 def test_evaluation_and_decoding_see_the_whole_model():
-    runner = mesh_runner(2, 2)
-    state, plain = create(runner), create(DataParallel())
-    sums = runner.evaluate(make_eval_step(MODEL))(state.params, place(runner))
-    expected = DataParallel().evaluate(make_eval_step(MODEL))(plain.params, place(DataParallel()))
+    runner, alike = mesh_runner(2, 2), DataParallel()
+    state, plain = create(runner), create(alike)
+    eval_step = make_eval_step(MODEL)
+    sums = runner.parallel_eval_step(eval_step)(state.params, place(runner))
+    expected = alike.parallel_eval_step(eval_step)(plain.params, place(alike))
     np.testing.assert_allclose(np.array(sums), np.array(expected), rtol=1e-5)
     for leaf, other in zip(
         jax.tree.leaves(runner.whole(state.params)), jax.tree.leaves(plain.params), strict=True

@@ -47,7 +47,7 @@ def real(request):
     runner, training = make_runner(config), make_training(Transformer(config.model), config)
     state = runner.create(partial(training.create_state, jax.random.key(0)))
     batch = runner.place(ROWS, lambda rows: {name: x[rows] for name, x in BATCH.items()})
-    compiled = runner.train(training.train_step).lower(state, batch, KEY).compile()
+    compiled = runner.parallel_train_step(training.train_step).lower(state, batch, KEY).compile()
     return config.parallel.strategy, state, compiled
 
 

@@ -124,7 +124,7 @@ def test_three_steps_learn(one_device, params):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_devices_with_uneven_token_counts_equal_one_device(model, params, one_device, accumulate):
     step = make_train_step(model, OPTIMIZER, SCHEDULE, accumulate=accumulate)
-    history = run_steps(RUNNER.train(step), *placed(state_of(params), BATCH))
+    history = run_steps(RUNNER.parallel_train_step(step), *placed(state_of(params), BATCH))
     assert_same_training(history, one_device)
 
 
@@ -196,7 +196,7 @@ def test_a_batch_of_padding_changes_nothing(one_step, params):
 def noisy_step():
     """With dropout, on all devices, the batch of each in two parts."""
     model = Transformer(CONFIG.replace(dropout=0.3))
-    return RUNNER.train(make_train_step(model, OPTIMIZER, SCHEDULE, accumulate=2))
+    return RUNNER.parallel_train_step(make_train_step(model, OPTIMIZER, SCHEDULE, accumulate=2))
 
 
 def test_every_device_part_and_step_has_its_own_noise_and_a_repetition_the_same(noisy_step, params):
@@ -238,7 +238,7 @@ def test_the_state_is_reused_stays_replicated_and_compiles_once(noisy_step, para
 @several_devices
 def test_evaluation_sums_over_devices_without_dropout(params, one_device):
     model = Transformer(CONFIG.replace(dropout=0.3))
-    sums = RUNNER.evaluate(make_eval_step(model))(*placed(params, BATCH))
+    sums = RUNNER.parallel_eval_step(make_eval_step(model))(*placed(params, BATCH))
     _, metrics = one_device[0]
     assert sums.weight == TOKENS
     assert float(sums.loss) / TOKENS == pytest.approx(metrics["loss"], rel=1e-5)

@@ -34,12 +34,12 @@ from jaxformer.terminal import warn
 from train.checkpoint_items import (
     DamagedCheckpoint,
     fingerprints,
-    reading,
+    reading_checkpoint,
     saved_arrays,
-    saving,
+    saving_checkpoint,
     split,
 )
-from train.hosts import is_of_lost_process, meet
+from train.hosts import means_lost_process, meet
 
 State = TypeVar("State")
 
@@ -138,7 +138,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not is_of_lost_process(error):  # it would be waited for
+        if not means_lost_process(error):  # it would be waited for
             self.close()
 
     def all_steps(self) -> list[int]:
@@ -180,7 +180,7 @@ class Checkpoints:
             values = {name: float(v) for name, v in metrics.items() if math.isfinite(v)}
             record = {"metric": self._metric, "mode": self._mode, "values": values}
         items = split(state)
-        with saving(self.directory):
+        with saving_checkpoint(self.directory):
             args = ocp.args.Composite(
                 **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
                 **{INFO: ocp.args.JsonSave({"fingerprints": fingerprints(items)})},
@@ -221,12 +221,12 @@ class Checkpoints:
                 f"checkpoint {directory} has no {OPTIMIZER} that training could go on with; "
                 "delete it to go on from the one before"
             )
-        with reading(directory):
+        with reading_checkpoint(directory):
             saved = {name: saved_arrays(directory / name) for name in examples}
         for name, tree in examples.items():
             check_same_arrays(saved[name], describe_arrays(tree), directory / name)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in examples.items()}
-        with reading(directory):
+        with reading_checkpoint(directory):
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         for name in examples:
             if not is_intact(directory, name, restored[name]):
@@ -322,7 +322,7 @@ class Checkpoints:
         }
         args = {PARAMS: ocp.args.StandardSave(params), INFO: ocp.args.JsonSave(info)}
         new, old = (self.directory / f"{AVERAGE}.{which}" for which in ("new", "old"))
-        with saving(self.directory):
+        with saving_checkpoint(self.directory):
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
                 writer.save(new, args=ocp.args.Composite(**args), force=True)
             if jax.process_index() == 0:
@@ -341,12 +341,12 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when everything is on disk; raises `UserError` if it could not be written."""
-        with saving(self.directory):
+        with saving_checkpoint(self.directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait, and release orbax's threads; raises like `wait`."""
-        with saving(self.directory):
+        with saving_checkpoint(self.directory):
             self._manager.close()
 
     def _score(self, record: Mapping[str, Any]) -> float:

@@ -38,7 +38,7 @@ def saved_arrays(path: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def saving(directory: Path) -> Iterator[None]:
+def saving_checkpoint(directory: Path) -> Iterator[None]:
     """Turn what a disk can do to a checkpoint that is written into a `UserError`."""
     try:
         yield
@@ -53,7 +53,7 @@ def saving(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reading(directory: Path) -> Iterator[None]:
+def reading_checkpoint(directory: Path) -> Iterator[None]:
     """Turn what can be wrong with a checkpoint that is read into a `DamagedCheckpoint`."""
     try:
         yield

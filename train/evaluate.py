@@ -82,12 +82,12 @@ class LossEvaluator:
         rows = completed(min(rows_per_batch, packing.num_rows), runner.row_parts)
         self._batches = Batches([[(corpus, packing)]], rows, seed=None)
         self._runner = runner
-        self._eval_step = runner.evaluate(make_eval_step(model))
+        self._eval_step = runner.parallel_eval_step(make_eval_step(model))
 
     def __call__(self, params: Any) -> dict[str, float]:
-        """Return "loss", label-smoothed as in training, "nll" and "perplexity" = exp(nll), a token.
+        """Return means per token: "loss", label-smoothed as in training, "nll" and "perplexity".
 
-        Natural logarithms; eos counts as a token.
+        Natural logarithms; eos counts as a token; the perplexity is exp(nll).
         """
         batches = self._batches
         sums = np.zeros(3)

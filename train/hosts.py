@@ -173,7 +173,7 @@ def check_shared(directory: Path) -> None:
             mark.unlink(missing_ok=True)
 
 
-def is_of_lost_process(error: BaseException | None) -> bool:
+def means_lost_process(error: BaseException | None) -> bool:
     """Whether a collective failed because not all are there any more."""
     failed = isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
     return failed and _LOST.search(str(error)) is not None
@@ -185,7 +185,7 @@ def noticing_lost_processes() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if not is_of_lost_process(error):
+        if not means_lost_process(error):
             raise
         raise ProcessLost(
             f"another process has ended ({one_line(error)[:100]}): see what it says, and run the "

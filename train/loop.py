@@ -108,7 +108,7 @@ def _train(config: TrainConfig, run: Path) -> None:
             saved = runner.abstract_state(jax.eval_shape(make_state))
             state = runner.from_saved(checkpoints.restore(saved))
         start = int(state.step)
-        train_step = runner.train(training.train_step)
+        train_step = runner.parallel_train_step(training.train_step)
         validation_loss = LossEvaluator(
             model,
             data.validation,
@@ -246,7 +246,7 @@ def _evaluate(
     lines = [line for split in splits for line in data.pairs[split]["source"][:]]
     in_parts: list[str] = []
     translations = iter(translate(lines, warn=in_parts.append))
-    if in_parts and jax.process_index() == 0:  # of all splits together no line has its number
+    if in_parts and jax.process_index() == 0:  # lines of all splits: their numbers mean nothing
         warn(
             f"{len(in_parts)} of the {len(lines)} sentences of {' and '.join(splits)} are "
             "longer than the model takes at once, and translated in parts: raise model.max_length"

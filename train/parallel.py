@@ -34,10 +34,11 @@ class Runner(Protocol):
     def create(self, make_state: Callable[[], Any]) -> Any:
         """Return what `make_state` returns, placed as the steps take it."""
 
-    def train(self, train_step: Callable) -> Any:
-        """Return `(state, batch, rng) -> (state, metrics)`; the old state's memory is reused.
+    def parallel_train_step(self, train_step: Callable) -> Any:
+        """Return `(state, batch, rng) -> (state, metrics)` on all devices.
 
-        Its method `lower` takes the same, abstract ones too, and returns a `jax.stages.Lowered`.
+        The old state's memory is reused. Its method `lower` takes the same, abstract ones too, and
+        returns a `jax.stages.Lowered`.
         """
 
     def abstract_state(self, state: Any) -> Any:
@@ -46,7 +47,7 @@ class Runner(Protocol):
     def abstract_batch(self, batch: Any) -> Any:
         """Return shapes as `place` lays such arrays out."""
 
-    def evaluate(self, eval_step: Callable) -> Callable[[Any, Batch], Any]:
+    def parallel_eval_step(self, eval_step: Callable) -> Callable[[Any, Batch], Any]:
         """Return `(params, batch) -> sums` over all devices."""
 
     def place(self, rows_per_batch: int, read: Callable[[slice], HostBatch]) -> Batch:
@@ -99,7 +100,7 @@ class DataParallel:
         # A state that began in another form than the steps return would have them compiled twice.
         return jax.jit(make_state, out_shardings=self._replicated())()
 
-    def train(self, train_step: Callable) -> Any:
+    def parallel_train_step(self, train_step: Callable) -> Any:
         return jax.pmap(
             partial(train_step, axis_name=AXIS),
             axis_name=AXIS,
@@ -121,7 +122,7 @@ class DataParallel:
             for name, x in batch.items()
         }
 
-    def evaluate(self, eval_step: Callable) -> Any:
+    def parallel_eval_step(self, eval_step: Callable) -> Any:
         return jax.pmap(
             partial(eval_step, axis_name=AXIS),
             axis_name=AXIS,
@@ -186,7 +187,7 @@ class MeshParallel:
             placed = shardings(self.mesh, jax.eval_shape(make_state))
             return jax.jit(make_state, out_shardings=placed)()
 
-    def train(self, train_step: Callable) -> Any:
+    def parallel_train_step(self, train_step: Callable) -> Any:
         def step(state: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Any]:
             state, metrics = train_step(state, batch, rng)
             # Without this XLA might return it laid out otherwise, and compile the next step anew.
@@ -207,7 +208,7 @@ class MeshParallel:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_rows), batch
         )
 
-    def evaluate(self, eval_step: Callable) -> Any:
+    def parallel_eval_step(self, eval_step: Callable) -> Any:
         return _WithinMesh(self.mesh, jax.jit(eval_step))
 
     def place(self, rows_per_batch: int, read: Callable[[slice], HostBatch]) -> Any:

@@ -93,7 +93,7 @@ def prepare(config: TrainConfig) -> RunData:
             )
         parts = make_runner(config).row_parts * config.accumulate
         rows = completed(batches.rows_per_batch, parts)
-    if jax.process_index() == 0:  # when nothing is refused any more: a run keeps what it had
+    if jax.process_index() == 0:  # now that nothing can be refused: or a run would lose its own
         write_config(run, config.to_dict())
     return RunData(pairs, *tokenizers, validation, batches, rows)
 

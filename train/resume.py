@@ -36,10 +36,10 @@ _MAY_CHANGE_SECTIONS = ("evaluate.", "checkpoint.", "parallel.")
 
 
 def check_same_run(config: TrainConfig, run: Path) -> None:
-    """A run directory holds one experiment: refuse to go on with another one in it.
+    """Refuse to go on in a run directory with another experiment.
 
-    Without a checkpoint there is nothing to go on with, and what is there is written anew: a run
-    that failed at its start takes a configuration that is mended. What is no run is left alone.
+    Without a checkpoint there is nothing to go on with, and its files are written anew: a run that
+    failed at its start accepts a corrected configuration. What is no run is left alone.
     """
     if not (run / CONFIG_FILE).exists():
         if checkpoint_steps(run):

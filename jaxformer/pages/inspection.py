@@ -23,7 +23,7 @@ from jaxformer.pages.heatmap import (
 )
 from jaxformer.pages.page import page, script_note, scrolling, section, table
 from jaxformer.pages.pictures import can_draw, draw_explanation, say_where
-from jaxformer.results import Explanation
+from jaxformer.results import Explanation, NamedAttention
 from jaxformer.terminal import ShowDefaults, write_line
 from jaxformer.translator import Translator
 
@@ -46,7 +46,7 @@ def inspection_page(explanation: Explanation) -> str:
         _translations(explanation),
         _alignment(explanation),
     ]
-    body += [_attention(*attention) for attention in explanation.attentions()]
+    body += map(_attention, explanation.attentions())
     body.append(_positions(explanation))
     return page(explanation.source, filter(None, body))
 
@@ -114,10 +114,9 @@ def _alignment(explanation: Explanation) -> str:
     )
 
 
-def _attention(name: str, weights: np.ndarray, queries: list[str], keys: list[str]) -> str:
-    anchor = name.replace(" ", "-").lower()
-    causal = name.startswith("Masked")
-    cell = min(24, max(9, 160 // len(keys)))
+def _attention(attention: NamedAttention) -> str:
+    name, weights, queries, keys, causal = attention
+    anchor, cell = attention.slug, min(24, max(9, 160 // len(keys)))
     parts = [f'<p class="soft">{_READ[name]}</p>', axes(anchor, queries, keys, cell=cell)]
     for layer, heads in enumerate(weights, start=1):
         figures = []

@@ -115,8 +115,8 @@ def literal(label: str) -> str:
     return label.replace("$", r"\$")
 
 
-def draw_explanation(explanation: Explanation, folder: Path) -> list[Path]:
-    """Write alignment, the three attentions and the positional encoding; return the files.
+def draw_explanation(explanation: Explanation, folder: Path) -> None:
+    """Write alignment, the three attentions and the positional encoding, a PNG each.
 
     Letters that no installed font has are drawn as "?", and a line on standard error names them.
 
@@ -136,26 +136,27 @@ def draw_explanation(explanation: Explanation, folder: Path) -> list[Path]:
         return [label.translate(gone) or "▁" for label in labels]
 
     alignment = explanation.alignment
-    files = [folder / "alignment.png"]
     _draw_maps(
-        files[0],
+        folder / "alignment.png",
         alignment.weights[None, None],
         shown(alignment.target_tokens),
         shown(alignment.source_tokens),
         cell=0.28,
     )
-    for name, weights, queries, keys in explanation.attentions():
-        files.append(folder / f"{name.replace(' ', '-').lower()}.png")
-        causal = weights is explanation.decoder_self_attention
-        _draw_maps(files[-1], weights, shown(queries), shown(keys), causal=causal)
-    files.append(folder / "positional-encoding.png")
+    for attention in explanation.attentions():
+        _draw_maps(
+            folder / f"{attention.slug}.png",
+            attention.weights,
+            shown(attention.queries),
+            shown(attention.keys),
+            causal=attention.causal,
+        )
     encoding = explanation.positional_encoding
-    with picture(files[-1], 7.0, 2.0 + 0.05 * len(encoding)) as figure:
+    with picture(folder / "positional-encoding.png", 7.0, 2.0 + 0.05 * len(encoding)) as figure:
         axis = figure.subplots()
         image = axis.imshow(encoding, cmap="RdBu", aspect="auto", interpolation="none")
         axis.set(xlabel="dimension", ylabel="position")
         figure.colorbar(image)
-    return files
 
 
 def _draw_maps(

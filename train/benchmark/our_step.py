@@ -35,7 +35,7 @@ class OurStep:
         self._rng = jax.random.key(1)
         self._done = 0
         if kind == "train":
-            self._carry, self._step = state, runner.train(training.train_step)
+            self._carry, self._step = state, runner.parallel_train_step(training.train_step)
             return
 
         def forward(params: Any, batch: dict, rng: jax.Array) -> tuple[Any, Any]:

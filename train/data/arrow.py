@@ -43,7 +43,7 @@ def cache_folder(cache_dir: str | Path | None) -> Path:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading_cache(path: Path) -> Iterator[None]:
     """Raise `UserError` if a cache file is not what was written."""
     try:
         yield

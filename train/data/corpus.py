@@ -17,7 +17,7 @@ from train.data.arrow import (
     CACHE_VERSION,
     cache_folder,
     locate_lists,
-    reading,
+    reading_cache,
     write_arrow,
 )
 from train.data.sources import iterate
@@ -120,7 +120,7 @@ def encode_corpus(
     path = folder / f"ids-{name.hexdigest()[:20]}.arrow"
     ids = pa.list_(pa.int32())
     write_arrow(path, pa.schema({"source": ids, "target": ids}), batches())
-    with reading(path):
+    with reading_cache(path):
         corpus = EncodedCorpus(path)
         if len(corpus) != len(dataset):
             raise ValueError(f"{len(corpus)} pairs instead of {len(dataset)}")

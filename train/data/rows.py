@@ -28,8 +28,8 @@ class Rows:
     """The rows of a packed corpus, epoch after epoch without end.
 
     Args:
-      segmentations: the pairs and which of them share a row; where text is split at random, as
-        often as it was, for the epochs to take in turns.
+      segmentations: encoded pairs and their packing; where text is split at random, one for each
+        way of splitting, which the epochs take in turn.
       seed, number: each epoch has its own order, see `epoch_order`; None keeps the rows as they
         are, for evaluation.
 

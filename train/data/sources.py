@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from jaxformer.errors import UserError, first_line
-from train.data.arrow import ADVICE, CACHE_VERSION, cache_folder, reading, write_arrow
+from train.data.arrow import ADVICE, CACHE_VERSION, cache_folder, reading_cache, write_arrow
 from train.data.files import Pair, existing, pair_lines, pair_table_rows, table_suffixes
 from train.progress import Count
 
@@ -228,7 +228,7 @@ def _stream_to_arrow(
     arrow = cache_folder(data.cache_dir) / f"text-{name}.arrow"
     schema = pa.schema({"source": pa.string(), "target": pa.string()})
     write_arrow(arrow, schema, _columns(pairs, f"reading {paths[0].name}"))
-    with _quiet(), reading(arrow):
+    with _quiet(), reading_cache(arrow):
         return datasets.Dataset.from_file(str(arrow))
 
 

@@ -15,7 +15,7 @@ from jaxformer.files import write_bytes, writing
 from jaxformer.run_directory import SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, TOKENIZER_FILE
 from jaxformer.terminal import say
 from jaxformer.tokenizer import Tokenizer
-from train.data.arrow import ADVICE, CACHE_VERSION, reading
+from train.data.arrow import ADVICE, CACHE_VERSION, reading_cache
 from train.data.corpus import text_digest
 from train.data.normalization import is_blank, normalization_rules
 from train.data.sources import iterate
@@ -86,7 +86,7 @@ def _learn_once(
         name.update(text_digest(dataset, cache))
     path = cache / f"tokenizer-{name.hexdigest()[:20]}.model"
     if path.exists():
-        with reading(path):
+        with reading_cache(path):
             return Tokenizer.load(path)
     tokenizer = _learn(corpora, columns, *settings)
     write_bytes(path, tokenizer.model, advice=ADVICE)

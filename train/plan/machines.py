@@ -109,7 +109,7 @@ def chip_of_topology(topology: str) -> Chip:
 
 @contextlib.contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set what the user has not set himself; libtpu reads it when it is loaded."""
+    """Set the variables that are not set yet; libtpu reads them when it is loaded."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:

@@ -100,7 +100,8 @@ def step_program(
     state = runner.abstract_state(jax.eval_shape(training.create_state, key))
     batch = runner.abstract_batch(_batch(rows, source_length, config.data.target_length))
     with _refusals():
-        compiled = runner.train(training.train_step).lower(state, batch, key).compile()
+        step = runner.parallel_train_step(training.train_step)
+        compiled = step.lower(state, batch, key).compile()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     program = Program(compiled.as_text())
     return StepProgram(

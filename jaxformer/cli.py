@@ -31,7 +31,7 @@ from jaxformer.terminal import (
 from jaxformer.translator import WINDOW, Translator
 
 # Lines that are printed, and aligned or scored, at a time.
-_WINDOW = 256
+_AT_ONCE = 256
 _SMALLER = "lower --batch-tokens, or shorten the longest line"
 
 
@@ -176,7 +176,7 @@ def _translate(options: argparse.Namespace) -> None:
         source, lines = tee(lines_of(sys.stdin.buffer, "standard input"))
         progress = Throughput(sys.stderr, quiet=options.quiet)
         # A multiple, so that no answer waits for lines of the next window.
-        together = min(_WINDOW, options.window)
+        together = min(_AT_ONCE, options.window)
         found = translator.generate(
             lines,
             prefixes=prefixes,
@@ -223,7 +223,7 @@ def _score(options: argparse.Namespace) -> None:
     translator = _load(options)
     with _open(options.source) as source, _open(options.target) as target:
         number = 0
-        for window in in_windows(_pairs(source, target, options), _WINDOW):
+        for window in in_windows(_pairs(source, target, options), _AT_ONCE):
             sources, targets = zip(*window, strict=True)
             scores = translator.score(sources, targets, first_line=number + 1, **at_once)
             number += len(window)

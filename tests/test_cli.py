@@ -130,7 +130,7 @@ def test_a_program_that_asks_line_by_line_is_answered_line_by_line(translator, m
 @pytest.mark.parametrize(("asked", "given"), [(5, 4), (4, 4), (3, 2), (1, 1)])
 def test_no_answer_waits_for_the_next_window(translator, run_with, monkeypatch, asked, given):
     """Answers are printed two at a time here: what is left of a window would wait for more."""
-    monkeypatch.setattr(module, "_WINDOW", 2)
+    monkeypatch.setattr(module, "_AT_ONCE", 2)
     assert run_with(b"one\n", "--window", str(asked)) == (0, b"ONE\n", "")
     assert translator.options["window"] == given
 
@@ -292,7 +292,7 @@ def test_score(translator, tmp_path, capfd, monkeypatch):
     assert translator.scored == [{"first_line": 1}] * 2
     translator.scored.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_WINDOW", 1)
+        patch.setattr(module, "_AT_ONCE", 1)
         score(capfd, source, target, "--batch-tokens", "99")
     assert translator.scored == [{"first_line": n, "batch_tokens": 99} for n in (1, 2)]
     target.write_text("a\n")

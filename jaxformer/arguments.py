@@ -9,22 +9,22 @@ from jaxformer.generation_config import GenerationConfig, PenaltyForm
 
 # Fields of `GenerationConfig`, but for `n_best`, in the words of the command line.
 _SEARCH = {
-    "beam_size": "beams; 1 is greedy search",
-    "length_penalty": "alpha; more favours longer sentences",
-    "length_penalty_form": "gnmt is ((5 + length) / 6)^alpha, power is length^alpha",
-    "coverage_penalty": "beta; more favours sentences that leave nothing of the source out",
-    "early_stopping": "stop at as many finished hypotheses as beams: faster, nearly as good",
-    "max_length_ratio": "at most this times the source's length ...",
-    "max_length_extra": "... plus this, in pieces",
-    "min_length_ratio": "at least this times the source's length ...",
-    "min_length_extra": "... plus this, in pieces",
-    "no_repeat_ngram_size": "say no n pieces in a row twice; 0 is no limit",
+    "beam_size": "number of beams; 1 is greedy search",
+    "length_penalty": "alpha of the length penalty; higher favours longer translations",
+    "length_penalty_form": "the penalty: gnmt is ((5 + length) / 6)^alpha, power is length^alpha",
+    "coverage_penalty": "beta; higher favours translations that leave out nothing of the source",
+    "early_stopping": "stop when as many hypotheses as beams are finished: faster, nearly as good",
+    "max_length_ratio": "translations have at most N times the source's length ...",
+    "max_length_extra": "... plus N pieces",
+    "min_length_ratio": "translations have at least N times the source's length ...",
+    "min_length_extra": "... plus N pieces",
+    "no_repeat_ngram_size": "let no N pieces in a row occur twice in a translation; 0 is no limit",
 }
 _SAMPLING = {
     "sampling": "draw translations at random instead of searching for the best",
-    "temperature": "of sampling: below 1 safer, above 1 wilder",
-    "top_k": "of sampling: draw from the k best pieces only",
-    "top_p": "of sampling: draw from the best pieces of this probability together",
+    "temperature": "of sampling: below 1 is safer, above 1 is wilder",
+    "top_k": "of sampling: draw only from the N best pieces",
+    "top_p": "of sampling: draw only from the best pieces that together have probability N",
 }
 _TYPES = {"top_k": int, "top_p": float}
 
@@ -61,7 +61,7 @@ def add_search(group: Any, *, sampling: bool = False) -> None:
             type=int,
             metavar="N",
             default=argparse.SUPPRESS,
-            help="of sampling (default: 0)",
+            help="random seed of sampling (default: 0)",
         )
 
 

@@ -86,20 +86,23 @@ def _add_translate(commands: Any) -> None:
     )
     _add_model(
         translate,
-        "source positions at once, over all devices; by default 4096 a device, fewer on a CPU",
+        "source positions translated at once, over all devices; by default 4096 per device, fewer "
+        "on a CPU",
     )
     translate.add_argument(
         "--window",
         type=int,
         metavar="N",
         default=WINDOW,
-        help="lines that are read before the first is translated: with 1 each is answered before "
-        "the next is read, more are faster",
+        help="lines that are read before the first is translated: with 1, each is answered before "
+        "the next is read; more are faster",
     )
     search = translate.add_argument_group("search")
     add_search(search, sampling=True)
     search.add_argument(
-        "--prefix", metavar="FILE", help="what each translation begins with, a line each"
+        "--prefix",
+        metavar="FILE",
+        help="text file with the beginning of each translation, one line per line of input",
     )
     output = translate.add_argument_group("output")
     output.add_argument(
@@ -107,14 +110,14 @@ def _add_translate(commands: Any) -> None:
         type=int,
         metavar="N",
         default=argparse.SUPPRESS,
-        help="print N translations a line, each as: number of the line, from 0 ||| text ||| score; "
-        "with --sampling, draw so many",
+        help="print N translations of each line, each as: line number, from 0 ||| text ||| score; "
+        "with --sampling, draw N",
     )
     output.add_argument(
         "--alignment",
         action="store_true",
-        help="after each translation a tab and the source word that each of its words comes from, "
-        "as 0-0 1-2: source-target, from 0; nothing for a line that is translated in parts",
+        help="print after each translation a tab and its word alignment: SOURCE-TARGET pairs of "
+        "word numbers from 0, as in 0-0 1-2; only the tab for a line that is translated in parts",
     )
     output.add_argument("--quiet", action="store_true", help="show no progress on standard error")
     translate.set_defaults(command=_translate, if_memory_ends=_SMALLER)
@@ -125,36 +128,46 @@ def _add_score(commands: Any) -> None:
         "score",
         help="log-probability of given translations",
         description="Print the natural logarithm of the probability that the model gives each "
-        "line of TARGET, end of sentence included, as translation of the line of SOURCE.",
+        "line of TARGET, end of sentence included, as the translation of that line of SOURCE.",
         formatter_class=ShowDefaults,
     )
-    _add_model(score, "positions at once; by default 4096")
+    _add_model(score, "positions scored at once; by default 4096")
     score.add_argument(
-        "--source", metavar="FILE", required=True, help="text file, a sentence a line"
+        "--source", metavar="FILE", required=True, help="text file, one sentence per line"
     )
-    score.add_argument("--target", metavar="FILE", required=True, help="its translation")
     score.add_argument(
-        "--tokens", action="store_true", help="after it a tab and each piece with its own"
+        "--target",
+        metavar="FILE",
+        required=True,
+        help="text file with the translation of each line",
+    )
+    score.add_argument(
+        "--tokens",
+        action="store_true",
+        help="then print a tab and the log-probability of each piece, as PIECE:NUMBER",
     )
     score.set_defaults(command=_score, if_memory_ends=_SMALLER)
 
 
 def _add_model(command: argparse.ArgumentParser, batch_tokens: str) -> None:
     command.add_argument(
-        "run", metavar="RUN", nargs="+", help="directory that training wrote; several: an ensemble"
+        "run",
+        metavar="RUN",
+        nargs="+",
+        help="directory that training wrote; several form an ensemble",
     )
     command.add_argument(
         "--checkpoint",
         action="append",
         metavar="NAME",
         help="average, best, last or a step; by default the average, unless training went on "
-        "after it; then the first of the others that is there; "
-        "given several times: an ensemble",
+        "after it; otherwise the best, otherwise the last; given several times, they form an "
+        "ensemble",
     )
     command.add_argument(
         "--dtype",
         choices=get_args(Precision),
-        help="of the computation, by default that of training",
+        help="precision of the computation; by default that of training",
     )
     command.add_argument("--batch-tokens", type=int, metavar="N", help=batch_tokens)
 

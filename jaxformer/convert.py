@@ -40,9 +40,9 @@ def add_convert(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     convert.add_argument(
-        "source", metavar="SOURCE", help="directory that training wrote, or a Marian model"
+        "source", metavar="SOURCE", help="directory that training wrote, or of a Marian model"
     )
-    convert.add_argument("destination", metavar="DESTINATION", help="new directory")
+    convert.add_argument("destination", metavar="DESTINATION", help="directory to create")
     convert.add_argument(
         "--to",
         metavar="FORMAT",
@@ -54,22 +54,22 @@ def add_convert(commands: Any) -> None:
         "--checkpoint",
         metavar="NAME",
         help="of a trained model: average, best, last or a step "
-        "(default: the average, unless training went on after it; then the first of the others "
-        "that is there)",
+        "(default: the average, unless training went on after it; otherwise the best, otherwise "
+        "the last)",
     )
     ctranslate2 = convert.add_argument_group("with --to ctranslate2")
     ctranslate2.add_argument(
         "--quantization",
         metavar="TYPE",
-        help="of the weights: int8, int8_float16, float16, bfloat16, ... (default: float32)",
+        help="type of the weights: int8, int8_float16, float16, bfloat16, ... (default: float32)",
     )
     stablehlo = convert.add_argument_group("with --to stablehlo")
     for flag, explanation in (
-        ("--batch-size", "sentences at once (default: open)"),
+        ("--batch-size", "sentences in a call (default: any number)"),
         (
             "--source-length",
-            "source pieces, eos and padding included (default: 128, or the model's max_length if "
-            "that is less)",
+            "pieces of a source, eos and padding included (default: 128, or the model's max_length "
+            "if that is less)",
         ),
     ):
         stablehlo.add_argument(flag, type=int, metavar="N", help=explanation)
@@ -79,7 +79,7 @@ def add_convert(commands: Any) -> None:
         type=int,
         metavar="N",
         default=argparse.SUPPRESS,
-        help="translations returned of each sentence (default: as many as there are beams)",
+        help="translations returned for each sentence (default: as many as there are beams)",
     )
     convert.set_defaults(command=_convert, if_memory_ends="convert on a machine with more")
 

@@ -151,15 +151,19 @@ def add_inspect(commands: Any) -> None:
         "inspect",
         help="see how a sentence was translated: attention, alignment, alternatives",
         description="Translate a sentence and write a page about it: the translations found with "
-        "their scores, what every attention head looked at, which word is from which, and the "
-        "positional encoding. Beside it, if matplotlib is installed, the same as PNG files.",
+        "their scores, what every attention head looked at, which word comes from which, and "
+        "the positional encoding. If matplotlib is installed, PNG files of the same lie beside it.",
         formatter_class=ShowDefaults,
     )
     inspect.add_argument("run", metavar="RUN", help="directory that training wrote")
-    inspect.add_argument("sentence", metavar="SENTENCE", help="what to translate")
-    inspect.add_argument("--checkpoint", help="average, best, last or a step")
+    inspect.add_argument("sentence", metavar="SENTENCE", help="sentence to translate")
     inspect.add_argument(
-        "--words", action="store_true", help="join the pieces of a word: smaller maps"
+        "--checkpoint",
+        help="average, best, last or a step; by default the average, unless training went on after "
+        "it; otherwise the best, otherwise the last",
+    )
+    inspect.add_argument(
+        "--words", action="store_true", help="join the pieces of each word, for smaller maps"
     )
     inspect.add_argument(
         "--output", metavar="DIR", default="inspection", help="folder for index.html and PNGs"

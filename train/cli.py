@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument(
         "config", metavar="CONFIG", nargs="?", help=f"{', '.join(config_names())}, or a .py file"
     )
-    fit.add_argument("-h", "--help", action="store_true", help="show this, or CONFIG's fields")
+    fit.add_argument("-h", "--help", action="store_true", help="show this help, or CONFIG's fields")
     fit.set_defaults(command=_fit, parser=fit)
     evaluate = commands.add_parser(
         "evaluate",
@@ -126,25 +126,37 @@ def _parser() -> argparse.ArgumentParser:
         description="Score a run on its own test set, another split, or two files of your own.",
     )
     evaluate.add_argument("run", metavar="RUN", help="directory that training wrote")
-    evaluate.add_argument("--source", help="text file to translate, with --reference")
-    evaluate.add_argument("--reference", help="text file of the same number of lines")
+    evaluate.add_argument("--source", help="text file to translate; needs --reference")
+    evaluate.add_argument("--reference", help="text file with the reference of each line")
     evaluate.add_argument(
         "--split",
         choices=("train", "validation", "test"),
-        help="of the run's own data; default: test",
+        help="split of the run's own data; default: test",
     )
-    evaluate.add_argument("--checkpoint", help="average, best, last or a step")
     evaluate.add_argument(
-        "--dtype", choices=get_args(Precision), help="of the computation; default: the run's"
+        "--checkpoint",
+        help="average, best, last or a step; default: the average, unless training went on after "
+        "it; otherwise the best, otherwise the last",
     )
-    evaluate.add_argument("--beam-size", type=int, help="beams; default: the run's")
-    evaluate.add_argument("--length-penalty", type=float, help="alpha; default: the run's")
     evaluate.add_argument(
-        "--length-penalty-form", choices=get_args(PenaltyForm), help="default: the run's"
+        "--dtype",
+        choices=get_args(Precision),
+        help="precision of the computation; default: the run's",
+    )
+    evaluate.add_argument("--beam-size", type=int, help="number of beams; default: the run's")
+    evaluate.add_argument(
+        "--length-penalty", type=float, help="alpha of the length penalty; default: the run's"
+    )
+    evaluate.add_argument(
+        "--length-penalty-form",
+        choices=get_args(PenaltyForm),
+        help="gnmt is ((5 + length) / 6)^alpha, power is length^alpha; default: the run's",
     )
     evaluate.add_argument("--bleu-tokenize", help="sacreBLEU's tokenizer; default: the run's")
-    evaluate.add_argument("--output", help="file to write the translations to, or -")
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.add_argument(
+        "--output", help="file to write the translations to; - is standard output"
+    )
+    evaluate.add_argument("--json", action="store_true", help="print the scores as one JSON object")
     evaluate.set_defaults(command=_evaluate)
     add_report(commands)
     add_benchmark(commands)

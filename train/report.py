@@ -28,13 +28,15 @@ def add_report(commands: Any) -> None:
     """Add the command to the sub-parsers of `python -m train`."""
     report = commands.add_parser(
         "report",
-        help="a page about a run, or about several in comparison",
+        help="write a page about a run, or one that compares several",
         description="Write index.html, which needs nothing beside it, and, if matplotlib is "
         "installed, a PNG of each chart.",
     )
     report.add_argument("runs", metavar="RUN", nargs="+", help="directory that training wrote")
     report.add_argument(
-        "--output", metavar="DIR", help="default: RUN/report, or report if there are several runs"
+        "--output",
+        metavar="DIR",
+        help="folder for the page; default: RUN/report, or report if there are several runs",
     )
     report.set_defaults(command=_report)
 

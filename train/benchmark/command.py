@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 def add_benchmark(commands: Any) -> None:
     """Add `benchmark train|forward|decode` to the subcommands of `python -m train`."""
-    benchmark = commands.add_parser("benchmark", help="measure how fast it is")
+    benchmark = commands.add_parser(
+        "benchmark", help="measure how fast training and translation are"
+    )
     kinds = benchmark.add_subparsers(required=True, metavar="WHAT")
     for kind, what in (
         ("train", "the training step"),
@@ -32,7 +34,7 @@ def add_benchmark(commands: Any) -> None:
 def _add_steps(kinds: Any, kind: str, what: str) -> None:
     steps = kinds.add_parser(
         kind,
-        help=f"{what}, beside other toolkits at the same work",
+        help=f"{what}, also beside other engines at the same work",
         description=f"Measure {what}: time, tokens a second, share of the machine's measured "
         "matrix-product peak, memory. Lists, as in --batch 16,32, measure every combination. "
         "--section.field VALUE changes any field of the configuration.",
@@ -42,15 +44,23 @@ def _add_steps(kinds: Any, kind: str, what: str) -> None:
         "config",
         metavar="CONFIG",
         type=list_of(str),
-        help="configurations, or presets such as base,big",
+        help="configurations or presets, such as base,big",
     )
     numbers = list_of(int)
-    steps.add_argument("--batch", type=numbers, default=(), help="rows a step; 64")
-    steps.add_argument("--length", type=numbers, default=(), help="positions a row, both sides; 64")
-    steps.add_argument("--vocab-size", type=numbers, default=(), help="pieces")
-    steps.add_argument("--devices", type=numbers, default=(), help="how many take part")
-    steps.add_argument("--dtype", type=list_of(str), default=(), help="float32,bfloat16")
-    steps.add_argument("--steps", type=int, default=5, help="of a turn")
+    steps.add_argument("--batch", type=numbers, default=(), help="rows per step; default: 64")
+    steps.add_argument(
+        "--length", type=numbers, default=(), help="positions per row, of both sides; default: 64"
+    )
+    steps.add_argument(
+        "--vocab-size", type=numbers, default=(), help="pieces in the vocabulary; default: CONFIG's"
+    )
+    steps.add_argument(
+        "--devices", type=numbers, default=(), help="how many take part; default: all"
+    )
+    steps.add_argument(
+        "--dtype", type=list_of(str), default=(), help="float32,bfloat16; default: CONFIG's"
+    )
+    steps.add_argument("--steps", type=int, default=5, help="steps in a turn")
     steps.add_argument("--rounds", type=int, default=3, help="turns of each engine")
     peers = "torch, torch-compile, flax-plain"
     if kind == "train":
@@ -58,13 +68,15 @@ def _add_steps(kinds: Any, kind: str, what: str) -> None:
         steps.add_argument(
             "--corpus",
             action="store_true",
-            help="on CONFIG's training data, packed as in training, instead of full random rows; "
-            "peers get padded batches of as many real tokens",
+            help="measure on CONFIG's training data, packed as in training, instead of full random "
+            "rows; peers get padded batches of as many real tokens",
         )
-    steps.add_argument("--peer", nargs="+", default=(), metavar="PEER", help=peers)
+    steps.add_argument(
+        "--peer", nargs="+", default=(), metavar="PEER", help=f"engines to compare with: {peers}"
+    )
     steps.add_argument("--profile", metavar="DIR", help="write a trace for TensorBoard or Perfetto")
     steps.add_argument("--plot", metavar="FILE.png", help="draw the sweep")
-    steps.add_argument("--output", metavar="FILE", help="add the results, as JSON lines")
+    steps.add_argument("--output", metavar="FILE", help="append the results, as JSON lines")
     steps.set_defaults(command=_benchmark_steps, kind=kind, corpus=False)
 
 
@@ -79,36 +91,54 @@ def _add_decode(kinds: Any) -> None:
     decode.add_argument(
         "run", metavar="RUN", help="directory that training wrote, or a preset such as base"
     )
-    decode.add_argument("--source", metavar="FILE", help="sentences to translate, with a run")
-    decode.add_argument("--sentences", type=int, default=0, help="at most; 0 is all, or 128 random")
-    decode.add_argument("--vocab-size", type=int, default=32_000, help="of a preset")
-    decode.add_argument("--length", type=int, default=25, help="tokens, with a preset")
-    decode.add_argument("--beam-size", type=int, default=4, help="1 is greedy search")
-    decode.add_argument("--length-penalty", type=float, default=1.0, help="alpha of length^alpha")
+    decode.add_argument(
+        "--source", metavar="FILE", help="text file to translate, needed with a run"
+    )
+    decode.add_argument(
+        "--sentences", type=int, default=0, help="at most; 0 is the whole file, or 128 random ones"
+    )
+    decode.add_argument("--vocab-size", type=int, default=32_000, help="pieces, with a preset")
+    decode.add_argument(
+        "--length", type=int, default=25, help="tokens of a sentence, with a preset"
+    )
+    decode.add_argument(
+        "--beam-size", type=int, default=4, help="number of beams; 1 is greedy search"
+    )
+    decode.add_argument(
+        "--length-penalty", type=float, default=1.0, help="alpha of the penalty length^alpha"
+    )
     decode.add_argument(
         "--batch-tokens",
         type=int,
         metavar="N",
-        help="source positions at once; by default 4096, fewer on a CPU",
+        help="source positions translated at once; by default 4096 per device, fewer on a CPU",
     )
-    decode.add_argument("--dtypes", nargs="+", default=["float32"], help="float32, bfloat16, int8")
-    decode.add_argument("--one-by-one", action="store_true", help="each sentence alone")
+    decode.add_argument(
+        "--dtypes",
+        nargs="+",
+        default=["float32"],
+        help="precisions of jaxformer: float32, bfloat16, int8",
+    )
+    decode.add_argument("--one-by-one", action="store_true", help="translate each sentence alone")
     decode.add_argument("--peer", choices=("ctranslate2", "transformers"), help="the other engine")
     decode.add_argument(
-        "--peer-types", nargs="+", default=["float32"], help="its types, such as float32 and int8"
+        "--peer-types",
+        nargs="+",
+        default=["float32"],
+        help="compute types of the peer, such as float32 and int8",
     )
     decode.add_argument(
         "--peer-batches",
         type=int,
         nargs="+",
         default=[32, 128],
-        help="sentences it takes at once: the fastest of these",
+        help="sentences that the peer takes at once; the fastest of these counts",
     )
-    decode.add_argument("--rounds", type=int, default=5, help="measurements of each")
+    decode.add_argument("--rounds", type=int, default=5, help="measurements of each engine")
     decode.add_argument(
         "--profile", metavar="DIR", help="write a trace for TensorBoard or Perfetto"
     )
-    decode.add_argument("--output", metavar="FILE", help="add the results, as JSON lines")
+    decode.add_argument("--output", metavar="FILE", help="append the results, as JSON lines")
     decode.set_defaults(command=_benchmark_decode)
 
 

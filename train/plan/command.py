@@ -12,10 +12,10 @@ def add_plan(commands: Any) -> None:
     """Add `plan` to the subcommands of `python -m train`."""
     plan = commands.add_parser(
         "plan",
-        help="memory, time and cost of training on a machine that is not there",
+        help="memory, time and cost of training on a machine that you do not have",
         description="Compile the training step and the search for TPU slices, or for the devices "
-        "that are here, and say what they need and what they take at least; nothing is run. "
-        "--section.field VALUE changes any field of the configuration.",
+        "of this computer, and report the memory they need and the least time they take; nothing "
+        "is run. --section.field VALUE changes any field of the configuration.",
     )
     plan.add_argument(
         "config", metavar="CONFIG", help=f"{', '.join(config_names())}, or a .py file"
@@ -31,10 +31,10 @@ def add_plan(commands: Any) -> None:
         "--rows-per-device",
         type=int,
         metavar="ROWS",
-        help="let the batch grow with the machine, instead of data.batch_tokens over all devices",
+        help="let the batch grow with the machine, instead of dividing data.batch_tokens over it",
     )
     plan.add_argument("--plot", metavar="FILE.png", help="draw cost over the number of chips")
-    plan.add_argument("--output", metavar="FILE", help="add the results, as JSON lines")
+    plan.add_argument("--output", metavar="FILE", help="append the results, as JSON lines")
     plan.set_defaults(command=_plan)
 
 

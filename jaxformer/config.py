@@ -35,7 +35,7 @@ class TransformerConfig:
       d_ff: F, width inside the feed-forward network (of each half, for the GLU variants).
       num_heads: N, attention heads.
       head_dim: H, the paper's d_k, width of a head's queries and keys; None means D / N.
-      value_dim: the paper's d_v, width of a head's values; None means as wide as the keys.
+      value_dim: the paper's d_v, width of a head's values; None means that of the keys.
       encoder_layers, decoder_layers: depth of the two stacks.
       dropout: rate on each sub-layer's output and on embeddings + positions (§5.4).
       attention_dropout: rate on the attention weights; the paper has none.
@@ -43,7 +43,7 @@ class TransformerConfig:
       label_smoothing: ε of §5.4, spread evenly over the whole vocabulary.
       norm: "post", LayerNorm(x + Sublayer(x)) as in the paper, or "pre",
         x + Sublayer(LayerNorm(x)) with one more LayerNorm after each stack.
-      activation: of the feed-forward network; the last four are the gated forms of Shazeer
+      activation: function in the feed-forward network; the last four are the gated forms of Shazeer
         (2020), with sigmoid, relu, gelu and swish gates.
       embeddings: "shared", one matrix for source, target and softmax (§3.4); "target", one for
         target and softmax; "separate", three matrices.
@@ -55,8 +55,8 @@ class TransformerConfig:
       attention_bias: whether the four attention projections add a bias; the paper's do not.
       output_bias: whether the logits get a bias, Marian's `final_logits_bias`; the paper's do not.
       layer_norm_epsilon: added to the variance.
-      dtype: of the computation. Parameters, softmax, logits, loss and LayerNorm statistics are
-        float32 in any case.
+      dtype: precision of the computation. Parameters, softmax, logits, loss and LayerNorm
+        statistics are float32 in any case.
       quantized: matrices are int8 with a scale for each output, as `quantize` makes them, and
         products with them are of int8: to translate with, not to train.
       flash_attention: whose kernel attends without weights in memory, where it can do the case

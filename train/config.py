@@ -50,13 +50,13 @@ class DataConfig:
     target: str = "target"
     """target column or suffix"""
     joint_vocabulary: bool = True
-    """learn one vocabulary on both sides together"""
+    """learn one vocabulary for both sides together"""
     tokenizer_type: Literal["bpe", "unigram"] = "bpe"
     """how sentencepiece learns the model.vocab_size pieces, on 2 million sentences at most"""
     subword_dropout: float = 0.0
     """share of byte-pair merges left out of training text: its words are split in several ways"""
     segmentations: int = 10
-    """how many such ways to split the training text are kept; the epochs take them in turns"""
+    """with subword_dropout, ways of splitting the training text; the epochs use them in turn"""
     target_length: int = 128
     """target positions of a packed row; longer sentences are left out of training"""
     source_length: int = 0
@@ -106,7 +106,7 @@ class OptimizerConfig:
     warmup_steps: int = 4000
     """steps of linear warm-up, before decay with the inverse square root of the step"""
     cooldown_steps: int = 0
-    """last steps, in which the rate falls to 0 in a straight line; 0 as in the paper"""
+    """last steps, in which the rate falls linearly to 0; none with 0, as in the paper"""
     beta1: float = 0.9
     beta2: float = 0.98
     epsilon: float = 1e-9
@@ -144,7 +144,7 @@ class EvaluateConfig:
     metric: Literal["bleu", "chrf", "loss"] = "bleu"
     """validation metric of the best checkpoint and of early stopping"""
     patience: int = 0
-    """evaluations without gain before training stops; 0 never stops early"""
+    """evaluations without improvement before training stops; 0 never stops early"""
     validation_beam_size: int = 1
     """beams while training; 1 is greedy"""
     beam_size: int = 4
@@ -184,7 +184,7 @@ class CheckpointConfig:
     keep_last: int = 5
     """latest checkpoints to keep"""
     keep_best: int = 1
-    """best checkpoints to keep besides"""
+    """best checkpoints to keep in addition"""
     average: int = 5
     """latest checkpoints to average when training ends (§6.1); 1 averages none"""
 
@@ -209,9 +209,9 @@ class ParallelConfig:
     strategy: Literal["pmap", "mesh"] = "pmap"
     """pmap: every device has the whole model; mesh: data x fsdp x tensor, for models too large"""
     fsdp: int = 1
-    """devices that parameters and optimizer state are spread over (mesh)"""
+    """with mesh: devices that parameters and optimizer state are spread over"""
     tensor: int = 1
-    """devices that heads, hidden layers and vocabulary are spread over (mesh)"""
+    """with mesh: devices that heads, hidden layers and vocabulary are spread over"""
     coordinator: str | None = None
     """with --distributed True, HOST:PORT of process 0, where JAX does not find it by itself"""
     processes: int | None = None
@@ -259,7 +259,7 @@ class TrainConfig:
     accumulate: int = 1
     """parts a device splits its batch into, to use less memory; it changes only dropout's noise"""
     seed: int = 0
-    """of initialisation, data order and dropout"""
+    """random seed of initialisation, data order and dropout"""
     log_every: int = 50
     """steps between progress reports"""
     distributed: bool = False

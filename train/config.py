@@ -257,7 +257,7 @@ class TrainConfig:
     steps: int = 100_000
     """optimizer steps"""
     accumulate: int = 1
-    """parts a device splits its batch into, to use less memory; it changes only dropout's noise"""
+    """parts a device splits its batch into, to use less memory; only dropout's noise changes"""
     seed: int = 0
     """random seed of initialisation, data order and dropout"""
     log_every: int = 50

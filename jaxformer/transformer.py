@@ -181,13 +181,14 @@ class Transformer(nn.Module):
         embedding = self.output_embedding.embedding
         if self.config.output_bias:
             # h · e + b = [h, 1, 1] · [e, high, low] with high + low = b: bfloat16 alone rounds b.
-            bias = self.output_bias[:, None]
+            bias = self.output_bias[:, None].astype(jnp.float32)
             # -inf, of a token that is never said, is the lowest number plus -inf.
             most = float(jnp.finfo(hidden.dtype).max)
             high = jnp.clip(bias, -most, most).astype(hidden.dtype).astype(bias.dtype)
             ones = jnp.ones((*hidden.shape[:-1], 2), hidden.dtype)
             hidden = jnp.concatenate([hidden, ones], axis=-1)
-            embedding = jnp.concatenate([embedding, high, bias - high], axis=-1)
+            columns = [embedding.astype(bias.dtype), high, bias - high]
+            embedding = jnp.concatenate(columns, axis=-1)
         return cross_entropy_sums(
             hidden, embedding, labels, label_smoothing=self.config.label_smoothing
         )

@@ -420,9 +420,9 @@ def test_pictures_name_pieces_as_they_are(tmp_path):
 
 
 def test_the_command(run, tmp_path, capsys, monkeypatch):
-    from jaxformer.pages import pictures
+    from jaxformer.pages import inspection
 
-    monkeypatch.setattr(pictures, "can_draw", lambda: False)
+    monkeypatch.setattr(inspection, "can_draw", lambda: False)
     output = tmp_path / "deep" / "inspection"
     arguments = ["inspect", str(run), LINE, "--output", str(output), "--words"]
     assert main([*arguments, "--beam-size=1", "--max-length-ratio=0", "--max-length-extra=1"]) == 0
@@ -435,7 +435,7 @@ def test_the_command(run, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("words", [False, True])
 def test_the_command_passes_on_what_it_is_given(explanation, tmp_path, monkeypatch, words):
-    from jaxformer.pages import pictures
+    from jaxformer.pages import inspection
 
     asked = []
 
@@ -445,7 +445,7 @@ def test_the_command_passes_on_what_it_is_given(explanation, tmp_path, monkeypat
             return explanation
 
     monkeypatch.setattr(Translator, "load", lambda *which: asked.append(which) or Recorder())
-    monkeypatch.setattr(pictures, "can_draw", lambda: False)
+    monkeypatch.setattr(inspection, "can_draw", lambda: False)
     options = "--checkpoint=best", "--seed=7", "--beam-size=3", "--sampling"
     arguments = [*options, f"--output={tmp_path}", *["--words"] * words]
     assert main(["inspect", "RUN", LINE, *arguments]) == 0

@@ -114,7 +114,7 @@ def encode_corpus(
     name = hashlib.sha256(text_digest(dataset, folder))
     for tokenizer in tokenizers.values():
         name.update(hashlib.sha256(tokenizer.model).digest())
-        name.update(repr(tokenizer.vocabulary).encode())
+        name.update(repr((type(tokenizer).__name__, tokenizer.vocabulary)).encode())
     if dropout:
         name.update(repr((dropout, seed)).encode())
     path = folder / f"ids-{name.hexdigest()[:20]}.arrow"

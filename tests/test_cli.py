@@ -342,7 +342,7 @@ def test_a_line_that_is_not_utf8_is_named_after_those_before_it(translator, run_
         (["--batch-tokens", "-5"], "--batch-tokens is -5: give at least 1"),
         (["--length-penalty", "-1"], "--length-penalty is -1.0: give at least 0"),
         (["--top-p", "2"], "--top-p is 2.0: give more than 0, at most 1"),
-        (["--n-best", "5"], "--n-best is 5: give 1 to 4, as many as there are beams"),
+        (["--n-best", "5"], "--n-best is 5: give 1 to 4, at most the number of beams"),
     ],
 )
 def test_impossible_options(translator, run_with, arguments, message):

@@ -1,4 +1,4 @@
-"""What several commands can be asked: how to search for a translation."""
+"""Command-line options that several commands share: how to search for a translation."""
 
 import argparse
 import dataclasses
@@ -7,7 +7,7 @@ from typing import Any, get_args
 from jaxformer.errors import UserError
 from jaxformer.generation_config import GenerationConfig, PenaltyForm
 
-# Fields of `GenerationConfig`, but for `n_best`, in the words of the command line.
+# Help texts for the fields of `GenerationConfig`, except `n_best`, worded for the command line.
 _SEARCH = {
     "beam_size": "number of beams; 1 is greedy search",
     "length_penalty": "alpha of the length penalty; higher favours longer translations",
@@ -30,11 +30,11 @@ _TYPES = {"top_k": int, "top_p": float}
 
 
 def add_search(group: Any, *, sampling: bool = False) -> None:
-    """Add options for the fields of `GenerationConfig`, all but `n_best`; absent if not given.
+    """Add options for the fields of `GenerationConfig`, except `n_best`; no attribute if not given.
 
     Args:
-      group: a parser or a group of its arguments.
-      sampling: whether hypotheses may be drawn, too; then there is --seed besides.
+      group: a parser or one of its argument groups.
+      sampling: whether to add the options for sampling as well, --seed included.
     """
     fields = {field.name: field.default for field in dataclasses.fields(GenerationConfig)}
     for name, explanation in (_SEARCH | (_SAMPLING if sampling else {})).items():
@@ -66,7 +66,7 @@ def add_search(group: Any, *, sampling: bool = False) -> None:
 
 
 def generation_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `GenerationConfig` that were given, and the seed.
+    """Return the fields of `GenerationConfig` that were given, and the seed if it was.
 
     Raises:
       UserError: a value is impossible; the message names the option and the fix.

@@ -19,19 +19,19 @@ def attention_weights(
     key: Float[Array, "B S N H"],
     mask: Mask | None = None,
 ) -> Float[Array, "B N T S"]:
-    """softmax(Q Kᵀ / √d_k) of equation 1, in float32 whatever the inputs.
+    """softmax(Q Kᵀ / √d_k) of equation 1, in float32 whatever the dtype of the inputs.
 
-    A query that may attend to nothing gets weights of zero, not NaN and not an average.
+    A query that may attend to nothing gets weights of zero, not NaN and not uniform weights.
     """
     batch_size, length, num_heads, _ = query.shape
     mask = dense_mask(mask, (batch_size, num_heads, length, key.shape[1]))
     scale = query.shape[-1] ** -0.5
     if whole := query.dtype == jnp.float32:
         query = query * scale
-    # Heads first, or einsum would pick an order of operands that XLA multiplies slowly on CPU.
+    # Heads first: otherwise einsum would pick an operand order that XLA multiplies slowly on CPU.
     query, key = jnp.swapaxes(query, 1, 2), jnp.swapaxes(key, 1, 2)
     scores = jnp.einsum("BNTH,BNSH->BNTS", query, key, preferred_element_type=jnp.float32)
-    if not whole:  # a query of few bits would be rounded once more
+    if not whole:  # scaling a low-precision query would round it once more
         scores = scores * scale
     if mask is None or 0 in key.shape:
         return jax.nn.softmax(scores, axis=-1)
@@ -54,7 +54,7 @@ def dot_product_attention(
 
     Args:
       query, key, value: projected inputs, float32 or bfloat16.
-      mask: True where a query may attend to a key, or segment ids that say so; None where all may.
+      mask: True where a query may attend to a key, or segment ids that imply it; None allows all.
       flash: as `TransformerConfig.flash_attention`.
 
     Returns:
@@ -69,7 +69,7 @@ def dot_product_attention(
 def weighted_sum(
     weights: Float[Array, "B N T S"], value: Float[Array, "B S N Hv"]
 ) -> Float[Array, "B T N Hv"]:
-    """The second half of equation 1: each query's values, weighted and summed."""
+    """The second half of equation 1: the values, weighted and summed for each query."""
     heads = jnp.einsum("BNTS,BNSH->BNTH", weights, jnp.swapaxes(value, 1, 2))
     return jnp.swapaxes(heads, 1, 2)
 
@@ -87,10 +87,10 @@ class MultiHeadAttention(nn.Module):
       value_dim: Hv, the paper's d_v; None means H.
       dropout_rate: on the attention weights, drawn anew for every head and example.
       use_bias: whether the projections add a bias.
-      output_gain: of the output kernel's initialisation, over Xavier's.
+      output_gain: scale of the output kernel's initialisation, relative to Xavier's.
       dtype: of the computation; parameters are float32.
       quantized: whether the projections are int8, see `Linear`.
-      flash: as `TransformerConfig.flash_attention`; not where weights are dropped or asked for.
+      flash: as `TransformerConfig.flash_attention`; unused where weights are dropped out or sown.
     """
 
     num_heads: int
@@ -128,11 +128,11 @@ class MultiHeadAttention(nn.Module):
         """Attend from each query position to the keys and values of another sequence, or its own.
 
         Args:
-          query_input: where queries come from, and the width of the output.
-          key_value_input: where keys and values come from, of width Dkv: the same array for
-            self-attention, the encoder output for encoder-decoder attention.
+          query_input: what queries are projected from; the output has the same width.
+          key_value_input: what keys and values are projected from, of width Dkv: the same array
+            for self-attention, the encoder output for encoder-decoder attention.
           mask: True = may attend, or segment ids.
-          deterministic: no dropout; otherwise a "dropout" rng is needed if the rate is not 0.
+          deterministic: disables dropout; if False, a "dropout" rng is needed unless the rate is 0.
         """
         key, value = self.project_key_value(key_value_input)
         return self.attend(query_input, key, value, mask, deterministic=deterministic)

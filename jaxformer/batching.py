@@ -1,4 +1,4 @@
-"""Sentences of any number and length as batches of a few static shapes."""
+"""Batches of a few static shapes from any number of sentences of any length."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
@@ -12,30 +12,30 @@ from jaxformer.ids import as_ids
 
 T = TypeVar("T")
 
-#: The least length and the least rows of a device, so that shapes are few; but 1 and 4 rows have
-#: their own.
+#: The smallest length, and the fewest rows per device, so that there are few shapes. As an
+#: exception, 1 and 4 rows have shapes of their own.
 SMALLEST = 16
 
 
 def bucket(length: int) -> int:
-    """The least of 16, 32, 64, … that is not below `length`."""
+    """The smallest of 16, 32, 64, … that is at least `length`."""
     return max(SMALLEST, 1 << (length - 1).bit_length())
 
 
 def groups(
     lengths: Sequence[int], *, few_shapes: bool = False, limit: int | None = None
 ) -> Iterator[tuple[list[int], int]]:
-    """Group sentences of like length, the longest first.
+    """Group sentences of similar length, longest first.
 
     Args:
       lengths: tokens of each sentence.
-      few_shapes: fewer lengths, but more padding: that of the longest sentence, rounded up to a
-        multiple of 16, a quarter of it and so on, if 32 or more.
-      limit: no length is greater, as no sentence is: the positions that the model has.
+      few_shapes: use fewer lengths, at the cost of more padding: that of the longest sentence,
+        rounded up to a multiple of 16, then a quarter of it and so on, while that is 32 or more.
+      limit: upper bound on the lengths, which no sentence exceeds: the model's number of positions.
 
     Yields:
-      Indices of the sentences of a group, the longest first, and its length, that of `bucket`
-      without `few_shapes`.
+      The indices of a group's sentences, longest first, and the length of the group: without
+      `few_shapes`, that of `bucket`.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     kinds: list[int] = []
@@ -56,9 +56,9 @@ def groups(
 
 
 def num_rows(waiting: int, batch_tokens: int, length: int, devices: int = 1) -> int:
-    """Rows for sentences of a length: as many as wait or as `batch_tokens` allow.
+    """Rows for sentences of one length: enough for all that wait, if `batch_tokens` allows.
 
-    They are 1, 4 or `SMALLEST` times a power of two for each device, fewer if these are too many.
+    They are 1, 4 or `SMALLEST` times a power of two per device, or fewer if that is too many.
 
     Raises:
       UserError: `batch_tokens` is below 1.
@@ -75,7 +75,7 @@ def num_rows(waiting: int, batch_tokens: int, length: int, devices: int = 1) -> 
 def batches(
     lengths: Sequence[int], batch_tokens: int, *, limit: int | None = None
 ) -> Iterator[tuple[list[int], int, int]]:
-    """Yield the sentences of each batch, its rows (no fewer) and its length, the longest first."""
+    """Yield each batch's sentences, its rows (at least as many) and its length, longest first."""
     for group, length in groups(lengths, limit=limit):
         while group:
             rows = num_rows(len(group), batch_tokens, length)
@@ -86,7 +86,7 @@ def batches(
 def pair_batches(
     sources: list[list[int]], targets: list[list[int]], batch_tokens: int, limit: int | None
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Indices of pairs of like length and their ids [B, S] and [B, T], `limit` at most."""
+    """Yield indices of pairs of similar length and their ids [B, S], [B, T], up to `limit`."""
     lengths = [max(map(len, pair)) for pair in zip(sources, targets, strict=True)]
     for chosen, rows, length in batches(lengths, batch_tokens, limit=limit):
         source, target = ([side[index] for index in chosen] for side in (sources, targets))
@@ -97,7 +97,7 @@ def pad(sentences: Sequence[Sequence[int]], rows: int, length: int) -> np.ndarra
     """Token ids as an int32 array [rows, length], filled with padding.
 
     Raises:
-      UserError: they are no integers.
+      UserError: the ids are not integers.
     """
     ids = np.full((rows, length), PAD_ID, np.int64)
     for row, sentence in enumerate(sentences):
@@ -109,9 +109,9 @@ def pad(sentences: Sequence[Sequence[int]], rows: int, length: int) -> np.ndarra
 
 
 def in_windows(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last of what is left.
+    """Yield lists of `size` items; the last holds what is left.
 
-    Where the next item is an error, what came before it comes first: [1, 2, 3, error] is
+    If the next item raises, the items before it are yielded first: [1, 2, 3, error] becomes
     [1, 2], [3] and then the error.
     """
     window: list[T] = []

@@ -38,7 +38,7 @@ def gnmt_length_penalty(alpha: float) -> LengthPenalty:
 
 
 def power_length_penalty(alpha: float) -> LengthPenalty:
-    """Length ** alpha: fairseq and Marian. With alpha = 1 the score is the mean log-probability."""
+    """Length ** alpha, as in fairseq and Marian; alpha = 1 scores by mean log-probability."""
     require(alpha >= 0, "alpha", alpha, "give 0 (no penalty) or more")
     return jax.tree_util.Partial(_power, alpha)
 
@@ -54,27 +54,27 @@ def _power(alpha: Any, length: Any) -> Any:
 @partial(jax.tree_util.register_dataclass, data_fields=["divisors"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class TabledPenalty:
-    """A length penalty that is looked up: an array, so that one program serves all penalties."""
+    """A length penalty looked up in an array, so that one compiled program serves all penalties."""
 
     divisors: Float[Array | np.ndarray, "T"]
 
     @classmethod
     def of(cls, penalty: LengthPenalty, size: int) -> "TabledPenalty":
-        """Of lengths below `size`, each rounded once, from float64."""
+        """Tabulate a penalty for lengths below `size`, each value rounded once, from float64."""
         lengths = np.arange(size, dtype=np.float64)
         with np.errstate(over="ignore"):
             return cls(np.asarray(penalty(lengths), np.float32))
 
     def __call__(self, lengths: Float[Array, "*B"]) -> Float[Array, "*B"]:
-        """The divisors of some lengths."""
+        """Look up the divisor for each length."""
         return jnp.asarray(self.divisors)[lengths.astype(jnp.int32)]
 
 
 def gather_beams(state: State, beams: Int[Array, "B K"]) -> State:
     """The default `reorder`: beam k of each leaf [B, K, …] becomes what beam beams[b, k] was.
 
-    Leaves [] and [B] have no beams and stay. Any other shape raises UserError rather than be
-    taken for shared or, where an axis happens to be K long, be mixed up.
+    Leaves [] and [B] have no beams and stay as they are. Any other shape raises UserError,
+    rather than being taken for shared state or, where an axis happens to be K long, being mixed up.
     """
 
     def gather(leaf: Array) -> Array:
@@ -111,26 +111,26 @@ class BeamSearch:
     only, which makes it greedy search. Ties go to the lower beam, then to the lower token id.
 
     A sentence is done at its length limit, or as soon as no live beam can enter its M best finished
-    ones: log-probabilities only fall, so the best score in reach of a beam is its log-probability
-    now over the penalty at the sentence's limit. With `early_stopping` it is also done when K
-    hypotheses have finished, and only an eos among the best K of a step finishes one, as in
+    hypotheses: log-probabilities only fall, so the best score a beam can still reach is its current
+    log-probability over the penalty at the sentence's limit. With `early_stopping` it is also done
+    when K hypotheses have finished, and only an eos among the best K of a step finishes one, as in
     fairseq, CTranslate2 and Hugging Face's `early_stopping=True`: fewer steps, no guarantee.
 
     Finished hypotheses rank before unfinished ones; live beams cut off at the limit, scored like
-    the rest, only fill up the M when too few finished.
+    the rest, only make up the number where fewer than M have finished.
 
-    To `jax.jit` it is a pytree, of the numbers in `length_penalty` and `bonus` if these are.
+    To `jax.jit` it is a pytree of the numbers in `length_penalty` and `bonus`, if they are pytrees.
 
     Attributes:
       beam_size: K.
-      n_best: M, how many are returned, the same as of more, in fewer steps; None is all K.
-      length_penalty: float32 lengths -> divisors, positive from length 1 on, that never fall.
+      n_best: M, how many are returned: the same as with a larger M, in fewer steps; None is all K.
+      length_penalty: float32 lengths -> divisors, positive from length 1 on, non-decreasing.
       early_stopping: see above.
       no_repeat_ngram_size: n-grams of this many tokens occur once in a hypothesis; 0 is no limit.
       bonus: state -> [B, K], not above 0, added to the score of a hypothesis (a coverage penalty).
       reorder: (state, beams [B, K]) -> the state in which beam k continues what was beam
         beams[b, k]. Not called if K is 1.
-      bos_id, eos_id, pad_id: first input, end and filling of the sequences.
+      bos_id, eos_id, pad_id: first input, end and padding of the sequences.
     """
 
     beam_size: int
@@ -158,7 +158,7 @@ class BeamSearch:
         return self.beam_size
 
     def start(self, request: Request, max_length: int, state: State) -> SearchState:
-        """Nothing generated yet, room for `max_length` tokens."""
+        """A search with nothing generated yet and room for `max_length` tokens."""
         batch_size = request.max_lengths.shape[0]
         none = no_hypotheses(batch_size, self.beam_size, max_length, self.pad_id)
         # All beams start equal, so only the first may live, or the beam would hold K copies of it.
@@ -174,13 +174,13 @@ class BeamSearch:
         )
 
     def advance(self, step_fn: StepFn, search: SearchState) -> SearchState:
-        """One token more for every live beam."""
+        """Extend every live beam by one token."""
         return self._advance(step_fn, search, self.beam_size)
 
     def first(self, step_fn: StepFn, search: SearchState) -> SearchState:
-        """`advance` right after `start`, with a state of one beam: of equal ones, one is enough.
+        """`advance` right after `start`, with a state of one beam: as all are equal, one is enough.
 
-        `reorder` makes K beams of its state. There must be 2K tokens to choose from.
+        `reorder` expands that state to K beams. The vocabulary must have at least 2K tokens.
         """
         return self._advance(step_fn, search, 1)
 
@@ -191,7 +191,7 @@ class BeamSearch:
         logits, state = next_logits(step_fn, search._replace(tokens=tokens))
         normalizer = log_normalizer(logits)
         logits = apply_constraints(self, logits, search, old_live.sequences)
-        # A second candidate would outlive an eos of the first and could still win by its length.
+        # With K = 1 a second candidate would outlive the first's eos and could still win by length.
         num_candidates = 2 * self.beam_size if self.beam_size > 1 else 1
         log_probs, beams, tokens = best_extensions(
             old_live.log_probs, logits, normalizer, num_candidates
@@ -236,7 +236,7 @@ class BeamSearch:
     def result(self, search: SearchState) -> BeamResult:
         """The hypotheses, best first."""
         live, finished = search.hypotheses
-        live, _ = _best(live, self.beam_size, by="scores")  # which a bonus may rank otherwise
+        live, _ = _best(live, self.beam_size, by="scores")  # a bonus may reorder them
         slots = jnp.arange(self._num_returned, dtype=jnp.int32)[None, :]
         num_finished = jnp.sum(finished.scores > -jnp.inf, axis=1, dtype=jnp.int32)[:, None]
         order = jnp.where(slots < num_finished, slots, self.beam_size + slots - num_finished)
@@ -263,11 +263,11 @@ def best_extensions(
     Args:
       log_probs: of the beams, float32.
       logits, normalizer: of the next token, whose log-probabilities are their difference.
-      count: C, how many, or all K · V if they are fewer.
+      count: C, how many, or all K · V if that is fewer.
 
     Returns:
-      Log-probabilities, beams and tokens of the extensions, best first; of equal ones the lower
-      beam's first, then the lower token.
+      Log-probabilities, beams and tokens of the extensions, best first; ties go to the lower beam,
+      then to the lower token.
     """
     batch_size, beam_size, vocab_size = logits.shape
     chunks = in_chunks(logits)
@@ -290,13 +290,13 @@ def best_extensions(
 
 
 def _best(hypotheses: BeamResult, count: int, *, by: str) -> tuple[BeamResult, Array]:
-    """The `count` of the highest `by`, best first, and their indices [B, count]."""
+    """The `count` hypotheses with the highest `by`, best first, and their indices [B, count]."""
     _, index = jax.lax.top_k(getattr(hypotheses, by), count)
     return jax.tree.map(lambda leaf: take(leaf, index), hypotheses), index
 
 
 def _only(hypotheses: BeamResult, mask: Array) -> BeamResult:
-    """Hypotheses outside the mask [B, M] become impossible."""
+    """Make hypotheses outside the mask [B, M] impossible."""
     return hypotheses._replace(
         scores=jnp.where(mask, hypotheses.scores, -jnp.inf),
         log_probs=jnp.where(mask, hypotheses.log_probs, -jnp.inf),

@@ -1,4 +1,4 @@
-"""The checkpoints of a run directory: which there are, which is meant, and their parameters.
+"""The checkpoints of a run directory: listing them, choosing one, and their parameters.
 
 Parameters can be read without the optimizer state and without knowing the model, or how many
 devices or processes saved them.
@@ -32,11 +32,11 @@ def checkpoint_steps(run: str | Path) -> list[int]:
 
 
 def evaluations(run: str | Path) -> dict[int, dict[str, Any]]:
-    """Return what was measured of each checkpoint that was evaluated, by step, ascending.
+    """Return the record of each checkpoint that was evaluated, by step in ascending order.
 
-    A record holds "values", such as {"loss": 2.1, "bleu": 33.0}, and the "metric" among them, with
-    its "mode", by which the training that wrote it selects. One that cannot be read any more is
-    left out.
+    A record holds "values", such as {"loss": 2.1, "bleu": 33.0}, and names the "metric" among them,
+    with its "mode", by which the training that wrote it selects the best checkpoint. Records that
+    cannot be read are left out.
     """
     directory = Path(run) / CHECKPOINTS_DIR
     records = {
@@ -56,8 +56,8 @@ def _is_evaluation(record: dict[str, Any]) -> bool:
 def best_step(run: str | Path) -> int | None:
     """Return the step with the best validation metric, None if no checkpoint was evaluated.
 
-    Each checkpoint says by which metric its training selects; the newest one decides. Of equals
-    the latest is the best.
+    Each record names the metric by which its training selects; the newest record decides. Among
+    equals the latest checkpoint is the best.
     """
     records = evaluations(run)
     if not records:
@@ -102,7 +102,7 @@ def find_checkpoint(run: str | Path, checkpoint: int | str | None = None) -> Pat
         return directory / str(int(checkpoint))
     raise UserError(
         f"{run} has no checkpoint {checkpoint!r}: choose average, best or last, "
-        f"as far as they are there, or one of the steps {', '.join(map(str, steps)) or '(none)'}"
+        f"where they exist, or one of the steps {', '.join(map(str, steps)) or '(none)'}"
     )
 
 
@@ -113,8 +113,8 @@ def load_params(run: str | Path, checkpoint: int | str | None = None) -> dict[st
       run: the run directory.
       checkpoint: as for `find_checkpoint`.
 
-    Only this process reads; among several, each may call it on its own. A training that goes on may
-    remove a checkpoint meanwhile: then it is the newer one that is "last" or "best" now.
+    It waits for no other process, so each of several may call it alone. If training in progress
+    removes the checkpoint meanwhile, the one that is "last" or "best" by then is read instead.
 
     Raises:
       UserError: there is no such checkpoint, or it is damaged.
@@ -141,7 +141,7 @@ def _read_params(directory: Path) -> dict[str, Any]:
 def is_intact(checkpoint: Path, item: str, tree: Any) -> bool:
     """Whether `tree`, read from an item of `checkpoint`, is what was saved there.
 
-    True as well for a checkpoint that keeps no fingerprint of it.
+    Also True if the checkpoint keeps no fingerprint of the item.
     """
     saved = _info(checkpoint).get("fingerprints", {})
     if not isinstance(saved, dict):
@@ -164,7 +164,7 @@ def describe_arrays(tree: Any) -> dict[str, str]:
 
 
 def check_same_arrays(saved: dict[str, str], wanted: dict[str, str], path: Path) -> None:
-    """Raise `UserError` with the first array that is not the same in both descriptions."""
+    """Raise `UserError`, naming the first array that differs between the two descriptions."""
     for name in sorted(saved.keys() | wanted.keys()):
         there, here = saved.get(name, "missing"), wanted.get(name, "missing")
         if there != here:
@@ -178,7 +178,7 @@ def save_params(run: str | Path, step: int, params: Mapping[str, Any]) -> None:
     """Write a checkpoint of parameters alone: nested dictionaries of arrays.
 
     Raises:
-      UserError: it is there already, or cannot be written.
+      UserError: the checkpoint exists already, or it cannot be written.
     """
     import orbax.checkpoint as ocp
 
@@ -189,7 +189,7 @@ def save_params(run: str | Path, step: int, params: Mapping[str, Any]) -> None:
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
             writer.save(path, args=ocp.args.Composite(**{PARAMS: ocp.args.StandardSave(params)}))
-    except (OSError, RuntimeError, ValueError) as error:  # tensorstore's of a full disk is the last
+    except (OSError, RuntimeError, ValueError) as error:  # ValueError: tensorstore, on a full disk
         raise UserError(f"cannot write {run}: {reason(error)}; choose another place") from error
 
 
@@ -197,7 +197,7 @@ def read_arrays(path: Path) -> dict[str, Any]:
     """Return the pytree of arrays that orbax saved in the directory `path`, as numpy arrays.
 
     Raises:
-      UserError: the directory is incomplete or damaged, or of a name that orbax cannot read.
+      UserError: the directory is incomplete or damaged, or orbax cannot read one of that name.
     """
     import orbax.checkpoint as ocp
     from etils import epath
@@ -208,12 +208,12 @@ def read_arrays(path: Path) -> dict[str, Any]:
     directory = epath.Path(path.absolute())
     try:
         saved = handler.metadata(directory).tree
-        # Numpy arrays, because the devices that the checkpoint names may not be here.
+        # Numpy arrays, because the devices that the checkpoint names may not exist here.
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         return handler.restore(directory, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     except MemoryError:
         raise
-    except Exception as error:  # what damage can do to JSON and to arrays is raised as anything
+    except Exception as error:  # damaged JSON and arrays can raise anything
         raise UserError(
             f"cannot read {path}: {reason(error)}; copy the checkpoint again or choose another"
         ) from error
@@ -222,7 +222,7 @@ def read_arrays(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """What was noted beside the arrays: {} if nothing was, or it cannot be read any more."""
+    """Return the JSON object stored beside the arrays, {} if there is none or it is unreadable."""
     try:
         noted = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):

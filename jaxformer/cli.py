@@ -53,14 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """Be the `jaxformer` command: `main`, and an end at once after Ctrl-C.
+    """Entry point of the `jaxformer` command: runs `main`, and exits at once after Ctrl-C.
 
-    A search that is under way goes on in its thread, and Python would wait for it.
+    A search that is under way goes on in its thread, and Python would otherwise wait for it.
     """
     begin_program()
     status = main()
     if status == 128 + signal.SIGINT:
-        os._exit(status)  # whole lines are out: `write_line` flushes each
+        os._exit(status)  # no line is cut short: `write_line` flushes each
     sys.exit(status)
 
 
@@ -173,7 +173,7 @@ def _add_model(command: argparse.ArgumentParser, batch_tokens: str) -> None:
 
 
 def _translate(options: argparse.Namespace) -> None:
-    """Checks all that can be checked before the model is loaded."""
+    """Translate standard input, after all checks that can be made before loading the model."""
     check_open("stdin", "stdout")
     if options.window < 1:
         raise UserError(f"--window is {options.window}: give at least 1")
@@ -188,7 +188,7 @@ def _translate(options: argparse.Namespace) -> None:
         translator = _load(options)
         source, lines = tee(lines_of(sys.stdin.buffer, "standard input"))
         progress = Throughput(sys.stderr, quiet=options.quiet)
-        # A multiple, so that no answer waits for lines of the next window.
+        # The window becomes a multiple of this, so that no answer waits for lines of the next one.
         together = min(_AT_ONCE, options.window)
         found = translator.generate(
             lines,
@@ -225,13 +225,13 @@ def _score(options: argparse.Namespace) -> None:
     at_once = _batch_tokens(options)
     counts = []
     for name in (options.source, options.target):
-        if Path(name).is_file():  # a pipe can be read but once
+        if Path(name).is_file():  # a pipe can be read only once
             with _open(name) as file:
                 counts.append(sum(1 for _ in file))
     if len(set(counts)) == 2:
         raise UserError(
             f"{options.source} has {counts[0]} lines and {options.target} {counts[1]}: "
-            "give files of as many lines, each the translation of the other's"
+            "give files with the same number of lines, each the translation of the other's"
         )
     translator = _load(options)
     with _open(options.source) as source, _open(options.target) as target:
@@ -254,8 +254,8 @@ def _pairs(
         if source_line is None or target_line is None:
             ended = options.source if source_line is None else options.target
             raise UserError(
-                f"{ended} ends before the other file: give as many lines, each the translation of "
-                "the other's"
+                f"{ended} ends before the other file: give files with the same number of lines, "
+                "each the translation of the other's"
             )
         yield source_line, target_line
 
@@ -266,7 +266,7 @@ def _load(options: argparse.Namespace) -> Translator:
 
 
 def _batch_tokens(options: argparse.Namespace) -> dict[str, Any]:
-    """The option as an argument, if it is given."""
+    """Return --batch-tokens as a keyword argument, if it is given."""
     if options.batch_tokens is None:
         return {}
     if options.batch_tokens < 1:

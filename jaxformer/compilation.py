@@ -10,12 +10,12 @@ import jax
 def keep_compiled_programs() -> None:
     """Keep what XLA compiles in ~/.cache/jaxformer, so that the next process need not compile it.
 
-    JAX_COMPILATION_CACHE_DIR names another directory, JAX_ENABLE_COMPILATION_CACHE=0 keeps nothing.
-    Where nothing can be written nothing is kept.
+    JAX_COMPILATION_CACHE_DIR names another directory; JAX_ENABLE_COMPILATION_CACHE=0 turns this
+    off. Nothing is kept where nothing can be written.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-        if not caches.is_absolute():  # nobody's home, as in a container without users
+        if not caches.is_absolute():  # no home directory, as in a container without users
             return
         folder = caches / "jaxformer"
         try:
@@ -24,7 +24,7 @@ def keep_compiled_programs() -> None:
             return
         if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
             return
-        # Programs of another user, who need not let us read them.
+        # JAX warns about programs of another user that we may not read.
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

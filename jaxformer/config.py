@@ -26,7 +26,7 @@ Precision = Literal[DType, "int8"]
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Everything that fixes a Transformer's function. The defaults are the paper's base model.
+    """Everything that determines a Transformer's function. The defaults are the paper's base model.
 
     Args:
       vocab_size: V, pieces of the target vocabulary, and of the source's if they share one.
@@ -117,7 +117,7 @@ class TransformerConfig:
         if self.head_dim is None and self.d_model % self.num_heads:
             self._reject(
                 "num_heads",
-                f"give a divisor of d_model={self.d_model}, or set head_dim to free the width",
+                f"give a divisor of d_model={self.d_model}, or set head_dim, to any width",
             )
         if self.positions != "learned" and self.d_model % 2:
             self._reject("d_model", "give an even number: sinusoids come in sine, cosine pairs")
@@ -146,7 +146,7 @@ class TransformerConfig:
 
     @property
     def encoder_vocab_size(self) -> int:
-        """`source_vocab_size`, or that of both sides."""
+        """`source_vocab_size`, or `vocab_size` if that is None."""
         return self.source_vocab_size or self.vocab_size
 
     @property
@@ -156,7 +156,7 @@ class TransformerConfig:
 
     @property
     def num_positions(self) -> int | None:
-        """`max_length` if positions are learned, which then end there; None: no limit."""
+        """`max_length` if positions are learned; otherwise None, as there is no limit."""
         return self.max_length if self.positions == "learned" else None
 
     def replace(self, **changes: Any) -> TransformerConfig:
@@ -173,7 +173,7 @@ class TransformerConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> TransformerConfig:
-        """Inverse of `to_dict`. Fields that are not there keep their defaults."""
+        """Inverse of `to_dict`. Missing fields have their default values."""
         return cls().replace(**fields)
 
 

@@ -1,4 +1,4 @@
-"""What a hypothesis may go on with: functions from logits [B, K, V] to logits, -inf = never."""
+"""Constraints on the next token: functions from logits [B, K, V] to logits, -inf = forbidden."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ def delay_eos(
     min_lengths: Int[Array, "B"],
     eos_id: int,
 ) -> Float[Array, "B K V"]:
-    """No end before `min_lengths` tokens, eos among them; `steps` tokens are there already."""
+    """Forbid an end before `min_lengths` tokens, eos counted; `steps` tokens are written so far."""
     early = (steps + 1 < min_lengths)[:, None]
     return logits.at[:, :, eos_id].set(jnp.where(early, -jnp.inf, logits[:, :, eos_id]))
 
@@ -24,15 +24,15 @@ def forbid_repeated_ngrams(
     steps: Int[Array, "B"],
     size: int,
 ) -> Float[Array, "B K V"]:
-    """No `size` tokens in a row that the hypothesis has had before (Paulus et al. 2017, §2.5).
+    """Forbid `size` tokens in a row that the hypothesis already has (Paulus et al. 2017, §2.5).
 
     With size 2, "a b c a" may go on with anything but b.
 
     Args:
       logits: of the next token.
       sequences: the hypotheses.
-      steps: how many tokens of them are there, of each sentence.
-      size: tokens of an n-gram, from 1; static.
+      steps: how many tokens are written so far, for each sentence.
+      size: tokens in an n-gram, at least 1; static.
     """
     length = sequences.shape[2]
     if length < size:
@@ -44,7 +44,7 @@ def forbid_repeated_ngrams(
     repeats = jnp.broadcast_to(written, (*sequences.shape[:2], starts))
     for offset in range(size - 1):
         repeats &= sequences[:, :, offset : offset + starts] == last[:, :, offset, None]
-    # The tokens that followed; an index past the vocabulary is dropped.
+    # The tokens that followed earlier; an index past the vocabulary is dropped.
     banned = jnp.where(repeats, sequences[:, :, size - 1 :], logits.shape[-1])
     ban = jax.vmap(jax.vmap(lambda row, ids: row.at[ids].set(-jnp.inf, mode="drop")))
     return ban(logits, banned)
@@ -57,7 +57,7 @@ def force_prefix(
     prefix: Int[Array, "B P"],
     pad_id: int,
 ) -> Float[Array, "B K V"]:
-    """The next token of each sentence's prefix alone, or `free_logits` if it has none left."""
+    """Allow only the next token of each sentence's prefix; `free_logits` after the prefix."""
     index = jnp.minimum(steps, prefix.shape[1] - 1)[:, None]
     forced = jnp.take_along_axis(prefix, index, axis=1)  # [B, 1]
     free = (forced == pad_id) | (steps[:, None] >= prefix.shape[1])
@@ -67,5 +67,5 @@ def force_prefix(
 
 
 def require_ngram_size(size: int) -> None:
-    """Raise UserError if `size` is no `no_repeat_ngram_size`."""
+    """Raise UserError if `size` is not a valid `no_repeat_ngram_size`."""
     require(size >= 0, "no_repeat_ngram_size", size, "give 1 or more, or 0 for no limit")

@@ -1,4 +1,4 @@
-"""One compiled search for many sentences in a few rows: as one is done, the next begins there."""
+"""One compiled search of many sentences in a few rows: when one is done, the next takes its row."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,27 +13,27 @@ from jaxformer.generation import Limits, make_step_fn, prefill, start_search
 from jaxformer.search import BeamResult, Method, SearchState
 from jaxformer.transformer import Transformer
 
-# What is known of sentences: source_ids, prefix and keys, as `generate` takes them.
+# The inputs of a search: source_ids, prefix and keys, as `generate` takes them.
 Sources = tuple[Array, Array | None, Array | None]
 
 
 class Shape(NamedTuple):
     """What a program is compiled for."""
 
-    rows: int  # R, of a device
+    rows: int  # R, per device
     length: int  # S
-    room: int  # for so many tokens of a translation
-    slots: int  # of a row, for what its beams have written
-    block: int  # sentences encoded together, a divisor of their number
+    room: int  # tokens that a translation has room for
+    slots: int  # in the cache, per row, for what its beams have written
+    block: int  # sentences encoded together, a divisor of the number of sentences
 
 
 class _Batch(NamedTuple):
-    """The R rows of a program, and where the search of its P sentences stands."""
+    """The R rows of a program, and how far the search of its P sentences has come."""
 
     search: SearchState  # of the R rows
-    sentence: Int[Array, "R"]  # the sentence in each row; P is none
+    sentence: Int[Array, "R"]  # the sentence in each row; P means none
     next: Int[Array, ""]  # the first sentence that has not begun
-    prefilled: SearchState  # it and some that follow
+    prefilled: SearchState  # that sentence and some that follow it
     out_of_room: Bool[Array, "R"]  # whether a sentence that is done would need more room
     results: Any  # hypotheses, steps and `out_of_room` of the P sentences
     turns: Int[Array, ""]  # steps so far
@@ -50,7 +50,7 @@ def search_continuously(
     sources: Sources,
     counts: Int[Array, "devices"],
 ) -> tuple[tuple[BeamResult, Int[Array, "all"], Bool[Array, "all"]], Int[Array, "devices"]]:
-    """Search for P sentences on each of the devices, of which the first `counts` are real.
+    """Translate P sentences on each device; only the first `counts` of them are real.
 
     Returns their results, steps and whether they need more room, and the steps of each device.
     """
@@ -96,12 +96,12 @@ def _search_on_device(
         )
 
     def can_refill(batch: _Batch) -> Array:
-        """Whether a sentence is done and not yet put away, or one could begin."""
+        """Whether a sentence is done and not yet stored, or a waiting one could begin."""
         done, waiting = batch.search.done, batch.next < count
         return jnp.any(done & ((batch.sentence < num_sentences) | waiting))
 
     def refill(batch: _Batch) -> _Batch:
-        """Put away what is done, and let those begin that are prefilled, as many as find a row."""
+        """Store the sentences that are done, and begin as many prefilled ones as find a row."""
         done, first = batch.search.done, batch.next % block
         prefilled = jax.lax.cond(
             (batch.next < count) & (first == 0),
@@ -135,7 +135,7 @@ def _search_on_device(
         return jnp.any(~batch.search.done) | (batch.next < count)
 
     def zeros_like(begun: Callable[[], SearchState]) -> SearchState:
-        """A search of no sentences."""
+        """A search of no sentences, with arrays like those of `begun`."""
         structure = None
 
         def leaves() -> list[Array]:
@@ -167,7 +167,7 @@ def _search_on_device(
 
 
 def _put(search: SearchState, rows: Int[Array, "C"], begun: SearchState) -> SearchState:
-    """Let the sentences of a search that has just begun take the places of others."""
+    """Let the sentences of a search that has just begun take the rows of others."""
 
     def without_caches(search: SearchState) -> SearchState:
         return search._replace(state=search.state._replace(caches=()))

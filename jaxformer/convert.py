@@ -7,7 +7,7 @@ from jaxformer.arguments import add_search, generation_options
 from jaxformer.errors import UserError
 from jaxformer.terminal import as_argument, say, signals_as_exit
 
-# What --to can name, each with the options that it takes beside those of the search.
+# The formats that --to can name, each with the options that it takes apart from the search's.
 _CONVERT_OPTIONS = {
     "jaxformer": (),
     "marian": ("checkpoint",),
@@ -85,7 +85,7 @@ def add_convert(commands: Any) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    """Each branch imports what it needs: some of these formats need packages of their own."""
+    """Convert a model. Each branch imports what it needs: some formats need extra packages."""
     source, destination = options.source, options.destination
     names = {name for names in _CONVERT_OPTIONS.values() for name in names}
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}

@@ -1,4 +1,4 @@
-"""The decoder (§3.1, Figure 1 on the right), of all positions at once or one by one."""
+"""The decoder (§3.1, right half of Figure 1), for all positions at once or one by one."""
 
 import dataclasses
 from typing import Any
@@ -35,7 +35,7 @@ class DecoderLayer(Layer):
         *,
         deterministic: bool = True,
     ) -> Float[Array, "B T D"]:
-        """Map [B, T, D] to [B, T, D] in view of the encoder's output [B, S, D]."""
+        """Map [B, T, D] to [B, T, D], attending to the encoder's output [B, S, D]."""
         y = self.self_attention_residual.enter(x)
         y = self.self_attention(y, y, self_mask, deterministic=deterministic)
         x = self.self_attention_residual.leave(x, y, deterministic=deterministic)
@@ -50,10 +50,10 @@ class DecoderLayer(Layer):
         self_mask: Bool[Array, "B 1 K P"],
         cross_mask: Bool[Array, "B 1 1 S"],
     ) -> tuple[Float[Array, "B K D"], LayerCache]:
-        """One position of each sentence, K beams; returns its output and the cache, written.
+        """Decode one position of K beams per sentence; returns its output and the updated cache.
 
-        To both attentions the beams are K query positions of one row: they share the sentence,
-        and among all that the beams have written the mask shows each its own past.
+        Both attentions see the beams as K query positions of one row: they share the sentence,
+        and of all that the beams have written, the mask shows each only its own past.
         """
         y = self.self_attention_residual.enter(x)
         cache = cache.write(*self.self_attention.project_key_value(y), slots)
@@ -76,7 +76,7 @@ class Decoder(nn.Module):
 
     Attributes:
       config: of the model.
-      layer_type: what its layers are; a subclass may make parts of its own, see `stack.Layer`.
+      layer_type: class of the layers; a subclass may replace their parts, see `stack.Layer`.
     """
 
     config: TransformerConfig
@@ -126,20 +126,20 @@ class Decoder(nn.Module):
     def decode_step(
         self, x: Float[Array, "B K D"], cache: DecoderCache
     ) -> tuple[Float[Array, "B K D"], DecoderCache]:
-        """Decode position `cache.index` of each sentence, of all its beams.
+        """Decode position `cache.index` of each sentence, for all its beams.
 
-        Sows, if asked, "cross_attention": the weights [B, N, K, S] of each layer.
+        Sows "cross_attention", the weights [B, N, K, S] of each layer, if that is asked for.
 
         Raises:
-          UserError: the layers are of one's own, and would not decode as they train.
+          UserError: the layers are custom ones that would not decode as they train.
         """
         own = self.layer_type
         if own.__call__ is not DecoderLayer.__call__ and (
             own.decode_step is DecoderLayer.decode_step
         ):
             raise UserError(
-                f"{own.__name__} has a __call__ of its own, or of nn.jit or nn.remat: give it a "
-                "decode_step too, or those to the whole model"
+                f"{own.__name__} has a __call__ of its own, or is wrapped in nn.jit or nn.remat: "
+                "give it a decode_step too, or wrap the whole model instead"
             )
         cache, slots = cache.begin_position()
         self_mask, layers = cache.past[:, None], []
@@ -155,7 +155,7 @@ class Decoder(nn.Module):
                 mutable="intermediates",
             )
             layers.append(past)
-            # An attention of one's own may keep none.
+            # A custom attention may sow no weights.
             attended = sown.get("intermediates", {}).get("cross_attention", {})
             for weights in attended.get("attention_weights", ()):
                 self.sow("intermediates", "cross_attention", weights)

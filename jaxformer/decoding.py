@@ -1,4 +1,4 @@
-"""Greedy search, beam search and sampling, over a step function and so over any model.
+"""Greedy search, beam search and sampling, over a step function and hence over any model.
 
     step_fn(tokens [B, K], state) -> (logits [B, K, V], state)
 
@@ -12,9 +12,9 @@ penalty, in the limits and in `BeamResult.lengths`.
 `beam_search`, `greedy_search` and `sample` are each one `lax.while_loop` of static shapes that ends
 as soon as every sentence is done. They do not compile themselves: call them inside `jax.jit`. No
 sentence's result depends on the others in its batch, nor on whether `step_fn` runs on after it is
-done. To act between steps, as `jaxformer.continuous_batching` does to let others begin in the rows
-of sentences that are done, take the parts they are made of: a `BeamSearch` or a `Sampling`, their
-`start` and `advance`.
+done. To act between steps, as `jaxformer.continuous_batching` does to begin new sentences in the
+rows of those that are done, use the parts they are made of: a `BeamSearch` or a `Sampling`, with
+its `start` and `advance`.
 """
 
 from typing import Any
@@ -46,13 +46,13 @@ def beam_search(
       step_fn: see the module's docstring. Logits of any float type; scores are float32.
       init_state: `step_fn`'s first state, with K equal beams per sentence.
       batch_size, beam_size: B and K.
-      max_length: T, the most tokens of a hypothesis, eos among them; static.
-      length_limits: the same for each sentence, cut to 0 … T. A sentence of limit 0 costs no step
-        and has one hypothesis, the empty one, unfinished, of score 0. None means T for all.
-      min_lengths: the fewest tokens of each sentence's hypotheses, eos among them; one above its
-        limit lets none end.
+      max_length: T, the most tokens of a hypothesis, eos counted; static.
+      length_limits: such a limit for each sentence, clipped to 0 … T. A sentence with limit 0 costs
+        no step and has one hypothesis: empty, unfinished, of score 0. None means T for all.
+      min_lengths: the fewest tokens of each sentence's hypotheses, eos counted; if above its limit,
+        none of them can end.
       prefix: the tokens each sentence's hypotheses begin with, followed by `pad_id`. They count
-        in log-probabilities and lengths.
+        towards log-probabilities and lengths.
       **options: `BeamSearch`'s other attributes.
 
     Raises:
@@ -60,7 +60,7 @@ def beam_search(
     """
     method = BeamSearch(beam_size, **options)
     penalty = method.length_penalty
-    require(callable(penalty), "length_penalty", penalty, "give gnmt_length_penalty of it")
+    require(callable(penalty), "length_penalty", penalty, "wrap it in gnmt_length_penalty")
     request = _request(batch_size, max_length, length_limits, min_lengths, prefix)
     search = run(method, step_fn, method.start(request, max_length, init_state))
     return method.result(search)
@@ -71,7 +71,7 @@ def greedy_search(
 ) -> BeamResult:
     """The most probable token at each step until eos: `beam_search` with one beam, K = 1.
 
-    Takes `beam_search`'s other arguments, all but `beam_size`, as `options`.
+    `options` are `beam_search`'s other arguments, except `beam_size`.
     """
     return beam_search(
         step_fn, init_state, batch_size=batch_size, beam_size=1, max_length=max_length, **options
@@ -90,12 +90,12 @@ def sample(
     prefix: Int[Array, "B P"] | None = None,
     **options: Any,
 ) -> BeamResult:
-    """Sequences that `Sampling` draws, K = `num_samples` a sentence.
+    """Sequences that `Sampling` draws, K = `num_samples` per sentence.
 
     Args:
-      rng: a key, old or new style; a sentence's own is this one folded with its row in the batch.
+      rng: a key, old or new style; a sentence's own key is this one with its row folded in.
       **options: `Sampling`'s attributes.
-      Others: as for `beam_search`, with one state per sample. It is never reordered.
+      Others: as for `beam_search`, with one state per sample, which is never reordered.
 
     Returns:
       BeamResult whose log_probs are the model's own, at temperature 1 over the whole vocabulary,
@@ -118,7 +118,7 @@ def _request(
     min_lengths: Array | None,
     prefix: Array | None,
 ) -> Request:
-    """The searches' arguments, checked."""
+    """Check the arguments that the searches have in common, and make a `Request` of them."""
     require(batch_size >= 1, "batch_size", batch_size, "give 1 or more")
     require(max_length >= 0, "max_length", max_length, "give 0 or more")
 

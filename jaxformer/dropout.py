@@ -1,4 +1,4 @@
-"""Dropout that spends 16 random bits on an element instead of a whole word."""
+"""Dropout that spends 16 random bits per element instead of a whole word."""
 
 import flax.linen as nn
 import jax
@@ -13,10 +13,10 @@ def dropout(
 ) -> Float[Array, "..."]:
     """Set each element to zero with probability `rate`, and scale the rest to keep the mean.
 
-    The random bits are a visible part of a training step. `jax.random.bernoulli` draws 32 of them
-    an element; here one 32-bit word decides two elements, which lie half a row apart. The rate
-    is rounded to the next 1/65536 below 1, and the scale is that of the rounded rate, which keeps
-    the mean.
+    Random bits take a noticeable part of a training step. `jax.random.bernoulli` draws 32 of them
+    per element; here one 32-bit word decides two elements, which lie half a row apart. The rate
+    is rounded to the nearest multiple of 1/65536 below 1, and the scale is that of the rounded
+    rate, which keeps the mean.
 
     Args:
       x: at least one axis, any floating dtype.
@@ -24,26 +24,26 @@ def dropout(
       rng: a JAX random key.
 
     Raises:
-      UserError: the rate or the dtype is another.
+      UserError: the rate is out of range, or the dtype is not floating.
     """
     if not 0.0 <= rate < 1.0:
         raise UserError(f"a dropout rate is {rate}: give 0 up to, not including, 1")
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise UserError(f"dropout is of {x.dtype}: give floating-point numbers")
+        raise UserError(f"the input of dropout is {x.dtype}: give floating-point numbers")
     threshold = min(round(rate * 2**16), 2**16 - 1)
     *rows, width = x.shape
     words = jax.random.bits(rng, (*rows, -(-width // 2)), jnp.uint32)
-    # Halves of a row and not of the batch, of which each device may have but a part.
+    # Halves of a row rather than of the batch, of which a device may hold only a part.
     kept = jnp.concatenate([words >> 16 >= threshold, words & 0xFFFF >= threshold], axis=-1)
     kept = kept[..., :width]
     scale = 1.0 / (1.0 - threshold / 2**16)
-    # In float32: the scale itself, as bfloat16, would be off by up to 0.4 %, of every element.
+    # In float32: as bfloat16, the scale would be off by up to 0.4 %, and so would every element.
     wide = x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
     return jnp.where(kept, (wide * scale).astype(x.dtype), jnp.zeros((), x.dtype))
 
 
 class Dropout(nn.Module):
-    """`dropout` with the key of the "dropout" rng stream; no key is needed if it does nothing."""
+    """`dropout` with a key from the "dropout" rng stream; none is needed if it does nothing."""
 
     rate: float
 

@@ -22,9 +22,9 @@ class Embedding(nn.Module):
       dtype: of the vectors and of the product that makes logits; the table is float32.
       quantized: whether the table is int8.
 
-    With `quantized` the table is int8 and has a scale [V], as `quantize` makes them. Beside a table
-    of floats there may be a copy, "transposed" [D, V]: on CPU the logits of a few tokens take a
-    third of the time with it, and those of more what `kernel_first` takes.
+    With `quantized` the table is int8 and has a scale [V], as `quantize` makes them. A float table
+    may have a copy beside it, "transposed" [D, V]: on CPU the logits of a few tokens then take a
+    third of the time; those of more tokens use `kernel_first`, where it is faster.
     """
 
     vocab_size: int
@@ -43,10 +43,10 @@ class Embedding(nn.Module):
             self.embedding = self.param("embedding", normal, shape, jnp.float32)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Look up ids; one below 0 or past the table gives NaN instead of another's vector.
+        """Look up ids; one below 0 or past the table gives NaN, not the vector of another id.
 
         Raises:
-          UserError: they are no array of integers.
+          UserError: `ids` is not an array of integers.
         """
         ids = as_ids(ids)
         ids = jnp.where(ids < 0, self.vocab_size, ids)

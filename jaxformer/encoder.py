@@ -1,4 +1,4 @@
-"""The encoder (§3.1, Figure 1 on the left)."""
+"""The encoder (§3.1, left half of Figure 1)."""
 
 import flax.linen as nn
 from jaxtyping import Array, Float
@@ -42,7 +42,7 @@ class Encoder(nn.Module):
 
     Attributes:
       config: of the model.
-      layer_type: what its layers are; a subclass may make parts of its own, see `stack.Layer`.
+      layer_type: class of the layers; a subclass may replace their parts, see `stack.Layer`.
     """
 
     config: TransformerConfig

@@ -19,17 +19,17 @@ def require(condition: bool, name: str, value: object, fix: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """All that an error says."""
+    """The whole message of an error, on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says at first, where more would be of no use."""
+    """The first line of an error's message, for where the rest would be of no use."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def reason(error: Exception) -> str:
-    """What a person can use of an error of what reads files, orbax above all.
+    """The useful part of an error from a library that reads files, above all from orbax.
 
     Tensorstore nests its messages, `failed "path": failed "path": reason [tensorstore_spec=…`.
     """
@@ -40,13 +40,13 @@ def reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def memory_errors(advice: str) -> Iterator[None]:
-    """Raise `UserError`, with advice, where a device or this machine has too little memory."""
+    """Raise `UserError`, with advice, if a device or this machine runs out of memory."""
     try:
         yield
     except MemoryError as error:
-        said = str(error) or "no more to be had"
+        said = str(error) or "no more available"
         raise UserError(f"too little memory: {said}; {advice}") from error
-    except RuntimeError as error:  # as `jax.errors.JaxRuntimeError` is
+    except RuntimeError as error:  # such as `jax.errors.JaxRuntimeError`
         said = one_line(error)
         if not said.startswith("RESOURCE_EXHAUSTED"):
             raise

@@ -39,7 +39,7 @@ class FeedForward(nn.Module):
       d_ff: F, width of the hidden layer.
       activation: act, as `TransformerConfig.activation`.
       dropout_rate: on the hidden layer.
-      output_gain: of the second kernel's initialisation, over Xavier's.
+      output_gain: scale of the second kernel's initialisation, relative to Xavier's.
       dtype: of the computation; parameters are float32.
       quantized: whether the matrices are int8, see `Linear`.
     """

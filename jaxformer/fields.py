@@ -10,14 +10,14 @@ import numpy as np
 
 from jaxformer.errors import UserError
 
-_LARGEST = 2**31 - 1  # as int32 can hold
+_LARGEST = 2**31 - 1  # that int32 can hold
 
 _KINDS: Mapping[Any, tuple[type, str]] = MappingProxyType(
     {
         int: (numbers.Integral, "a whole number"),
         float: (numbers.Real, "a number"),
         bool: (bool, "True or False"),
-        str: (str, "a text"),
+        str: (str, "a string"),
     }
 )
 
@@ -31,7 +31,7 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
 def check_fields(config: Any, prefix: str = "") -> None:
     """Raise `UserError` for a field of a frozen dataclass that is not of its declared type.
 
-    Numbers of numpy become Python's, and lists tuples.
+    NumPy scalars become Python numbers, and lists become tuples.
     """
     for name, hint in _hints(config.__class__).items():
         given = getattr(config, name)

@@ -1,4 +1,4 @@
-"""Lines of text, and files that are written whole or not at all, where they can be."""
+"""Reading lines of text, and writing files whole or not at all, where that is possible."""
 
 import codecs
 import contextlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jaxformer.errors import UserError
 
-# How such files begin, and what unpacks them.
+# How compressed files begin, and the programs that unpack them.
 _COMPRESSED = {
     b"\x1f\x8b": "gunzip",
     b"\xfd7zXZ": "unxz",
@@ -27,8 +27,8 @@ def lines_of(file: Iterable[bytes], name: str | Path) -> Iterator[str]:
     inside sentences, and shift one side of the corpus against the other.
 
     Raises:
-      UserError: a line is not UTF-8, or the first shows that it is UTF-16; the message says
-        where, by `name`.
+      UserError: a line is not UTF-8, or the first one shows that the file is UTF-16; the message
+        says where, with `name` for the file.
     """
     for number, raw in enumerate(file, start=1):
         if number == 1:
@@ -43,14 +43,14 @@ def lines_of(file: Iterable[bytes], name: str | Path) -> Iterator[str]:
                 f"{name}:{number}: not UTF-8 (byte 0x{raw[error.start]:02x} at column "
                 f"{error.start + 1}); convert it, for example with iconv"
             ) from error
-        if number == 1 and 3 * raw.count(0) >= len(raw) > 0:  # every second byte of Latin letters
+        if number == 1 and 3 * raw.count(0) >= len(raw) > 0:  # every other byte of Latin text
             raise UserError(f"{name} is UTF-16, it seems: convert it, for example with iconv")
         yield line.removesuffix("\n").removesuffix("\r")
 
 
 @contextlib.contextmanager
 def writing(path: str | Path, advice: str = "choose another place") -> Iterator[None]:
-    """Raise `UserError`, with advice, where the disk does not take what is written to `path`."""
+    """Raise `UserError`, with advice, if writing to `path` fails."""
     try:
         yield
     except OSError as error:
@@ -58,13 +58,13 @@ def writing(path: str | Path, advice: str = "choose another place") -> Iterator[
 
 
 def write_bytes(path: Path, content: bytes, *, advice: str = "choose another place") -> None:
-    """Write a file whole or not at all, in a folder that is made if need be.
+    """Write a file whole or not at all, and make its folder if need be.
 
     Raises:
       UserError: it cannot be written; `advice` says what to do then.
     """
-    # Renamed into place when all of it is on the disk: a reader never meets half a file, nor does
-    # one after a power cut. Whoever else writes it has a partial file of another name.
+    # Renamed into place once all of it is on the disk: a reader never meets half a file, not even
+    # after a power cut. Any other writer has a partial file of another name.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with writing(path, advice):
@@ -80,10 +80,10 @@ def write_bytes(path: Path, content: bytes, *, advice: str = "choose another pla
 
 
 def write_text(path: Path, text: str, *, advice: str = "choose another place") -> None:
-    """`write_bytes` of UTF-8."""
+    """`write_bytes` of the text as UTF-8."""
     try:
         content = text.encode()
-    except UnicodeEncodeError as error:  # a name that the shell gave is bytes that are no letters
+    except UnicodeEncodeError as error:  # a file name from the shell can be any bytes
         raise UserError(f"cannot write {path}: it would not be UTF-8; {advice}") from error
     write_bytes(path, content, advice=advice)
 
@@ -100,7 +100,7 @@ def write_lines(path: Path, lines: Sequence[str]) -> None:
         write_text(path.resolve(), text)
         return
     with writing(path):
-        if printed:  # beside what is printed, and not over it
+        if printed:  # after what was printed before, not over it
             sys.stdout.flush()
             sys.stdout.buffer.write(text.encode())
         else:
@@ -110,14 +110,14 @@ def write_lines(path: Path, lines: Sequence[str]) -> None:
 def _is_standard_output(path: Path) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))
-    except (OSError, ValueError):  # what stands for a terminal may be no file
+    except (OSError, ValueError):  # what replaces standard output may not be a file
         return False
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise `UserError` if a file cannot be written, nor its folder made; change nothing.
+    """Raise `UserError` if a file, or a missing folder for it, cannot be written; change nothing.
 
-    For what is written at the end of long work, which would be lost.
+    For results that are written only at the end of long work, which would otherwise be lost.
     """
     whole = Path(path).absolute()
     there = next(place for place in (whole, *whole.parents) if place.exists())
@@ -129,7 +129,7 @@ def check_writable(path: str | Path) -> None:
     elif not there.is_dir():
         problem = f"{there} is not a directory"
     else:
-        try:  # a permission alone says nothing of a disk that is full or can only be read
+        try:  # permissions alone do not show that a disk is full or read-only
             tempfile.TemporaryFile(dir=there).close()
         except OSError as error:
             problem = error.strerror

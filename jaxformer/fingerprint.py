@@ -1,4 +1,4 @@
-"""A number that changes with any bit of any array, to know a damaged checkpoint by."""
+"""A number that changes with any bit of any array, to recognise a damaged checkpoint by."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ from jaxtyping import Array, UInt32
 
 
 def fingerprint(tree: Any) -> int:
-    """Return 32 bits made of all bits of the arrays in `tree`.
+    """Return a 32-bit number computed from all bits of the arrays in `tree`.
 
-    Every word of an array is multiplied by an odd number of its own and all products are summed
-    modulo 2³². A change of one word always shows, one of several almost always; and as integers
-    have no rounding, it does not matter which device holds which part.
+    Every word of an array is multiplied by an odd number of its own, and all products are summed
+    modulo 2³². A change of one word always shows, a change of several almost always. As integer
+    sums are not rounded, it does not matter which device holds which part.
 
     Args:
-      tree: arrays of any dtype up to 32 bits, numpy's or JAX's, sharded or not. Only their order
-        counts, no names.
+      tree: arrays of any dtype up to 32 bits, numpy's or JAX's, sharded or not. Their order
+        counts, their names do not.
     """
-    # Array by array, for they need not lie on the same devices, and each to its end: on CPUs the
-    # collectives of programs under way at once can meet in another order in another process.
+    # Array by array, as they need not be on the same devices, and each awaited before the next: on
+    # CPUs, the collectives of concurrent programs can meet in a different order in each process.
     leaves = jax.block_until_ready(jax.tree.leaves(tree))
     return sum(int(_sum(leaf, number)) for number, leaf in enumerate(leaves)) % 2**32
 
@@ -27,7 +27,7 @@ def fingerprint(tree: Any) -> int:
 @jax.jit
 def _sum(leaf: Array, number: Array) -> UInt32[Array, ""]:
     words = _words(leaf)
-    # 0, 1, 2, … over the array, each array beginning elsewhere.
+    # 0, 1, 2, … over the array, with a different start for each array.
     position = jnp.full(words.shape, number).astype(jnp.uint32) * jnp.uint32(0x9E3779B1)
     stride = 1
     for axis in reversed(range(words.ndim)):

@@ -1,11 +1,11 @@
 """Attention without its weights in memory: kernels that accelerators have for equation 1.
 
 The plain form writes scores and weights, [B, N, T, S], and reads them back. A flash kernel (Dao et
-al., 2022) goes through the keys a block at a time and keeps none of it, so that memory grows with
-the length of a row instead of its square, and so does what is moved. The kernels are JAX's own:
+al., 2022) goes through the keys a block at a time and keeps neither, so that memory and
+memory traffic grow with the length of a row instead of its square. The kernels are JAX's own:
 cuDNN's on NVIDIA GPUs, one in Pallas on TPUs.
 
-They are used in bfloat16 only. In float32 a GPU has none, and exactness counts for more than speed.
+They are used in bfloat16 only: GPUs have none for float32, where exactness matters more than speed.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from jaxformer.fields import check_choice
 from jaxformer.masks import Mask, SegmentMask, dense_mask
 from jaxformer.sharding import num_shards
 
-# The TPU's kernel works on squares of so many queries and keys.
+# The TPU's kernel works on squares of this many queries and keys.
 _TPU_BLOCK = 128
 
 
@@ -34,10 +34,10 @@ def flash_kernel(
 ) -> Callable[..., Float[Array, "B T N Hv"]] | None:
     """Return a function of the same arrays with the result of `dot_product_attention`.
 
-    None where the kernel cannot do the case: another dtype than bfloat16; for cuDNN's a GPU older
-    than Ampere, odd lengths, or heads that are wide; for the TPU's lengths that are no multiples
-    of 128, a mask that is spelled out, or arrays that a mesh splits. "auto" takes the TPU's where
-    it is known that none does: on one chip, inside `shard_map` and `pmap`, or with logical rules.
+    None where the kernel cannot handle the case: a dtype other than bfloat16; for cuDNN, a GPU
+    older than Ampere, odd lengths or wide heads; on a TPU, lengths that are not multiples of 128,
+    a dense mask, or arrays that a mesh splits. "auto" takes the TPU's kernel only where it can tell
+    that no mesh does: on one chip, inside `shard_map` and `pmap`, or with logical axis rules.
     """
     check_choice("flash", kernel, FlashAttention)
     if kernel == "auto":
@@ -63,19 +63,19 @@ def _cudnn_can(lengths: tuple[int, int], width: int) -> bool:
 def _is_ampere(device: Any) -> bool:
     try:
         return float(device.compute_capability) >= 8.0
-    except (AttributeError, ValueError):  # no GPU, or one of AMD: "gfx942"
+    except (AttributeError, ValueError):  # not a GPU, or an AMD one: "gfx942"
         return False
 
 
 def _know_what_is_split() -> bool:
-    """Whether `num_shards` knows; under a plain `jax.jit` only XLA does, and only later."""
+    """Whether `num_shards` can tell; under a plain `jax.jit` only XLA knows, and only later."""
     alone = jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual
     return alone or bool(nn.get_logical_axis_rules())
 
 
 def _pallas_can(lengths: tuple[int, int], width: int, mask: Mask | None) -> bool:
     blocks = not any(n % _TPU_BLOCK for n in lengths) and (width < 128 or width % 128 == 0)
-    whole = num_shards("batch") == num_shards("heads") == 1  # XLA cannot split a kernel of Pallas
+    whole = num_shards("batch") == num_shards("heads") == 1  # XLA cannot split a Pallas kernel
     return blocks and whole and (mask is None or isinstance(mask, SegmentMask))
 
 
@@ -84,7 +84,7 @@ def _cudnn(query, key, value, mask):
     allowed = dense_mask(mask, (batch_size, num_heads, length, key.shape[1]))
     if allowed is None:
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-    # To a query that sees nothing, the gradient of cuDNN's is NaN: let it see all, and forget it.
+    # For a query that sees nothing, cuDNN's gradient is NaN: let it see all, and zero its output.
     allowed = jnp.broadcast_to(allowed, (*allowed.shape[:2], query.shape[1], key.shape[1]))
     sees = jnp.any(allowed, axis=-1, keepdims=True)
     out = jax.nn.dot_product_attention(
@@ -116,7 +116,7 @@ def _pallas(query, key, value, mask):
     causal, segments, sees = False, None, None
     if mask is not None:
         causal = mask.causal
-        # Padding is segment 0, which nobody sees: not even padding, as the kernel would have it.
+        # Padding is segment 0, which no query sees: the kernel would let padding see padding.
         segments = tpu.SegmentIds(mask.query, jnp.where(mask.key == 0, -1, mask.key))
         sees = jnp.any(mask.dense(), axis=-1)[:, 0, :, None, None]
     out = tpu.flash_attention(

@@ -31,21 +31,21 @@ from jaxformer.transformer import Transformer
 
 
 class DecodingState(NamedTuple):
-    """What decoding remembers, of each member of the ensemble."""
+    """What decoding remembers, for each member of the ensemble."""
 
     caches: tuple[DecoderCache, ...]
-    coverage: Float[Array, "B K S"] | None  # attention a source token has had, if it counts
+    coverage: Float[Array, "B K S"] | None  # attention each source token has had, if needed
 
 
 class Limits(NamedTuple):
-    """How many tokens a translation may have, by the tokens of its source."""
+    """How many tokens a translation may have, indexed by the number of tokens in its source."""
 
     most: Int[Array | np.ndarray, "S+1"]
     fewest: Int[Array | np.ndarray, "S+1"] | None
 
     @classmethod
     def of(cls, options: GenerationConfig, source_length: int, most: int) -> "Limits":
-        """Those of the rule itself, which float32 would round, but never more than `most`."""
+        """Apply the rules of `options` without the rounding of float32, capped at `most`."""
 
         def each(rule: Callable[[int], int]) -> np.ndarray:
             lengths = range(1, source_length + 1)
@@ -70,26 +70,26 @@ def generate(
     Args:
       models, params: one Transformer, or its configuration, and its parameters; or tuples of
         several, whose probabilities are averaged.
-      source_ids: sentences with eos, then padding. A row of padding alone costs no step and has
+      source_ids: sentences with eos, then padding. A row of padding alone costs no step and yields
         the empty hypothesis.
       options: see `GenerationConfig`.
       prefix: first target tokens of each sentence, then padding.
-      keys: [B] keys of the noise of each sentence, needed if `options.sampling`.
+      keys: [B] random keys, one for each sentence, needed if `options.sampling`.
 
     Raises:
-      UserError: these are no models, parameters of theirs or options, the arrays are not of these
-        shapes, or `options.sampling` without keys.
+      UserError: the models, their parameters or the options are not what they should be, an array
+        has another shape than above, or `options.sampling` is set without keys.
 
     Returns:
-      M hypotheses a sentence. Neither pad nor bos is ever generated. A sentence's result does not
-      depend, to the last bit, on the others in the batch nor on its row.
+      M hypotheses per sentence. Neither pad nor bos is ever generated. A sentence's result is the
+      same, to the last bit, whatever the others in the batch and whatever its row.
     """
     models, params = ensemble(models, params)
     if not isinstance(options, GenerationConfig):
         raise UserError(f"options are {options!r}: give a GenerationConfig")
     source_ids = as_ids(source_ids, "source_ids")
     if source_ids.ndim != 2:
-        raise UserError(f"source_ids are of shape {source_ids.shape}: give one row a sentence")
+        raise UserError(f"source_ids are of shape {source_ids.shape}: give one row per sentence")
     sentences = source_ids.shape[0]
     if prefix is not None:
         prefix = as_ids(prefix, "prefix")
@@ -106,7 +106,7 @@ def generate(
 
 
 def _key_shape(keys: Array | np.ndarray) -> tuple[int, ...]:
-    """The shape of one of them: old-style keys are arrays of words."""
+    """The shape of a single key: old-style keys are arrays of words."""
     if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
         return ()
     return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
@@ -133,10 +133,10 @@ def _generate(
 def decoding_params(
     models: tuple[Transformer, ...], params: tuple[Any, ...], for_cpu: bool = False
 ) -> tuple[Any, ...]:
-    """Parameters as decoding wants them.
+    """Parameters in the form that decoding wants.
 
-    Layers apart, matrices in the dtype of the computation, the softmax layer's transposed besides;
-    `for_cpu` those of the decoder too, if it computes in float32.
+    Layers are unstacked, matrices have the dtype of the computation, and the softmax matrix gets a
+    transposed copy; so do the decoder's matrices with `for_cpu`, if it computes in float32.
     """
 
     def prepared(config: TransformerConfig, member: Any) -> dict[str, Any]:
@@ -159,14 +159,14 @@ def decoding_params(
 
 
 def fewest_positions(configs: Sequence[TransformerConfig]) -> int | None:
-    """Positions that all members of an ensemble have; None if none of them is learned."""
+    """Number of positions that all members of an ensemble have; None if no member's are learned."""
     return min((n for config in configs if (n := config.num_positions) is not None), default=None)
 
 
 def max_target_length(
     configs: Sequence[TransformerConfig], options: GenerationConfig, source_length: int
 ) -> int:
-    """T, the most tokens of a translation: what `options` allow, or the positions of the model.
+    """T, the most tokens of a translation: what `options` allow, capped by the model's positions.
 
     At least 1: arrays of nothing have no place for what is not written.
     """
@@ -176,9 +176,9 @@ def max_target_length(
 
 
 def make_method(options: GenerationConfig, most: int) -> Method:
-    """The search that `options` ask for, of translations of `most` tokens at most.
+    """The search that `options` ask for, for translations of at most `most` tokens.
 
-    A pytree: its numbers are arguments of a program, which serves all values of them.
+    It is a pytree: its numbers are arguments of a program, so that one serves all their values.
     """
     if options.sampling:
         greedy = options.temperature == 0
@@ -204,12 +204,12 @@ def make_method(options: GenerationConfig, most: int) -> Method:
 @partial(jax.tree_util.register_dataclass, data_fields=["penalty"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class CoverageBonus:
-    """Wu et al. (2016), eq. 14: what of the source no token has looked at costs `penalty`."""
+    """Wu et al. (2016), eq. 14: source tokens that have had little attention cost `penalty`."""
 
     penalty: float | Float[Array, ""]
 
     def __call__(self, state: DecodingState) -> Float[Array, "B K"]:
-        """-inf is no score: attention never vanishes, but its float may."""
+        """Never -inf, which is no score: attention is never 0, but its float may underflow."""
         attended = jnp.clip(state.coverage, 1e-9, 1.0)
         real = state.caches[0].cross_mask[:, 0]
         return self.penalty * jnp.sum(jnp.where(real, jnp.log(attended), 0.0), axis=-1)
@@ -221,7 +221,7 @@ def _reorder(state: DecodingState, beams: Array) -> DecodingState:
 
 
 def make_step_fn(models: tuple[Transformer, ...], params: tuple[Any, ...]) -> StepFn:
-    """One token of all members; the mean of their probabilities counts."""
+    """Return a step function: one token for all members, by the mean of their probabilities."""
 
     def step(tokens: Array, state: DecodingState) -> tuple[Array, DecodingState]:
         logits, caches, attention = [], [], []
@@ -258,9 +258,10 @@ def start_search(
     num_beams: int | None = None,
     num_slots: int | None = None,
 ) -> SearchState:
-    """A search with the sentences encoded and no token yet, and with room for so many.
+    """A search with the sentences encoded, no token generated yet, and room for `room` tokens.
 
-    Its state has the K beams of `method` and caches of K · room slots, or as many as are given.
+    Its state has the K beams of `method` and caches of K · room slots, unless `num_beams` and
+    `num_slots` say otherwise.
     """
     num_beams = num_beams or method.num_beams
     caches = []
@@ -291,10 +292,10 @@ def prefill(
     method: Method,
     *given: Any,
 ) -> SearchState:
-    """`start_search` for sentences that go on in the rows of another search, which has the slots.
+    """`start_search` for sentences that continue in rows of another search, which has the slots.
 
-    Beam search has taken its first step: while all beams are equal it takes one of them, and the
-    K-th part of the time.
+    With beam search it also takes the first step: all beams are still equal, so it computes just
+    one of them, in 1/K of the time.
     """
     if isinstance(method, BeamSearch) and prefill_takes_first_step(models, method):
         search = start_search(models, params, method, *given, num_beams=1, num_slots=1)
@@ -303,6 +304,6 @@ def prefill(
 
 
 def prefill_takes_first_step(models: Sequence[Transformer], method: Method) -> bool:
-    """Whether `prefill` takes it."""
+    """Whether `prefill` takes the first step."""
     searches = isinstance(method, BeamSearch)
     return searches and 1 < method.num_beams <= models[0].config.vocab_size // 2

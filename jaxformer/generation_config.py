@@ -11,9 +11,9 @@ from jaxformer.sampling import check_sampling
 
 PenaltyForm = Literal["gnmt", "power"]
 
-# Of anything that arrays grow with: more is a slip, and XLA would not end in an exception.
+# For all that array sizes depend on: more is a mistake, and XLA would not fail with an exception.
 _MOST = 100_000
-# A power of the length: with more, scores of hundreds of tokens are beyond float32, all of them 0.
+# An exponent of the length: above it, scores of hundreds of tokens are beyond float32, and all 0.
 _MOST_PENALTY = 10
 
 
@@ -25,17 +25,17 @@ class GenerationConfig:
 
     Attributes:
       beam_size: K, hypotheses kept at each step; 1 is greedy search.
-      n_best: M, hypotheses returned, by default all K. The search ends as soon as these are sure.
+      n_best: M, hypotheses returned, by default all K. The search ends once these are certain.
         With `sampling`, how many are drawn, by default K.
       length_penalty: alpha; higher favours longer translations.
       length_penalty_form: "gnmt", ((5 + length) / 6)^alpha (§6.1), or "power", length^alpha.
-      coverage_penalty: beta of Wu et al. (2016), eq. 14: how much a source token costs that the
-        last decoder layer has hardly attended to.
+      coverage_penalty: beta of Wu et al. (2016), eq. 14: the cost of source tokens that the last
+        decoder layer has hardly attended to.
       early_stopping: a sentence ends with its K-th finished hypothesis, as in other toolkits,
         instead of when no live one can be better.
       max_length_ratio, max_length_extra: a and b, hypotheses have at most a · S + b tokens; §6.1
         has 1 and 50.
-      min_length_ratio, min_length_extra: likewise, at least, but never more than the most.
+      min_length_ratio, min_length_extra: likewise for the minimum, which never exceeds the maximum.
       no_repeat_ngram_size: n-grams of this many tokens occur once in a hypothesis; 0 is no limit.
       sampling: draw each token instead of searching for the best.
       temperature, top_k, top_p: as for `Sampling`.
@@ -82,12 +82,12 @@ class GenerationConfig:
                 raise UserError(f"{name} is {value}: give at most {most:,}")
         if not self.sampling and self.n_best is not None and self.n_best > self.beam_size:
             raise UserError(
-                f"n_best is {self.n_best}: give 1 to {self.beam_size}, as many as there are beams"
+                f"n_best is {self.n_best}: give 1 to {self.beam_size}, at most the number of beams"
             )
         check_sampling(self.temperature, self.top_k, self.top_p)
         if self.sampling:
             idle = ["length_penalty", "length_penalty_form", "coverage_penalty", "early_stopping"]
-            why = "with sampling"
+            why = "with sampling: leave it out"
         else:
             idle, why = ["temperature", "top_k", "top_p"], "without sampling: set sampling too"
         for name in idle:
@@ -96,20 +96,20 @@ class GenerationConfig:
 
     @property
     def num_beams(self) -> int:
-        """How many hypotheses a step goes on with."""
+        """How many hypotheses each step extends."""
         return self.n_best or self.beam_size if self.sampling else self.beam_size
 
     def max_length(self, source_length: int) -> int:
-        """T: the most tokens a hypothesis of a source of this many tokens can have."""
+        """T: the most tokens that a hypothesis for a source of this many tokens can have."""
         return math.floor(self.max_length_ratio * source_length) + self.max_length_extra
 
     def min_length(self, source_length: int) -> int:
-        """The fewest tokens that a hypothesis of it can have, if T are not fewer."""
+        """The fewest tokens that a hypothesis for such a source can have, unless T is fewer."""
         return math.floor(self.min_length_ratio * source_length) + self.min_length_extra
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "GenerationConfig":
-        """Make it of keyword arguments; raises `UserError` for one that is unknown."""
+        """Make one from keyword arguments; raises `UserError` for an unknown one."""
         known = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in known:

@@ -1,4 +1,4 @@
-"""`generate` for any number of sentences by continuous batching: hardly a row is idle."""
+"""`generate` for any number of sentences, by continuous batching: rows are hardly ever idle."""
 
 import contextlib
 import threading
@@ -29,19 +29,19 @@ from jaxformer.generation import (
 from jaxformer.generation_config import GenerationConfig
 from jaxformer.search import BeamResult
 
-#: Sentences that a program has room for, for each of its rows. While the last of them end, rows are
-#: idle: half of them for the length of a sentence, 1/32 of the work.
+#: Sentences that a program has room for, per row. While the last of them end, rows are idle: half
+#: of the rows for the length of a sentence, 1/32 of the work.
 _SENTENCES_PER_ROW = 16
 
 #: Sentences that a CPU encodes together; other devices encode as many as there are rows.
 _CPU_BLOCK = 8
 
-#: Slots of the cache for each beam, besides one for each token. Beams soon go on from one past: of
-#: 1000 sentences a few need more.
+#: Cache slots per beam, in addition to one per token. Beams soon share one past: out of 1000
+#: sentences, a few need more.
 _SLOTS_PER_BEAM = 8
 
-#: Settings of JAX that results depend on and that a caller may have made for its thread alone;
-#: what searches has threads of its own.
+#: JAX settings that results depend on and that a caller may have made for its own thread only;
+#: searches run in other threads.
 _OF_A_THREAD = (
     "default_matmul_precision",
     "default_prng_impl",
@@ -53,22 +53,22 @@ _OF_A_THREAD = (
 class Generator:
     """`generate` for any number of sentences, on all devices, by continuous batching.
 
-    A program has a few rows and many sentences. As soon as a sentence is done, the next that waits
-    begins in its row, at its own first token, so that hardly a row is idle. Caches have room for
-    translations of the usual length, whose beams soon share one past. The few sentences that
-    outgrow them are searched again, with room for all that can be. Where they are not few, as with
-    a model that has learned little, later calls give all room at once.
+    A program has a few rows and many sentences. As soon as a sentence is done, the next in line
+    begins in its row, at its own first token, so that rows are hardly ever idle. Caches have room
+    for translations of the usual length, whose beams soon share one past. The few sentences that
+    outgrow them are searched again, with room for the longest. Where these are not few, as with a
+    model that has learned little, later calls give all sentences that room from the start.
 
     Args:
       models, params: as for `generate`.
-      devices: where to translate, by default all of this process, each its share.
+      devices: where to translate, by default all devices of this process; each takes a share.
 
     Raises:
-      UserError: these are no models or parameters of theirs, or as for `devices_or_all`.
+      UserError: as for `devices_or_all`, or these are not models and their parameters.
 
     Attributes:
       computed_steps: rows times steps so far ...
-      needed_steps: ... and those of them that were of sentences not yet done, and of use.
+      needed_steps: ... and how many of them served a sentence not yet done, whose result was kept.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class Generator:
         self._models, params = ensemble(models, params)
         self._configs = [model.config for model in self._models]
         self.computed_steps = self.needed_steps = 0
-        # Sentences, by what searches have in common whatever their numbers are.
+        # Sentence counts, by the structure of the search whatever its numbers are.
         self._in_usual_room: Counter[jax.tree_util.PyTreeDef] = Counter()
         self._begun_again: Counter[jax.tree_util.PyTreeDef] = Counter()
         self._counting = threading.Lock()
         self._on_cpu = self._devices[0].platform == "cpu"
-        # One program leaves cores idle: its operations come one after the other, and many are too
-        # small to be shared. Two at once on two cores: 1.2 times the sentences a second.
+        # One program leaves cores idle: its operations run one after the other, and many are too
+        # small to be split. Two at once on two cores give 1.2 times the sentences per second.
         self._at_once = 2 if self._on_cpu and len(self._devices) == 1 else 1
         everywhere = jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
         self._params = decoding_params(self._models, everywhere, self._on_cpu)
@@ -103,35 +103,35 @@ class Generator:
         keys: Array | np.ndarray | None = None,
         few_shapes: bool = False,
     ) -> list[BeamResult]:
-        """Search for any number of sentences of any length, the longest first.
+        """Translate any number of sentences of any length, the longest first.
 
         Args:
           sources: ids of each sentence, with eos.
           options: see `GenerationConfig`.
-          batch_tokens: source positions at once, over all devices. By default 4096 for each of
-            them; a CPU has far fewer, where more rows cost as much more time.
+          batch_tokens: source positions at once, over all devices. By default 4096 per device, but
+            far fewer on a CPU, where time grows in proportion to the rows.
           prefixes: first target tokens of each sentence.
-          keys: [number of sentences] keys of the noise, needed if `options.sampling`.
-          few_shapes: as for `groups`, and caches have room for all that can be: fewer programs to
-            compile.
+          keys: [number of sentences] random keys, needed if `options.sampling`.
+          few_shapes: as for `groups`, and caches have room for the longest translations: there are
+            fewer programs to compile.
 
         Returns:
-          For each sentence numpy arrays [M, T], or [M]. T depends on its length.
+          For each sentence, numpy arrays [M, T] or [M]. T depends on the sentence's length.
 
         Raises:
-          UserError: prefixes or keys are not as many as sentences, the keys are of another kind
-            than JAX makes by default, a sentence is longer than the learned positions or is no
-            list of ids, or the options are none.
+          UserError: there are not as many prefixes or keys as sentences, the keys are not of the
+            kind JAX makes by default, a sentence is longer than the learned positions or is not a
+            list of ids, or `options` is not a `GenerationConfig`.
         """
         if not isinstance(options, GenerationConfig):
             raise UserError(f"options are {options!r}: give a GenerationConfig")
         if not all(hasattr(ids, "__len__") for ids in sources):
-            raise UserError("sources are no lists of ids: give one for each sentence")
+            raise UserError("sources are not lists of ids: give one list per sentence")
         lengths, limit = list(map(len, sources)), fewest_positions(self._configs)
         if limit is not None and max(lengths, default=0) > limit:
             raise UserError(
                 f"a source has {max(lengths)} tokens and the model {limit} learned positions: "
-                "cut it"
+                "shorten it"
             )
         results: list[Any] = [None] * len(sources)
         prefix_length = bucket(max(map(len, prefixes or [[]]), default=0))
@@ -146,7 +146,7 @@ class Generator:
         settings = {name: getattr(jax.config, f"jax_{name}") for name in _OF_A_THREAD}
 
         def search(shape: Shape, chosen: Sequence[int]) -> list[int]:
-            """Those that need more room are returned."""
+            """Search the chosen sentences; return those that need more room."""
             order = _deal_to_devices(chosen, len(self._devices), _SENTENCES_PER_ROW * shape.rows)
 
             def in_order(ids: Sequence[Sequence[int]], length: int) -> np.ndarray:
@@ -167,7 +167,7 @@ class Generator:
                 (found, steps, out_of_room), turns = jax.device_get(
                     search_continuously(self._models, shape, self._mesh, *arguments)
                 )
-            taken = prefill_takes_first_step(self._models, method)  # before they have a row
+            taken = prefill_takes_first_step(self._models, method)  # a step before they get a row
             more, needed = [], 0
             for place in np.flatnonzero(order >= 0):
                 index = int(order[place])
@@ -194,7 +194,7 @@ class Generator:
             shape = Shape(rows, length, *room_of(options, length), block)
             parts = -(-len(chosen) // (devices * rows * _SENTENCES_PER_ROW))
             if len(chosen) > 2 * self._at_once * rows:
-                parts = -(-parts // self._at_once) * self._at_once  # as much for each thread
+                parts = -(-parts // self._at_once) * self._at_once  # an equal share per thread
             return [(length, threads.submit(search, shape, chosen[i::parts])) for i in range(parts)]
 
         try:
@@ -220,28 +220,28 @@ class Generator:
         return results
 
     def _tokens_at_once(self, options: GenerationConfig, source_length: int) -> int:
-        """Source positions with which a device is fastest, as measured."""
+        """How many source positions at once a device is fastest with, as measured."""
         if not self._on_cpu:
             return 4096
         if self._configs[0].d_model >= 512:
-            # Products with large matrices want some 64 rows: what 16 sentences have of hypotheses.
+            # Products with large matrices want some 64 rows: the hypotheses of 16 sentences.
             return min(16 * source_length, 4096)
         if self._configs[0].quantized and options.num_beams >= 4:
-            # As measured; presumably because the logits of so few stay in the cache.
+            # As measured; presumably because the logits of so few sentences stay in the CPU cache.
             return min(8 * source_length, 512)
         return 512
 
     def _all_room(self, options: GenerationConfig, source_length: int) -> tuple[int, int]:
-        """Steps and slots that no sentence needs more of."""
+        """Steps and slots that are enough for every sentence."""
         room = max_target_length(self._configs, options, source_length)
         return room, options.num_beams * room
 
     def _usual_room(self, options: GenerationConfig, source_length: int) -> tuple[int, int]:
-        """Steps and slots that few sentences need more of."""
+        """Steps and slots that are enough for all but a few sentences."""
         (room, _), usual = self._all_room(options, source_length), source_length * 3 // 2
         searched = options.beam_size > 1 and not options.sampling
         if searched and options.length_penalty_form == "power" and not options.early_stopping:
-            # What is divided by its length can be overtaken for long after it has ended.
+            # A score divided by the length can be overtaken long after its hypothesis has ended.
             usual = source_length * 2
         room = min(room, usual)
         slots = options.num_beams * room  # samples share no past
@@ -249,21 +249,21 @@ class Generator:
 
 
 def devices_or_all(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
-    """`devices`, by default all of this process.
+    """`devices`, by default all devices of this process.
 
     Raises:
-      UserError: there are none, or one is there twice.
+      UserError: there are none, or one is listed twice.
     """
     found = jax.local_devices() if devices is None else list(devices)
     if not found or len(set(found)) < len(found):
-        raise UserError("devices are none, or one of them twice: name each once, or leave them out")
+        raise UserError("devices is empty, or has one twice: list each once, or leave devices out")
     return found
 
 
 def _deal_to_devices(chosen: Sequence[int], devices: int, per_device: int) -> np.ndarray:
     """Deal sentences out to devices like cards, so that each has its share of the long ones.
 
-    Three on two devices that have room for three each: [0, 2, -1, 1, -1, -1].
+    Three sentences on two devices with room for three each: [0, 2, -1, 1, -1, -1].
     """
     dealt = np.full((per_device, devices), -1)
     dealt.flat[: len(chosen)] = chosen

@@ -299,7 +299,7 @@ def test_score(translator, tmp_path, capfd, monkeypatch):
     status, output, error = score(capfd, source, target)
     assert (status, output) == (1, "")
     assert error == (
-        f"error: {source} has 2 lines and {target} 1: give files of as many lines, "
+        f"error: {source} has 2 lines and {target} 1: give files with the same number of lines, "
         "each the translation of the other's\n"
     )
     assert len(translator.loaded) == 3, "that could have been said at once"
@@ -321,7 +321,7 @@ def test_score_of_pipes(translator, tmp_path, capfd):
     assert score_of("ab\n\n", "a\nabc\n") == (0, "-2.000000\n-0.000000\n", "")
     status, output, error = score_of("ab\n\n", "a\n")
     assert (status, output) == (1, "-2.000000\n")
-    assert ".b ends before the other file: give as many" in error
+    assert ".b ends before the other file: give files with the same number" in error
 
 
 def test_a_line_that_is_not_utf8_is_named_after_those_before_it(translator, run_with):
@@ -342,7 +342,7 @@ def test_a_line_that_is_not_utf8_is_named_after_those_before_it(translator, run_
         (["--batch-tokens", "-5"], "--batch-tokens is -5: give at least 1"),
         (["--length-penalty", "-1"], "--length-penalty is -1.0: give at least 0"),
         (["--top-p", "2"], "--top-p is 2.0: give more than 0, at most 1"),
-        (["--n-best", "5"], "--n-best is 5: give 1 to 4, as many as there are beams"),
+        (["--n-best", "5"], "--n-best is 5: give 1 to 4, at most the number of beams"),
     ],
 )
 def test_impossible_options(translator, run_with, arguments, message):

@@ -147,7 +147,7 @@ def test_values_of_numpy_and_jax_become_those_of_json():
     [
         (EvaluateConfig, {"metric": "BLEU"}, "evaluate.metric is 'BLEU': choose one of bleu, "),
         (DataConfig, {"batch_tokens": 2048.0}, "data.batch_tokens is 2048.0: give a whole number"),
-        (DataConfig, {"train": "train"}, "data.train is 'train': give several, each a text"),
+        (DataConfig, {"train": "train"}, "data.train is 'train': give several, each a string"),
         (TrainConfig, {"accumulate": 1.5}, "accumulate is 1.5: give a whole number"),
         (TrainConfig, {"model": {}}, "model is {}: give a TransformerConfig"),
         (
@@ -180,7 +180,7 @@ def test_a_configuration_file_in_python_is_checked_as_well(section, values, mess
         ({"evaluate": None}, "evaluate is None: it has fields of its own"),
         ({"data": {"target_length": "32"}}, "data.target_length is '32': give a whole number"),
         ({"data": {"weights": [1, "a"]}}, "data.weights is [1, 'a']: give several, each a number"),
-        ({"data": {"path": 3}}, "data.path is 3: give a text or None"),
+        ({"data": {"path": 3}}, "data.path is 3: give a string or None"),
         ({"data": {"joint_vocabulary": 1}}, "data.joint_vocabulary is 1: give True or False"),
         ({"steps": True}, "steps is True: give a whole number"),
         (

@@ -97,7 +97,7 @@ def test_nothing_is_moved_unasked_that_is_on_the_device():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"source_ids": SOURCE[0]}, "source_ids are of shape (7,): give one row a sentence"),
+        ({"source_ids": SOURCE[0]}, "source_ids are of shape (7,): give one row per sentence"),
         ({"options": {"beam_size": 2}}, "options are {'beam_size': 2}: give a GenerationConfig"),
         ({"prefix": SOURCE[:2]}, "prefix is of shape (2, 7): make it [5, P]"),
         ({"prefix": SOURCE[:, 0]}, "prefix is of shape (5,): make it [5, P]"),
@@ -423,15 +423,15 @@ def test_a_layer_that_would_not_decode_as_it_trains_is_refused():
     ("models", "params", "message"),
     [
         (CONFIG, None, "parameters are a dictionary, not NoneType: give variables"),
-        (CONFIG, {1: 2}, "no parameters of a Transformer, but 1: give variables"),
-        ([CONFIG], [{}], "models are a list: give a tuple of them, and one of their parameters"),
-        (CONFIG, {"params": {}}, "no parameters of a Transformer, but params: give variables"),
-        ((CONFIG, CONFIG), {}, "there are 2 models: give a tuple of as many parameters"),
-        ((CONFIG, CONFIG), ({},), "there are 2 models: give a tuple of as many parameters"),
+        (CONFIG, {1: 2}, "not the parameters of a Transformer, but 1: give variables"),
+        ([CONFIG], [{}], "models are a list: give a tuple of models and a tuple of their param"),
+        (CONFIG, {"params": {}}, "not the parameters of a Transformer, but params: give variables"),
+        ((CONFIG, CONFIG), {}, "there are 2 models: give a tuple with the parameters of each"),
+        ((CONFIG, CONFIG), ({},), "there are 2 models: give a tuple with the parameters of each"),
         (
             (CONFIG, CONFIG.replace(vocab_size=7)),
             ({"encoder": {}}, {"encoder": {}}),
-            "the models have vocab_size 7, 61: give some that have one vocabulary in common",
+            "the models have vocab_size 7, 61: give models that share one vocabulary",
         ),
         ("tiny", {"encoder": {}}, "a model is a Transformer or its TransformerConfig, not 'tiny'"),
     ],
@@ -585,7 +585,7 @@ def test_bfloat16_weights_are_cast_once():
         ({"length_penalty": None}, "length_penalty is None: give a number"),
         ({"sampling": "no"}, "sampling is 'no': give True or False"),
         ({"length_penalty": -1.0}, "length_penalty is -1.0: give at least 0"),
-        ({"n_best": 5}, "n_best is 5: give 1 to 4, as many as there are beams"),
+        ({"n_best": 5}, "n_best is 5: give 1 to 4, at most the number of beams"),
         ({"n_best": 0}, "n_best is 0: give at least 1"),
         ({"top_p": 1.5}, "top_p is 1.5: give more than 0, at most 1"),
         ({"top_k": 0}, "top_k is 0: give at least 1"),
@@ -597,13 +597,13 @@ def test_bfloat16_weights_are_cast_once():
         ),
         (
             {"sampling": True, "length_penalty": 1.0},
-            "length_penalty is 1.0: it has no effect with sampling",
+            "length_penalty is 1.0: it has no effect with sampling: leave it out",
         ),
         ({"temperature": float("nan")}, "temperature is nan: give 0, or 1e-30 to 1e30"),
         ({"top_k": 3}, "top_k is 3: it has no effect without sampling: set sampling too"),
         (
             {"early_stopping": True, "sampling": True},
-            "early_stopping is True: it has no effect with sampling",
+            "early_stopping is True: it has no effect with sampling: leave it out",
         ),
     ],
 )

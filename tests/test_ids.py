@@ -76,10 +76,10 @@ WRONG = {
     "the tokens of a sentence are float64": lambda: Generator(CONFIG, params_of()).sentences(
         [[4.5, 2.0]], OPTIONS
     ),
-    "sources are no lists of ids": lambda: Generator(CONFIG, params_of()).sentences([4], OPTIONS),
+    "sources are not lists of ids": lambda: Generator(CONFIG, params_of()).sentences([4], OPTIONS),
     "give a GenerationConfig": lambda: Generator(CONFIG, params_of()).sentences([[4]], {}),
-    "devices are none": lambda: Generator(CONFIG, params_of(), devices=[]),
-    "one of them twice": lambda: Generator(CONFIG, params_of(), devices=2 * jax.devices()[:1]),
+    "devices is empty": lambda: Generator(CONFIG, params_of(), devices=[]),
+    "or has one twice": lambda: Generator(CONFIG, params_of(), devices=2 * jax.devices()[:1]),
     "target_ids are float32": lambda: Transformer(CONFIG).init(
         KEY, jnp.ones((1, 2), int), jnp.ones((1, 2))
     ),
@@ -105,14 +105,14 @@ WRONG = {
     "a dropout rate is -0.5": lambda: MultiHeadAttention(2, 4, dropout_rate=-0.5).init(
         {"params": KEY, "dropout": KEY}, ONES[0], ONES[0], deterministic=False
     ),
-    "dropout is of int32": lambda: dropout(jnp.ones((2, 4), jnp.int32), 0.5, KEY),
+    "the input of dropout is int32": lambda: dropout(jnp.ones((2, 4), jnp.int32), 0.5, KEY),
     "a linear map of 1 axes": lambda: Linear(0).init(KEY, jnp.ones((2, 3))),
     "a linear map of -1 axes": lambda: Linear(4, input_axes=-1).init(KEY, jnp.ones((2, 3))),
     "the cool-down has -5 steps": lambda: cooldown(lambda _: 1.0, steps=-5, end=10),
     "peak is -1.0": lambda: warmup_inverse_sqrt(warmup_steps=4, peak=-1.0),
     "warmup_steps is nan": lambda: warmup_inverse_sqrt(warmup_steps=float("nan"), peak=1.0),
     "dtype is None: choose one of": lambda: TransformerConfig(dtype=None),
-    "length_penalty is 0.6: give gnmt_length_penalty of it": lambda: beam_search(
+    "length_penalty is 0.6: wrap it in gnmt_length_penalty": lambda: beam_search(
         lambda *_: None, None, batch_size=1, beam_size=2, max_length=3, length_penalty=0.6
     ),
 }

@@ -53,8 +53,8 @@ def cross_entropy(
       loss_sum (nats) and weight_sum (tokens), float32 scalars.
 
     Raises:
-      UserError: `labels` are not integers or not of the leading axes' shape, `hidden` is not
-        floating-point or not of the embedding's width, or ε or `chunk_size` is out of range.
+      UserError: `labels` are not integers or not one for each token, `hidden` is not floating-point
+        or not of the embedding's width, or ε or `chunk_size` is out of range.
     """
     sums = cross_entropy_sums(
         hidden, embedding, labels, label_smoothing=label_smoothing, chunk_size=chunk_size

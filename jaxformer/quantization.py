@@ -52,7 +52,7 @@ def _round(x: Array, axes: Sequence[int]) -> tuple[Array, Array]:
 
 
 def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the parameters of a `Transformer` to those of the same with `config.quantized`.
+    """Convert a `Transformer`'s parameters to those of the same model with `config.quantized`.
 
     Matrices become int8 with a float32 scale for each of their outputs; biases, LayerNorms, learned
     positions and any other parameters of a custom layer stay as they are. The matrices are renamed:

@@ -19,8 +19,8 @@ def run_stack(
     """Apply `apply_layer(layer, x) -> x` for l = 0 … L-1, with parameters stacked [L, …].
 
     Looped or unrolled, it is one `nn.scan`: only its `unroll` differs, so that the parameters are
-    laid out alike and a checkpoint fits both. Parameters are always initialised in a loop, because
-    unrolled this is slow to compile: the state of `big` takes 3.6 s instead of 16.5.
+    laid out alike and a checkpoint fits both. Parameters are always initialised in a loop, which is
+    faster to compile: the state of `big` takes 3.6 s instead of 16.5.
     """
     loop = config.scan_layers or layer.is_initializing()
     if config.remat:
@@ -76,7 +76,7 @@ def _unstack(layers: Any) -> tuple[Any, ...]:
 def output_gain(num_sublayers: int) -> float:
     """The initial gain of a stack's sub-layers, so that together they add as much as comes in.
 
-    With a gain of 1, the averages that attention takes at first outweigh the residual stream. In
+    With a gain of 1, the averages that attention takes outweigh the residual stream at first. In
     `tiny`, after 4 post-norm layers, only a third of the encoder output's variation is then between
     the positions of a sentence; the decoder's attention to them becomes flat, and stays so for
     thousands of steps.

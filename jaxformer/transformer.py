@@ -228,7 +228,7 @@ class Transformer(nn.Module):
         """Decoder output at all positions at once; `source_ids` says where `encoded` is padding.
 
         Raises:
-          UserError: `target_ids` are not rows of ids, are empty, or have not as many rows as
+          UserError: `target_ids` are not rows of ids, are empty, or differ in number from
             `source_ids`; or only one side has segment ids.
         """
         target_ids = _as_rows("target_ids", target_ids)

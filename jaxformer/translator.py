@@ -388,7 +388,7 @@ class Translator:
 
     @property
     def _most_pieces(self) -> int:
-        """How many a source that is translated at once may have, without eos."""
+        """How many pieces a source that is translated at once may have, without eos."""
         return min(config.max_length for config in self._configs) - 1
 
     @property

@@ -186,7 +186,7 @@ def _set_embedding(
 
 
 def _table(params: Mapping[str, Any], name: str) -> Any:
-    """The table [V, D] of that name, or else the shared one that `Transformer` uses instead."""
+    """The table [V, D] of that name, or the shared one that `Transformer` uses instead."""
     return params.get(name, params["embedding"])["embedding"]
 
 

@@ -200,7 +200,7 @@ def _special_ids(
     if start in ("not a piece", "</s>", "<unk>"):
         raise UserError(
             f"{path} has decoder_start_token_id={start_id}, {start}: only models that start from "
-            "<pad> or from a piece for this purpose can be imported"
+            "<pad> or from a piece of their own can be imported"
         )
     return {
         side: [ids["<pad>"], ids.get(start, ids["<pad>"]), ids["</s>"], ids["<unk>"]]

@@ -1,4 +1,4 @@
-"""Marian's tensors: reading them, and converting our parameters from and to them."""
+"""Marian's tensors: reading them, and converting them from and to our parameters."""
 
 import json
 import math

@@ -64,9 +64,9 @@ def data_uri(pixels: UInt8[np.ndarray, "T S"]) -> str:
 def shades(weights: Float[np.ndarray, "T S"], *, causal: bool = False) -> UInt8[np.ndarray, "T S"]:
     """Palette indices of weights from 0 to 1.
 
-    The shade follows the square root, or a weight of 0.1 would hardly show. Zeros above the
-    diagonal of a `causal` map are marked as masked, other weights there and any that are not finite
-    as bad.
+    The shade follows the square root, or a weight of 0.1 would hardly show. Above the diagonal of a
+    `causal` map zeros are marked as masked and other weights as bad. Weights that are not finite
+    are marked as bad, too.
     """
     finite = np.isfinite(weights)
     shade = np.sqrt(np.clip(np.where(finite, weights, 0.0), 0.0, 1.0)) * (_SHADES - 1)
@@ -102,7 +102,7 @@ def describe_head(
     allowed = np.minimum(queries + 1, len(keys)) if causal else np.full(len(queries), len(keys))
     logs = np.log(np.where(weights > 0, weights, 1.0))
     entropy = -np.sum(weights * logs, axis=1)
-    choice = allowed > 1  # a query that can only look at one key says nothing
+    choice = allowed > 1  # a query that can look at only one key says nothing
     if not np.any(choice):
         return "one piece", False
     if np.mean(entropy[choice] / np.log(allowed[choice])) > 0.98:

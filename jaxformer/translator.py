@@ -96,8 +96,8 @@ class Translator:
           checkpoint: "average", "best", "last" or a step; by default the average, unless training
             went on after it was made, otherwise the best, otherwise the last. If several are given,
             the ensemble has a member for each of them in each run.
-          dtype: of the computation; by default that of training. int8 is float32 with the matrices
-            and the products with them in 8-bit integers.
+          dtype: of the computation; by default that of training. int8 means float32, except for
+            matrices and the products with them, which are in 8-bit integers.
           devices: as for the class.
 
         Raises:

@@ -91,7 +91,7 @@ def to_stablehlo(
       directory: what to write; must be new or empty.
       source_length: S, positions of a source with eos and padding, at most the model's
         `max_length`; by default 128, or that if it is less.
-      batch_size: B; None leaves it open, to be that of the arrays the functions are called with.
+      batch_size: B; None leaves it open, so that the functions take arrays of any batch size.
       checkpoint: as for `Translator.load`.
       **options: fields of `GenerationConfig`, `beam_size=4` and `length_penalty=0.6` among them.
 

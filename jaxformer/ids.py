@@ -1,4 +1,4 @@
-"""Token ids as models take them, and as the decoder reads them."""
+"""Token ids as int32, which models take, and shifted right, which the decoder reads."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from jaxformer.errors import UserError
 
 
 def as_ids(ids: Any, name: str = "ids") -> Any:
-    """Return an array of any integers as int32, those that int32 cannot hold as -1: no token.
+    """Return ids of any integer dtype as int32; one that int32 cannot hold becomes -1: no token.
 
-    A cast alone would wrap them, 2^32 + 5 to 5, and 40,000 as int16 is another token already.
+    A cast alone would wrap 2^32 + 5 to 5; left in int16, the id 40,000 would be another token.
 
     Raises:
-      UserError: it is no array of integers.
+      UserError: `ids` is not an array of integers.
     """
     if not hasattr(ids, "dtype"):
         raise UserError(f"{name} are a {type(ids).__name__}: give an array of integers")

@@ -19,17 +19,17 @@ class Linear(nn.Module):
     """x W + b over the last axes of x.
 
     Parameters: kernel [*in, *out], Xavier-uniform as one matrix, and bias [*out], zeros, if
-    `use_bias`. With `quantized` it has an int8_kernel instead and a scale [*out]; they start as
-    zeros and ones, to be filled with what `quantize` makes of a trained model. Beside a kernel of
-    floats there may be a copy, "transposed" [out, in], for the products that `kernel_first` is for.
+    `use_bias`. With `quantized` the kernel is replaced by int8_kernel and scale [*out]; they start
+    as zeros and ones, to be replaced by what `quantize` makes of a trained model. A floating-point
+    kernel may have a copy beside it, "transposed" [out, in], which `kernel_first` multiplies by.
 
     Attributes:
-      features: *out, such as (N, H) to project to heads; an integer is one axis.
-      input_axes: how many axes *in has: 2 to join heads.
+      features: *out, such as (N, H) to project to heads; an integer means one axis.
+      input_axes: the number of axes of *in; 2 to join heads.
       use_bias: whether to add b.
-      gain: of the kernel's initialisation, over Xavier's.
+      gain: factor on the kernel's initial values, relative to Xavier's.
       dtype: of the computation and of the result; parameters are float32.
-      quantized: whether the product is one of int8, see `int8_product`.
+      quantized: whether the product is computed in int8, see `int8_product`.
     """
 
     features: int | Sequence[int]
@@ -44,13 +44,13 @@ class Linear(nn.Module):
         """Map [..., *in] to [..., *out].
 
         Raises:
-          UserError: a width is below 1, or x has not so many axes.
+          UserError: a width or `input_axes` is below 1, or x has fewer axes than `input_axes`.
         """
         outputs = tuple(np.atleast_1d(self.features).tolist())
         if min(outputs, default=1) < 1 or not 1 <= self.input_axes <= x.ndim:
             raise UserError(
                 f"a linear map of {self.input_axes} axes of {list(x.shape)} to {list(outputs)} is "
-                "none: give 1 axis or more, and widths of 1 or more"
+                "impossible: give 1 axis or more, and widths of 1 or more"
             )
         shape = x.shape[x.ndim - self.input_axes :] + outputs
         check_matrix(self, "kernel")
@@ -88,15 +88,15 @@ def affine(
     input_axes: int = 1,
 ) -> Float[Array, "..."]:
     """Return x W + b: x [..., *in], kernel [*in, *out], bias [*out] -> [..., *out]."""
-    # As one row after the other: the gradient of W is then a sum over one axis, and not over batch
-    # and length apart, which takes XLA twice as long on CPU in float32.
+    # Leading axes are flattened to rows: the gradient of W is then a sum over one axis instead of
+    # batch and length separately, which takes XLA twice as long on CPU in float32.
     shape = x.shape[: x.ndim - input_axes]
     y = jnp.tensordot(x.reshape(-1, *x.shape[len(shape) :]), kernel, input_axes)
     return _add(y.reshape(*shape, *y.shape[1:]), bias)
 
 
 def kernel_first_is_faster(x: Float[Array, "... I"]) -> bool:
-    """Whether `kernel_first` is, on a CPU: few rows in float32, which fill its tiles of 32."""
+    """Whether `kernel_first` is faster on a CPU: few float32 rows, which fill its tiles of 32."""
     rows, inputs = prod(x.shape[:-1]), x.shape[-1]
     known = isinstance(rows, int)  # and not symbolic, as it may be in an export
     return known and x.dtype == jnp.float32 and rows % 32 == 0 and 0 < 8 * rows <= inputs
@@ -108,10 +108,10 @@ def kernel_first(
     """Return x W as (Wᵀ xᵀ)ᵀ, the same sums in another order: x [..., in], Wᵀ [out, in].
 
     On a CPU XLA rearranges the second operand of a product every time it multiplies. With few rows
-    W is by far the larger, and this up to a quarter faster.
+    W is by far the larger operand, and this form is up to a quarter faster.
     """
     rows = x.reshape(-1, x.shape[-1])
-    # Without the barrier XLA makes it x W again.
+    # Without the barrier XLA turns it back into x W.
     y = jax.lax.optimization_barrier(jnp.einsum("OI,RI->OR", transposed, rows)).T
     return y.reshape(*x.shape[:-1], -1)
 
@@ -123,12 +123,12 @@ def bfloat16_affine(
     bias: Float[Array, "..."] | None = None,
     input_axes: int = 1,
 ) -> Float[Array, "..."]:
-    """`affine` with gradients that a CPU computes at full speed in bfloat16, the same sums.
+    """`affine` with the same gradients, in a form that a CPU computes at full speed in bfloat16.
 
-    JAX writes the gradient of W as (gᵀ x)ᵀ, which XLA makes a product of two transposed matrices,
-    and has no fast code for: xᵀ g is up to eleven times as fast, a training step of the `base`
-    model twice. The price is `jax.jvp`, which does not go through a `jax.custom_vjp`; gradients of
-    gradients do.
+    JAX writes the gradient of W as (gᵀ x)ᵀ, which XLA turns into a product of two transposed
+    matrices, and has no fast code for. xᵀ g is up to eleven times as fast, and a training step of
+    the `base` model twice as fast. The price: `jax.jvp` does not work through a `jax.custom_vjp`;
+    gradients of gradients do.
     """
     return affine(x, kernel, bias, input_axes)
 
@@ -139,7 +139,7 @@ def _affine_forward(x, kernel, bias, input_axes):
 
 def _affine_backward(input_axes, residuals, g):
     x, kernel, bias = residuals
-    # Without the barrier what makes g is computed anew, in float32, for the sum over its rows.
+    # Without the barrier XLA recomputes g, in float32, for the sum over its rows.
     g = jax.lax.optimization_barrier(g)
     rows = tuple(range(x.ndim - input_axes))
     outputs = tuple(range(len(rows), g.ndim)), tuple(range(input_axes, kernel.ndim))

@@ -1,4 +1,4 @@
-"""From run directories to what a translator is made of: models, parameters and tokenizers."""
+"""Loads what a translator is made of from run directories: models, parameters and tokenizers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ Member = tuple[TransformerConfig, Any]
 def load_members(
     run: RunPaths, checkpoint: CheckpointNames, dtype: Precision | None
 ) -> tuple[list[Member], tuple[Tokenizer, Tokenizer]]:
-    """The members of an ensemble, configurations and parameters, and their tokenizers.
+    """Return the members of an ensemble, each (config, params), and their shared tokenizers.
 
     For the arguments and errors see `Translator.load`.
     """
@@ -58,10 +58,10 @@ def load_members(
 def load_params_of(
     config: TransformerConfig, run: str | Path, checkpoint: str | int | None
 ) -> dict[str, Any]:
-    """`load_params`, floats of any width.
+    """Return `load_params`, checked against `config`; the floats may be of any width.
 
     Raises:
-      UserError: as `load_params`, or they are of another configuration than `config`.
+      UserError: as for `load_params`, or the parameters do not fit `config`.
     """
     params = load_params(run, checkpoint)
     expected = _shapes(parameter_shapes(config.replace(quantized=False)))
@@ -70,7 +70,7 @@ def load_params_of(
 
 
 def _shapes(params: Any) -> dict[str, str]:
-    """Whatever their dtypes: a checkpoint may be in half of the precision."""
+    """Describe arrays without regard to dtype: a checkpoint may be in half precision."""
     return describe_arrays(
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
     )

@@ -1,4 +1,4 @@
-"""Lines longer than a model takes at once: cut before they are translated, joined after."""
+"""Lines too long for the model: cut before translation, joined after it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from jaxformer.tokenizer import Tokenizer
 
 
 class Part(NamedTuple):
-    """A line without eos, or a part of one that is too long."""
+    """A line, or a part of one that is too long; without eos."""
 
     line: int  # its number, from 1
     number: int  # of the part, from 0
@@ -23,14 +23,14 @@ def parts_of(
     first_line: int,
     warn: Callable[[str], None],
 ) -> Iterator[Part]:
-    """Parts of at most `limit` pieces: none of an empty line, several of one that is too long.
+    """Yield parts of up to `limit` pieces: none for an empty line, several for one too long.
 
     Args:
-      lines: pieces of each, without eos.
-      limit: of pieces.
-      tokenizer: that made them.
-      first_line: the number of the first.
-      warn: called with a message that names a line that is too long.
+      lines: the pieces of each line, without eos.
+      limit: the most pieces that a part may have.
+      tokenizer: the one that made the pieces.
+      first_line: the number of the first line.
+      warn: called with a message for each line that is too long.
     """
     for line, ids in enumerate(lines, start=first_line):
         if len(ids) > limit:
@@ -43,16 +43,16 @@ def parts_of(
 
 
 def cut(ids: Sequence[int], limit: int, tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Cut at the last beginning of a word before the limit, or else at the limit.
+    """Cut before the last word that begins within the limit, or at the limit if there is none.
 
-    A language code at the beginning, such as ">>deu<<", is meant for every part.
+    A language code at the beginning, such as ">>deu<<", is repeated in every part.
     """
     ids = list(ids)
     first = tokenizer.pieces(ids[:1])
     code = ids[:1] if first and first[0].startswith(">>") and first[0].endswith("<<") else []
     if len(code) == limit:  # nothing would be left for the rest
         code = []
-    begin, before = 0, list[int]()  # of the part; what goes before its ids
+    begin, before = 0, list[int]()  # of the part; the ids put before its own
     while len(before) + len(ids) - begin > limit:
         part = before + ids[begin : begin + limit + 1 - len(before)]
         starts = [
@@ -68,7 +68,7 @@ def cut(ids: Sequence[int], limit: int, tokenizer: Tokenizer) -> Iterator[list[i
 
 
 def join(parts: Sequence[Sequence[Hypothesis]]) -> list[Hypothesis]:
-    """Hypotheses of a line: the best of each part together, then the second best, and so on."""
+    """Join the hypotheses of a line's parts: the best of each, then the second best, and so on."""
     if len(parts) == 1:
         return list(parts[0])
     if not parts:

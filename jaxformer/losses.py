@@ -44,17 +44,17 @@ def cross_entropy(
     Args:
       hidden: the decoder's output, float32 or bfloat16, with any number of leading axes.
       embedding: the softmax matrix, tied to the embedding (§3.4).
-      labels: ids; where they are 0 (padding) the token counts for nothing, in the gradients too.
-        One that is none of 0 … V - 1 makes the loss NaN.
-      label_smoothing: ε, from 0 up to 1.
+      labels: ids; a token whose label is 0 (padding) adds nothing to the loss or the gradients.
+        A label outside 0 … V - 1 makes the loss NaN.
+      label_smoothing: ε, at least 0 and below 1.
       chunk_size: tokens whose logits exist at once. Memory is chunk_size · V floats, not B · T · V.
 
     Returns:
       loss_sum (nats) and weight_sum (tokens), float32 scalars.
 
     Raises:
-      UserError: labels of another shape or no integers, `hidden` of another width or integers, or
-        ε or `chunk_size` out of range.
+      UserError: `labels` are not integers or not one for each token, `hidden` is not floating-point
+        or not of the embedding's width, or ε or `chunk_size` is out of range.
     """
     sums = cross_entropy_sums(
         hidden, embedding, labels, label_smoothing=label_smoothing, chunk_size=chunk_size
@@ -87,7 +87,7 @@ def cross_entropy_sums(
     if hidden.shape[-1:] != embedding.shape[1:]:
         raise UserError(
             f"predictions are {list(hidden.shape)}, the embedding {list(embedding.shape)}: give "
-            "both one width"
+            "both the same width"
         )
     if hidden.shape[:-1] != labels.shape:
         raise UserError(
@@ -103,9 +103,9 @@ def cross_entropy_sums(
 
 
 def _chunks(hidden, labels, chunk_size):
-    """Split the tokens into chunks [chunks, G, T, …], padded with weightless ones.
+    """Split the tokens into chunks [chunks, G, T, …], padded with tokens of weight 0.
 
-    Over a mesh, each of G groups of devices works on a chunk of its own; elsewhere G is 1.
+    Over a mesh, each of G groups of devices works on a chunk of its own; without one G is 1.
     """
     groups = num_shards("vocab_batch")
     hidden, labels = _pad(hidden, 0, groups), _pad(labels, 0, groups)
@@ -136,7 +136,7 @@ def _pad(x, axis, multiple):
 
 
 def _mean(embedding):
-    """The mean row, float32 [D]: its logit is the mean logit, without reading them all."""
+    """The mean row, float32 [D]: its logit is the mean logit, with no need to read them all."""
     return jnp.mean(embedding.astype(jnp.float32), axis=0)
 
 
@@ -146,16 +146,16 @@ def _chunk_losses(hidden, embedding, mean, labels, label_smoothing):
     logits = constrain(logits, "vocab_batch", None, "vocab")
     log_normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     log_normalizer = constrain(log_normalizer, "vocab_batch", None, None)
-    # One below 0 would count from the end: past the end it gives NaN, as any other that is no id.
+    # A label below 0 would count from the end: moved past it, it gives NaN like any invalid id.
     labels = jnp.where(labels < 0, embedding.shape[0], labels)
     is_label = labels[..., None] == jnp.arange(embedding.shape[0], dtype=labels.dtype)[None, None]
     label_logit = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     real = labels != PAD_ID
     nll = log_normalizer[..., 0] - label_logit
     loss = nll = jnp.where(real, nll, 0.0)
-    if label_smoothing:  # or a token of probability 0 would make NaN of it, 0 · inf
-        # -Σ_v (ε/V) log p_v, the smoothed share of the loss, needs only the mean logit (no product:
-        # TPUs round the factors of those to bfloat16).
+    if label_smoothing:  # with ε = 0 a token of probability 0 would give 0 · inf, NaN
+        # -Σ_v (ε/V) log p_v, the smoothed share of the loss, needs only the mean logit (not as a
+        # matrix product: TPUs round its factors to bfloat16).
         uniform = log_normalizer[..., 0] - jnp.sum(
             hidden.astype(jnp.float32) * mean[None, None], axis=-1
         )
@@ -193,8 +193,8 @@ def _fused_forward(hidden, embedding, labels, label_smoothing, chunk_size):
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("GTV,VD->GTD", d_logits, compute)
         d_hidden = constrain(d_hidden, "vocab_batch", None, None)
-        # Over two axes instead of one, and in float32 transposed: of all ways to write this, XLA
-        # multiplies these the fastest on CPU, and twice as fast as others.
+        # Summed over two axes instead of one, and transposed in float32: of all ways to write this,
+        # the fastest with XLA on CPU, and twice as fast as others.
         d_logits, hidden = (x.reshape(len(x), 2, -1, x.shape[2]) for x in (d_logits, hidden))
         if transposed:
             d_embedding += jnp.einsum("GCTD,GCTV->GDV", hidden, d_logits)
@@ -207,7 +207,7 @@ def _fused_forward(hidden, embedding, labels, label_smoothing, chunk_size):
         return (loss_sum + loss, nll_sum + nll, d_embedding), d_hidden
 
     chunks = _chunks(hidden, labels, chunk_size)
-    # Each group sums its own chunks, and the groups once, after the loop.
+    # Each group sums its own chunks; the groups are summed once, after the loop.
     shape = embedding.shape[::-1] if transposed else embedding.shape
     d_embedding = jnp.zeros((chunks[0].shape[1], *shape), jnp.float32)
     (loss, nll, d_embedding), d_hidden = jax.lax.scan(step, (0.0, 0.0, d_embedding), chunks)

@@ -36,9 +36,9 @@ def segment_mask(
 
 @struct.dataclass
 class SegmentMask:
-    """`segment_mask` before it is spelled out in pairs, and `causal_mask` with it if `causal`.
+    """`segment_mask`, combined with `causal_mask` if `causal`, in compact form.
 
-    Attention kernels of accelerators take it as it is: ids instead of pairs, [B, 1, T, S].
+    Attention kernels of accelerators take the ids as they are, not the dense [B, 1, T, S].
 
     Attributes:
       query: segment ids of the queries, int32 [B, T].
@@ -46,13 +46,13 @@ class SegmentMask:
       causal: whether a query sees no later key.
     """
 
-    # Any: transformations of trees put shapes or shardings in their place.
+    # Any: tree transformations put shapes or shardings in place of the arrays.
     query: Any
     key: Any
     causal: bool = struct.field(pytree_node=False, default=False)
 
     def dense(self) -> Bool[Array, "B 1 T S"]:
-        """Spell it out."""
+        """Return the mask as a boolean array."""
         mask = segment_mask(self.query, self.key)
         return mask & causal_mask(self.query.shape[1]) if self.causal else mask
 
@@ -63,11 +63,11 @@ Mask: TypeAlias = Bool[Array, "#B #N #T #S"] | SegmentMask
 def dense_mask(
     mask: Mask | None, scores: tuple[Any, Any, Any, Any]
 ) -> Bool[Array, "#B #N #T #S"] | None:
-    """Return the boolean array, whichever form the mask has, for scores of a shape [B, N, T, S].
+    """Return a mask of either form as a boolean array, for scores of the shape `scores`.
 
     Raises:
-      UserError: it has another form, such as numbers to add to the scores, or another shape, which
-        broadcasting could make the scores' too.
+      UserError: the mask is of neither form, such as numbers to add to the scores, or of a shape
+        that does not broadcast to the scores', though the scores might broadcast to it.
     """
     if isinstance(mask, SegmentMask):
         mask = mask.dense()
@@ -81,7 +81,7 @@ def dense_mask(
         )
     if not all(size in (1, whole) for size, whole in zip(mask.shape, scores, strict=True)):
         raise UserError(
-            f"a mask is {list(mask.shape)} and the scores are {list(scores)}, [B, N, T, S]: give "
-            "a size or 1"
+            f"a mask is {list(mask.shape)} and the scores are {list(scores)}, [B, N, T, S]: make "
+            "each size 1 or that of the scores"
         )
     return mask

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-# The axes *in and *out of the kernels of a layer's parts.
+# How many axes *in and *out the kernels of a layer's parts have.
 _ATTENTION = {"query": (1, 2), "key": (1, 2), "value": (1, 2), "output": (2, 1)}
 _KERNELS = {
     "self_attention": _ATTENTION,
@@ -20,14 +20,14 @@ def map_matrices(
     params: Mapping[str, Any],
     change: Callable[[dict[str, Any], str, tuple[int, ...]], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Change the matrices of a Transformer's, or of a layer's, own `Linear`s and `Embedding`s.
+    """Change the matrices of the `Linear`s and `Embedding`s of a Transformer or of one layer.
 
-    Parts that a layer of one's own has in their place are left as they are: nobody knows here what
-    they do with theirs.
+    Custom parts that a layer has in place of these are left as they are: how they use their
+    matrices is unknown here.
 
     Args:
-      params: of a `Transformer`, its layers together or apart, or of one layer.
-      change: (parameters of the module, name of the matrix, axes *in) -> its new parameters.
+      params: those of a `Transformer`, with its layers stacked or apart, or of one layer.
+      change: (the module's parameters, name of the matrix, axes *in) -> its new parameters.
     """
 
     def walk(path: tuple[str, ...], node: Any, leading: int) -> Any:

@@ -59,7 +59,7 @@ class PositionalEncoding(nn.Module):
 
     Attributes:
       kind: as `TransformerConfig.positions`.
-      max_length: positions that learned vectors exist for; sinusoids have no limit.
+      max_length: how many positions have a learned vector; sinusoids have no limit.
     """
 
     kind: Positions = "sinusoidal"
@@ -69,11 +69,11 @@ class PositionalEncoding(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], positions: Int[Array, "#B #T"] | None = None
     ) -> Float[Array, "B T D"]:
-        """Add the encoding of `positions`, by default 0 … T-1; past `max_length` learned ones NaN.
+        """Add the encoding of `positions`, by default 0 … T-1; learned ones past the end are NaN.
 
         Raises:
-          UserError: T is more than `max_length` learned positions, D is odd and they are not
-            learned, or `kind` is unknown.
+          UserError: T exceeds `max_length` and positions are learned, D is odd and they are not,
+            or `kind` is unknown.
         """
         check_choice("kind", self.kind, Positions)
         d_model = x.shape[-1]

@@ -1,4 +1,4 @@
-"""Products in 8-bit integers, and a model's matrices for them."""
+"""Matrix products in 8-bit integers, and the quantization of a model's matrices for them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ def int8_product(
     Args:
       x: [..., *in], any floating dtype.
       kernel, scale: [*in, *out] and [*out], as `quantize_matrix` makes them.
-      input_axes: how many axes *in has.
+      input_axes: the number of axes of *in.
 
     Returns:
       [..., *out], float32.
@@ -46,22 +46,22 @@ def quantize_matrix(
 
 
 def _round(x: Array, axes: Sequence[int]) -> tuple[Array, Array]:
-    """The nearest multiples of the largest absolute value / 127 over `axes`, and that."""
+    """Round x to steps of its largest absolute value / 127 over `axes`; return steps and unit."""
     unit = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axes, keepdims=True) / 127
     return jnp.round(x / jnp.where(unit > 0, unit, 1.0)).astype(jnp.int8), unit
 
 
 def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters of a `Transformer` for the same with `config.quantized`.
+    """Convert a `Transformer`'s parameters to those of the same model with `config.quantized`.
 
     Matrices become int8 with a float32 scale for each of their outputs; biases, LayerNorms, learned
-    positions and what a layer of one's own has besides stay. The matrices are renamed, so that
-    another module than ours in the place of one finds none, instead of leaving out the scale.
+    positions and any other parameters of a custom layer stay as they are. The matrices are renamed:
+    a foreign module in place of one of ours then finds none, instead of ignoring the scale.
 
         config, params = config.replace(quantized=True), quantize(params)
 
     Raises:
-      UserError: they are quantized already, or no such parameters.
+      UserError: the parameters are quantized already, or not those of a `Transformer`.
     """
     found = False
 
@@ -81,7 +81,7 @@ def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_quantized(params: Any) -> bool:
-    """Whether there is a matrix that `quantize` has made."""
+    """Whether the parameters include a matrix made by `quantize`."""
     if isinstance(params, tuple):  # layers apart
         return any(map(is_quantized, params))
     if not isinstance(params, Mapping):
@@ -90,7 +90,7 @@ def is_quantized(params: Any) -> bool:
 
 
 def check_quantized(wanted: bool, given: bool) -> None:
-    """Raise `UserError` if parameters are not of the kind that a model wants: int8 or not."""
+    """Raise `UserError` if the model is quantized and its parameters are not, or vice versa."""
     if wanted and not given:
         raise UserError(
             "the model is quantized and the parameters are not: give what `quantize` makes of "
@@ -99,23 +99,23 @@ def check_quantized(wanted: bool, given: bool) -> None:
     if given and not wanted:
         raise UserError(
             "the parameters are int8 and the model is not: set config.quantized=True, or give "
-            "those that were trained"
+            "the parameters that were trained"
         )
 
 
 def check_matrix(module: Any, name: str) -> None:
-    """Raise `UserError` if the matrix of a bound module, if it has one by now, is not of its kind.
+    """Raise `UserError` if a bound module is quantized and its matrix is not, or vice versa.
 
-    `check_quantized` has passed then, or was not asked: it may be of a part of one's own.
+    `check_quantized` has passed by then, or was never called: the module may be in a custom part.
     """
     path = "/".join(module.path) or type(module).__name__
     if module.quantized and module.has_variable("params", name):
         raise UserError(
             f"{path} is quantized and its parameters are not: give what `quantize` makes of them, "
-            "or set quantized=False, as for parts of one's own whose names `quantize` does not know"
+            "or set quantized=False, as for custom parts whose names `quantize` does not know"
         )
     if not module.quantized and module.has_variable("params", f"int8_{name}"):
         raise UserError(
-            f"the parameters of {path} are int8 and it is not: set config.quantized=True, in a "
-            "part of one's own quantized=config.quantized, or give those that were trained"
+            f"the parameters of {path} are int8 and it is not: set config.quantized=True (in a "
+            "custom part quantized=config.quantized), or give the parameters that were trained"
         )

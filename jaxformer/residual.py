@@ -38,13 +38,13 @@ class Residual(nn.Module):
         self.dropout = Dropout(self.dropout_rate)
 
     def enter(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """What the sub-layer works on."""
+        """Return the sub-layer's input."""
         return self.layer_norm(x) if self.norm == "pre" else x
 
     def leave(
         self, x: Float[Array, "B T D"], y: Float[Array, "B T D"], *, deterministic: bool = True
     ) -> Float[Array, "B T D"]:
-        """Join the sub-layer's output `y` to its input's residual stream `x`."""
+        """Add the sub-layer's output `y` to the residual stream `x`."""
         x = constrain(x + self.dropout(y, deterministic=deterministic), "batch", None, None)
         return self.layer_norm(x) if self.norm == "post" else x
 

@@ -12,15 +12,15 @@ class Hypothesis(NamedTuple):
     """One translation of a line."""
 
     text: str
-    score: float  # what they are ranked by: log_prob over the length penalty, less that of coverage
+    score: float  # what ranks it: log_prob over the length penalty, less the coverage penalty
     log_prob: float  # of its tokens, and of eos if it is finished, natural logarithm
     tokens: list[str]  # pieces of the vocabulary, without eos
-    ids: list[int]  # the same as numbers
-    finished: bool  # by eos, and not cut off at the length limit
+    ids: list[int]  # the ids of `tokens`
+    finished: bool  # ended by eos, not cut off at the length limit
 
 
 class Score(NamedTuple):
-    """What the model thinks of a translation that it was given."""
+    """How probable the model finds a given translation."""
 
     log_prob: float  # the sum of `token_log_probs`, natural logarithm
     tokens: list[str]  # pieces of the vocabulary, eos last
@@ -45,7 +45,7 @@ class Alignment(NamedTuple):
         return [(int(row.argmax()), index) for index, row in enumerate(weights)]
 
     def joined(self) -> "Alignment":
-        """The same with words in the place of their pieces; eos is a word of its own."""
+        """The same alignment with pieces joined into words; eos is a word of its own."""
         source, target = (_words(side) for side in (self.source_tokens, self.target_tokens))
         return Alignment(source[0], target[0], _join(self.weights, target[1], source[1]))
 
@@ -61,28 +61,28 @@ class NamedAttention(NamedTuple):
 
     @property
     def slug(self) -> str:
-        """The name as part of an address or of a file's name."""
+        """The name in a form that fits a URL or a file name."""
         return self.name.replace(" ", "-").lower()
 
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """How a model came to a translation. Weights are float32, and each query's sum to 1.
+    """How a model arrived at a translation. Weights are float32 and sum to 1 for each query.
 
     Attributes:
       source: the sentence.
-      hypotheses: its translations, best first or as drawn. All that follows is about the first.
+      hypotheses: its translations, best first or as drawn. All fields below are about the first.
       source_tokens: what the encoder read, S pieces, eos last.
       target_tokens: what the decoder wrote, T pieces, eos last even if the length limit came first.
-      decoder_tokens: what it read meanwhile: bos, then the target but for its last piece.
+      decoder_tokens: what the decoder read: bos, then the target without its last piece.
       token_log_probs: of each target piece given those before it, natural logarithm.
       encoder_self_attention: from source to source, query first.
       decoder_self_attention: from decoder input to decoder input, masked.
       cross_attention: from decoder input to source: row t is where the model looked, layer by
         layer and head by head, to write target piece t.
-      alignment: which source piece each target piece is from.
-      positional_encoding: the vector that is added at each position of the source, or at as many
-        as the target has if it is longer.
+      alignment: which source piece each target piece comes from.
+      positional_encoding: the vector added to the source's embeddings at each position, for as
+        many positions as the longer of source and target has.
     """
 
     source: str
@@ -98,7 +98,7 @@ class Explanation:
     positional_encoding: Float[np.ndarray, "P D"]
 
     def attentions(self) -> Iterator[NamedAttention]:
-        """The paper's three."""
+        """Yield the paper's three attentions."""
         source, read, written = self.source_tokens, self.decoder_tokens, self.target_tokens
         yield NamedAttention("Encoder self-attention", self.encoder_self_attention, source, source)
         yield NamedAttention(
@@ -107,10 +107,10 @@ class Explanation:
         yield NamedAttention("Encoder-decoder attention", self.cross_attention, written, source)
 
     def joined(self) -> "Explanation":
-        """The same with words in the place of their pieces.
+        """The same explanation with pieces joined into words.
 
         A word is looked at as much as all its pieces together, and looks where they look on
-        average; its log-probability is their sum. The positional encoding stays one of pieces.
+        average; its log-probability is the sum of theirs. The positional encoding stays by pieces.
         """
         source_tokens, source = _words(self.source_tokens)
         target_tokens, target = _words(self.target_tokens)
@@ -131,11 +131,11 @@ class Explanation:
 
 
 def _words(pieces: list[str]) -> tuple[list[str], list[int]]:
-    """Words, and the number of each piece's. Marks such as </s> are words, too.
+    """Return the words, and the index of each piece's word. Marks such as </s> are words, too.
 
     ["▁a", "b", "▁c", "</s>"] -> ["ab", "c", "</s>"], [0, 0, 1, 2]
 
-    Every sentence begins with a "▁": where there is none, pieces are words already.
+    Every sentence in pieces begins with a "▁": where there is none, they are words already.
     """
     if not any(piece.startswith("▁") for piece in pieces):
         return list(pieces), list(range(len(pieces)))

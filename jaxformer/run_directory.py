@@ -6,16 +6,16 @@ run/
   tokenizer.model           or tokenizer.source.model and tokenizer.target.model
   vocabulary.json           or vocabulary.source.json and vocabulary.target.json: the piece of each
                             id, only if the tokenizer's own numbering is not the model's
-  lengths.json              digests by which the trainer knows its text again
+  lengths.json              digests by which the trainer recognises its text
   metrics.jsonl             one JSON object per record; TensorBoard events lie beside it
   checkpoints/
     2000/                   params/, optimizer/, info/ with the fingerprints of both and, if it was
                             evaluated, metrics/
-    average/                params/ and info/, which names the steps that went in
+    average/                params/ and info/, which names the steps that were averaged
 ```
 
-The trainer or an import writes it and `Translator.load` reads it; `jaxformer.checkpoints` has what
-lies in checkpoints/.
+The trainer or an import writes it and `Translator.load` reads it; `jaxformer.checkpoints` handles
+what is in checkpoints/.
 """
 
 import json
@@ -46,18 +46,18 @@ METRICS_FILE = "metrics.jsonl"
 def check_name(run: str | Path) -> None:
     """Raise `UserError` if checkpoints in this directory could not be read again.
 
-    orbax and tensorstore want UTF-8, take some signs for patterns, and a URL for a folder here.
+    orbax and tensorstore need UTF-8, take some letters for patterns and a URL for a local folder.
     """
     path = str(Path(run).absolute())
     try:
         path.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{path} is not UTF-8: name it otherwise, or use such a locale") from error
+        raise UserError(f"{path} is not UTF-8: rename it, or use a UTF-8 locale") from error
     if re.match(r"\w+:/", str(run)):
-        raise UserError(f"{run} is no directory: give one, for example where a bucket is mounted")
+        raise UserError(f"{run} is a URL: give a directory, for example where a bucket is mounted")
     if sign := next((sign for sign in "[]\\" if sign in path), None):
         raise UserError(
-            f"{path} has a {sign!r}, and checkpoints could not be read: name it without"
+            f"{path} contains {sign!r}, so checkpoints in it could not be read: rename it"
         )
 
 
@@ -76,7 +76,7 @@ def read_config(run: str | Path) -> dict[str, Any]:
     """Return config.json as a dictionary.
 
     Raises:
-      UserError: no run directory, or its config.json is unreadable or of another version.
+      UserError: `run` is not a run directory, or config.json is unreadable or of another version.
     """
     run, path = Path(run), Path(run) / CONFIG_FILE
     if not run.is_dir():
@@ -94,7 +94,7 @@ def read_config(run: str | Path) -> dict[str, Any]:
     version = config.get("version") if isinstance(config, dict) else None
     if version is None and isinstance(config, dict) and "model_type" in config:
         raise UserError(
-            f"{path} is that of a Hugging Face model: make a run of it, with jaxformer convert"
+            f"{path} is that of a Hugging Face model: make a run of it with jaxformer convert"
         )
     if version != CONFIG_VERSION:
         raise UserError(
@@ -122,11 +122,11 @@ def load_tokenizers(
 
     Args:
       run: the run directory.
-      config: of the model whose vocabularies they must have, if that is known.
+      config: of the model whose vocabulary sizes they must have, if that is known.
 
     Raises:
-      UserError: the directory holds neither a joint tokenizer nor a pair, or they are not those of
-        the model.
+      UserError: the directory holds neither a joint tokenizer nor a pair, or they do not fit the
+        model.
     """
     source, target = _load_tokenizers(Path(run))
     if config is None:
@@ -165,7 +165,7 @@ def _load_tokenizer(run: Path, file: str) -> Tokenizer:
 
 
 def save_tokenizers(run: Path, source: Tokenizer, target: Tokenizer) -> None:
-    """Write the tokenizers for `load_tokenizers` to read; the same object twice if it is joint."""
+    """Write tokenizers for `load_tokenizers` to read; give one object twice if it is joint."""
     files = (
         {TOKENIZER_FILE: source}
         if source is target

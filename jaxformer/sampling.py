@@ -1,4 +1,4 @@
-"""Sampling with a temperature, of the best k tokens or the best of probability p."""
+"""Sampling with a temperature, from the k best tokens or the best that hold probability p."""
 
 import dataclasses
 from functools import partial
@@ -33,19 +33,19 @@ from jaxformer.top_k import log_normalizer, top_k
 )
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Sequences drawn token by token, `num_samples` (K) a sentence, in the order drawn.
+    """Sequences drawn token by token, `num_samples` (K) per sentence, in the order drawn.
 
     The logits are divided by the temperature, then only the `top_k` best are kept, then the
-    smallest set of the best that holds `top_p` of what is left (Holtzman et al. 2020). The noise
-    of a token follows from the sentence's key, the step and the number of the sample alone.
+    smallest set of the best that holds `top_p` of the remaining probability (Holtzman et al. 2020).
+    The noise of a token depends only on the sentence's key, the step and the sample's number.
 
-    To `jax.jit` it is a pytree, of the temperature and of `top_p`; traced, they are not checked.
+    To `jax.jit` it is a pytree of `temperature` and `top_p`, which are not checked when traced.
 
     Attributes:
       num_samples: K.
       temperature: below 1 sharpens, above 1 flattens; 0 is greedy search.
-      top_k: tokens to choose from, of equal ones the lower ids; None is all, 1 is greedy search.
-      top_p: probability to choose from, above 0 up to 1, at least the best token; None is all.
+      top_k: how many tokens to choose from, the lower ids first if equal; None: all, 1: greedy.
+      top_p: probability to choose from, above 0 up to 1; the best token always stays. None: all.
       no_repeat_ngram_size, bos_id, eos_id, pad_id: as for `BeamSearch`.
     """
 
@@ -69,7 +69,7 @@ class Sampling:
         return self.num_samples
 
     def start(self, request: Request, max_length: int, state: State) -> SearchState:
-        """Nothing drawn yet, room for `max_length` tokens."""
+        """Return the initial state, with room for `max_length` tokens."""
         shape = request.max_lengths.shape[0], self.num_samples
         none = no_hypotheses(*shape, max_length, self.pad_id)
         zeros = jnp.zeros(shape, jnp.float32)
@@ -87,7 +87,7 @@ class Sampling:
         )
 
     def advance(self, step_fn: StepFn, search: SearchState) -> SearchState:
-        """One token more for every sample that has no eos yet."""
+        """Draw one more token for every sample that has not ended."""
         (sequences, log_probs, _, lengths), ended = search.hypotheses
         steps = search.steps + 1
         logits, state = next_logits(step_fn, search)
@@ -109,7 +109,7 @@ class Sampling:
         return SearchState(done, steps, tokens, (drawn, ended), search.request, state)
 
     def result(self, search: SearchState) -> BeamResult:
-        """The samples; their log_probs are the model's own, at temperature 1, as are the scores."""
+        """The samples; their log_probs and scores are the model's own, at temperature 1."""
         return only_possible(search.hypotheses[0], self.pad_id)
 
     def _draw(self, logits: Array, search: SearchState) -> Array:
@@ -124,10 +124,10 @@ class Sampling:
             logits = logits / self.temperature
         if self.top_p is not None:
             probs = jax.nn.softmax(logits, axis=-1)
-            better = jnp.cumsum(probs, axis=-1) - probs  # what the tokens before this one hold
+            better = jnp.cumsum(probs, axis=-1) - probs  # held by the tokens before this one
             logits = jnp.where(better < self.top_p, logits, -jnp.inf)
         if search.request.keys is None:
-            raise UserError("sentences have no keys: give one for each to draw from it")
+            raise UserError("sentences have no keys to draw with: give one for each")
         keys = jax.vmap(jax.random.fold_in)(search.request.keys, search.steps)
         keys = jax.vmap(fold_in_rows, in_axes=(0, None))(
             keys, jnp.arange(self.num_samples, dtype=jnp.int32)
@@ -137,9 +137,9 @@ class Sampling:
 
 
 def check_sampling(temperature: Any, top_k: int | None, top_p: Any) -> None:
-    """Raise `UserError` for what no token can be drawn with; arrays pass, as they may be traced."""
+    """Raise `UserError` for impossible options; arrays pass unchecked, as they may be traced."""
     if isinstance(temperature, Real):
-        fits = temperature == 0 or 1e-30 <= float(temperature) <= 1e30  # as float32 can divide
+        fits = temperature == 0 or 1e-30 <= float(temperature) <= 1e30  # float32 can divide by it
         require(fits, "temperature", temperature, "give 0, or 1e-30 to 1e30")
     require(top_k is None or top_k >= 1, "top_k", top_k, "give at least 1")
     if isinstance(top_p, Real):

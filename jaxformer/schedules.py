@@ -1,4 +1,4 @@
-"""Learning rates as `optax.Schedule`s: the paper's, and an end for it."""
+"""Learning rates as `optax.Schedule`s: the paper's, and a cool-down at its end."""
 
 import math
 
@@ -53,18 +53,18 @@ def warmup_inverse_sqrt(
 
 
 def cooldown(schedule: optax.Schedule, *, steps: int, end: int) -> optax.Schedule:
-    """`schedule`, but in the last `steps` before `end` falling to 0 in a straight line.
+    """`schedule`, but scaled down to 0 in a straight line over the last `steps` before `end`.
 
-    A rate that never falls to 0 leaves the parameters jittering around where they could be; a
-    cool-down takes them there, at any step one wants to stop (Hägele et al. 2024).
+    A rate that never falls to 0 leaves the parameters jittering around a minimum; a cool-down takes
+    them there, at whatever step training is to stop (Hägele et al. 2024).
 
     Args:
-      schedule: the rate before, and what the line is a share of.
-      steps: length of the cool-down; 0 is none.
+      schedule: the rate before the cool-down, and the rate that is scaled down during it.
+      steps: length of the cool-down; 0 means none.
       end: the count at which the rate is 0.
 
     Raises:
-      UserError: `steps` are fewer than 0.
+      UserError: `steps` is below 0.
     """
     if steps < 0:
         raise UserError(f"the cool-down has {steps} steps: give 0 or more")

@@ -1,4 +1,4 @@
-"""What a model thinks of a given translation: log-probabilities, and which word is from which."""
+"""How a model scores a given translation: log-probabilities, attention and word alignment."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,15 +23,15 @@ def token_log_probs(
 ) -> Float[Array, "B T"]:
     """Log-probability of each target token given those before it; 0 at padding.
 
-    Their sum is `BeamResult.log_probs` of a hypothesis that is the same tokens: pad and bos have no
-    probability, and that of what is no token is NaN. Logits exist for one sentence at a time.
+    Their sum is `BeamResult.log_probs` of a hypothesis of the same tokens: pad and bos have no
+    probability. An id outside the vocabulary gets NaN. Logits exist for one sentence at a time.
 
     Args:
       models, params: as for `generate`.
       source_ids, labels: sentences with eos, then padding.
 
     Raises:
-      UserError: these are no models, parameters of theirs, or ids.
+      UserError: `models` are not models, `params` are not theirs, or the ids are not integers.
     """
     models, params = ensemble(models, params)
     return _token_log_probs(models, params, source_ids, as_ids(labels, "labels"))
@@ -51,13 +51,13 @@ def _token_log_probs(
         def sentence(row: tuple[Array, Array]) -> Array:
             hidden, ids = row
             log_probs = jax.nn.log_softmax(speakable(model.logits(hidden)))
-            ids = jnp.where(ids < 0, log_probs.shape[1], ids)  # one below 0 counts from the end
+            ids = jnp.where(ids < 0, log_probs.shape[1], ids)  # below 0 would count from the end
             return jnp.take_along_axis(log_probs, ids[:, None], axis=1)[:, 0]
 
         return jax.lax.map(sentence, (hidden, labels))
 
     members = jnp.stack(list(map(member, models, params)))
-    # Of the -inf of padding the gradient would be NaN, in all parameters.
+    # The -inf at padding would turn the gradients of all parameters into NaN.
     members = jnp.where(labels != PAD_ID, members, 0.0)
     mean = jax.nn.logsumexp(members, axis=0) - jnp.log(len(models))
     return jnp.where(labels != PAD_ID, mean, 0.0)
@@ -83,11 +83,11 @@ def attention_maps(
     attention is where the model looked to write it. Rows and columns of padding mean nothing.
 
     Args:
-      model: or its configuration.
+      model: the model or its configuration.
       source_ids, labels: sentences with eos, then padding.
 
     Raises:
-      UserError: this is no model, or an attention of one's own keeps no weights.
+      UserError: `model` is not a model, or it has a custom attention that sows no weights.
     """
     return _attention_maps(as_transformer(model), params, source_ids, labels)
 
@@ -113,7 +113,7 @@ def _attention_maps(
 
 
 def alignment_layer(config: TransformerConfig) -> int:
-    """The decoder layer to read word alignments from, from 0: the last but one.
+    """The index, from 0, of the decoder layer to read word alignments from: the last but one.
 
     Its attention agrees best with alignments made by people (Garg et al. 2019).
     """
@@ -129,7 +129,7 @@ def attention_alignment(
     """How much each target token looked at each source token in `alignment_layer`, heads averaged.
 
     Args:
-      model: or its configuration.
+      model: the model or its configuration.
       source_ids, labels: sentences with eos, then padding.
 
     Raises:

@@ -17,32 +17,32 @@ StepFn = Callable[[Int[Array, "B K"], State], tuple[Float[Array, "B K V"], State
 class BeamResult(NamedTuple):
     """M hypotheses for each of B sentences.
 
-    A slot for which no hypothesis exists (there are fewer than M of non-zero probability) has
-    scores and log_probs -inf, length 0 and nothing but padding.
+    A slot without a hypothesis (fewer than M have a non-zero probability) has scores and log_probs
+    of -inf, length 0 and nothing but padding.
     """
 
     sequences: Int[Array, "B M T"]  # without bos; eos last if finished, then padding
     scores: Float[Array, "B M"]  # log_probs / length penalty + bonus, float32
-    log_probs: Float[Array, "B M"]  # summed over the tokens with eos, natural logarithm, float32
-    lengths: Int[Array, "B M"]  # tokens, eos counted
+    log_probs: Float[Array, "B M"]  # summed over the tokens and eos, natural logarithm, float32
+    lengths: Int[Array, "B M"]  # in tokens, eos included
 
 
 class Request(NamedTuple):
-    """What is asked of each sentence, beside the model's state."""
+    """What is asked for each sentence, apart from the model's state."""
 
-    max_lengths: Int[Array, "B"]  # of 0 costs no step: its one hypothesis is the empty one
+    max_lengths: Int[Array, "B"]  # 0 costs no step: the only hypothesis is the empty one
     min_lengths: Int[Array, "B"] | None = None
     prefix: Int[Array, "B P"] | None = None  # first tokens of every hypothesis, then padding
     keys: Array | None = None  # [B] keys of the noise, if hypotheses are drawn
 
 
 class SearchState(NamedTuple):
-    """Where a search stands, of each sentence on its own. All but `state` is [B, …]."""
+    """Where a search stands, separately for each sentence. All but `state` is [B, …]."""
 
     done: Bool[Array, "B"]
-    steps: Int[Array, "B"]  # tokens so far, or until it was done
-    tokens: Int[Array, "B K"]  # the last ones
-    hypotheses: Any  # what the method keeps of them
+    steps: Int[Array, "B"]  # taken so far, or until the sentence was done
+    tokens: Int[Array, "B K"]  # the last token of each hypothesis
+    hypotheses: Any  # what the method keeps about the hypotheses
     request: Request
     state: State
 
@@ -53,11 +53,11 @@ class Method(Protocol):
 
     @property
     def num_beams(self) -> int:
-        """K, the hypotheses that a step goes on with."""
+        """K, the number of hypotheses that a step extends."""
 
     @property
     def no_repeat_ngram_size(self) -> int:
-        """Tokens in a row that occur once at most; 0 is no limit."""
+        """The length of n-grams that may occur at most once; 0 means no limit."""
 
     @property
     def eos_id(self) -> int:
@@ -65,16 +65,16 @@ class Method(Protocol):
 
     @property
     def pad_id(self) -> int:
-        """The filling of sequences."""
+        """The token that pads sequences."""
 
     def start(self, request: Request, max_length: int, state: State) -> SearchState:
-        """Nothing generated yet, room for `max_length` tokens."""
+        """Return the initial state, with room for `max_length` tokens."""
 
     def advance(self, step_fn: StepFn, search: SearchState) -> SearchState:
-        """One token more."""
+        """Generate one more token."""
 
     def result(self, search: SearchState) -> BeamResult:
-        """The hypotheses as they stand."""
+        """Return the hypotheses as they stand."""
 
 
 def run(
@@ -102,7 +102,7 @@ def next_logits(step_fn: StepFn, search: SearchState) -> tuple[Array, State]:
 def apply_constraints(
     method: Method, logits: Array, search: SearchState, sequences: Array
 ) -> Array:
-    """What is asked of the sentences. A prefix goes before the rest."""
+    """Apply to logits what is asked for each sentence. A prefix overrides everything else."""
     _, min_lengths, prefix, _ = search.request
     constrained = logits
     if min_lengths is not None:
@@ -127,7 +127,7 @@ def no_hypotheses(batch_size: Any, beam_size: int, max_length: int, pad_id: int)
 
 
 def only_possible(result: BeamResult, pad_id: int) -> BeamResult:
-    """Nothing but padding in the slots of probability 0."""
+    """Return `result` with nothing but padding in the slots of probability 0."""
     exists = result.log_probs > -jnp.inf
     return result._replace(
         sequences=jnp.where(exists[:, :, None], result.sequences, pad_id),

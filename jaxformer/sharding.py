@@ -1,4 +1,4 @@
-"""Names for the axes of activations, so that a program for many devices can say who holds what.
+"""Names for the axes of activations, to say which device holds which part of them.
 
 Under `jax.jit` over a mesh XLA decides how every array is split, and guesses badly where parameters
 and batch compete for the same devices. So the modules name the axes of what they compute:
@@ -9,9 +9,9 @@ and batch compete for the same devices. So the modules name the axes of what the
 | `heads` | N |
 | `mlp` | F, the hidden layer of the feed-forward network |
 | `vocab` | V |
-| `vocab_batch` | B, where V is split: those with a part of V see the same tokens |
+| `vocab_batch` | B, where V is split: devices that share V between them see the same tokens |
 
-Without `flax.linen.logical_axis_rules` and a mesh around them these names do nothing.
+Outside of `flax.linen.logical_axis_rules` and a mesh these names do nothing.
 """
 
 from math import prod
@@ -22,9 +22,9 @@ from jaxtyping import Array
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """Return `x`, laid out as the rules in force say; None names an axis that is kept whole.
+    """Return `x`, laid out by the rules in force; the name None keeps an axis whole.
 
-    Inside `jax.shard_map` the axes of the mesh that it splits by hand are left alone.
+    Inside `jax.shard_map` the mesh axes that it handles manually are left alone.
     """
     manual = set(jax.sharding.get_abstract_mesh().manual_axes)
     if manual:
@@ -44,7 +44,7 @@ def num_shards(name: str) -> int:
 
 
 def _mesh_axes(name: str) -> tuple[str, ...]:
-    """The axes of the mesh that the rules in force split an axis over."""
+    """The mesh axes over which the rules in force split the named axis."""
     spec = nn.logical_to_mesh_axes((name,))
     axes = spec[0] if spec else None
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)

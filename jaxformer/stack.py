@@ -18,31 +18,31 @@ def run_stack(
 ) -> Array:
     """Apply `apply_layer(layer, x) -> x` for l = 0 … L-1, with parameters stacked [L, …].
 
-    Looped or unrolled, it is one `nn.scan`: only the length of the unrolling differs, so that the
-    parameters are laid out alike and a checkpoint fits both. It is a loop while they are made, for
-    to draw them is slow to compile: the state of `big` takes 3.6 s instead of 16.5.
+    Looped or unrolled, it is one `nn.scan`: only its `unroll` differs, so that the parameters are
+    laid out alike and a checkpoint fits both. Parameters are always initialised in a loop, which is
+    faster to compile: the state of `big` takes 3.6 s instead of 16.5.
     """
     loop = config.scan_layers or layer.is_initializing()
     if config.remat:
-        # Inside a compiled loop nothing is left for XLA to merge with the forward pass.
+        # Inside a compiled loop XLA cannot merge the recomputation with the forward pass anyway.
         apply_layer = nn.remat(apply_layer, prevent_cse=not config.scan_layers)
     scanned = nn.scan(
         lambda layer, x, _: (apply_layer(layer, x), None),
-        # Every collection and stream of random numbers: a part of a user's own may have others.
+        # All collections and all streams of random numbers: a user's custom part may add its own.
         variable_axes={True: 0},
         split_rngs={True: True},
         length=num_layers,
         unroll=1 if loop else num_layers,
-        # No mesh axis splits the layers: for parts whose parameters say how they are split.
+        # For parts whose parameters carry partitioning metadata: no mesh axis splits the layers.
         metadata_params={nn.PARTITION_NAME: None},
     )
     return scanned(layer, x, None)[0]
 
 
 def each_layer(stack: Any) -> Iterator[tuple[Any, dict]]:
-    """Each layer of a bound stack as a module of its own, with its parameters.
+    """Yield each layer of a bound stack as a module of its own, with its parameters.
 
-    Decoding is a compiled loop already: its layers are unrolled, not in a second one inside.
+    Decoding is a compiled loop already: its layers are unrolled, not looped over inside it.
     """
     layers = stack.variables["params"]["layers"]
     for params in layers if isinstance(layers, tuple) else _unstack(layers):
@@ -58,8 +58,8 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters of a `Transformer` with those of each layer apart.
 
     `encode`, `init_cache` and `decode_step` take either form. This one saves them from slicing
-    [L, …] arrays, which are copied: inside a compiled loop at each step, as XLA does not move a
-    slice out of it.
+    [L, …] arrays. Each slice is a copy, and inside a compiled loop it is made at every step, as
+    XLA does not move it out of the loop.
     """
     apart = {
         stack: {**params[stack], "layers": _unstack(params[stack]["layers"])}
@@ -74,18 +74,18 @@ def _unstack(layers: Any) -> tuple[Any, ...]:
 
 
 def output_gain(num_sublayers: int) -> float:
-    """How large the sub-layers of a stack start, so that together they add what comes in.
+    """The initial gain of a stack's sub-layers, so that together they add as much as comes in.
 
-    With 1 for each, the averages that attention takes outweigh the residual stream at first. In
+    With a gain of 1, the averages that attention takes outweigh the residual stream at first. In
     `tiny`, after 4 post-norm layers, only a third of the encoder output's variation is then between
-    the positions of a sentence; the decoder's attention to them goes flat, and stays so for
+    the positions of a sentence; the decoder's attention to them becomes flat, and stays so for
     thousands of steps.
     """
     return num_sublayers**-0.5
 
 
 class Layer(nn.Module):
-    """What the layers of both stacks are made of; a subclass may make another of these parts.
+    """The parts that layers of both stacks are made of; a subclass may override how one is made.
 
     Attributes:
       config: of the model.
@@ -95,7 +95,7 @@ class Layer(nn.Module):
 
     @nn.nowrap
     def make_attention(self, output_gain: float) -> MultiHeadAttention:
-        """One of the layer's attentions, or what has its methods."""
+        """Return one of the layer's attentions; an override's needs the same methods."""
         config = self.config
         return MultiHeadAttention(
             num_heads=config.num_heads,

@@ -1,4 +1,4 @@
-"""Whole lines to standard output, how fast they come to standard error, and help."""
+"""Whole lines on standard output, messages and throughput on standard error, and help."""
 
 import argparse
 import contextlib
@@ -25,19 +25,19 @@ class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def begin_program() -> None:
-    """Do what a program needs, and a library must not do for the process that it is part of."""
-    # Where a stream was closed, the next file that is opened would get what is meant for it.
+    """Set up the process as a program needs it, and as a library must not."""
+    # If a standard stream is closed, the next file opened would get what is meant for the stream.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
-    if sys.stderr is None:  # what is meant for it would be printed among translations
+    if sys.stderr is None:  # else its messages would be printed among translations
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    if os.getpid() == 1:  # of a container: the kernel ends it for no signal that it does not handle
+    if os.getpid() == 1:  # in a container: the kernel ignores signals that PID 1 does not handle
         signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
     hook = sys.unraisablehook
 
     def tell(unraisable: Any) -> None:
-        # Of several reads or writes that fail orbax raises one, and waits for none of the others.
+        # If several reads or writes fail, orbax raises one error and does not await the others.
         if str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
@@ -46,9 +46,9 @@ def begin_program() -> None:
 
 @contextlib.contextmanager
 def signals_as_exit() -> Iterator[None]:
-    """Let SIGTERM, or a terminal that is closed, end the block as an exception would.
+    """Let SIGTERM, or the closing of the terminal, end the block as an exception would.
 
-    So nothing half-written is left. What `nohup` ignores stays ignored.
+    This way nothing half-written is left. What `nohup` ignores stays ignored.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     heard = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
@@ -69,23 +69,23 @@ def check_open(*names: str) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line on standard error; it is no part of the result, and a full disk ends nothing."""
+    """Print a line on standard error. It is not part of the result: a full disk stops nothing."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
-    """`say` what somebody may want to mend."""
+    """`say` what the user may want to fix."""
     say(f"warning: {message}")
 
 
 def drop_output() -> None:
-    """Send what is still to be written nowhere, or Python would complain again when it exits."""
+    """Discard what is still to be written: Python would complain about it again when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def as_argument(path: str | Path) -> str:
-    """A path as it is given to a command in a shell."""
+    """Return a path quoted as the argument of a shell command."""
     text = str(path)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
@@ -94,7 +94,7 @@ def write_line(text: str) -> None:
     """Write a line to standard output, at once and whole: Ctrl-C waits until it is out."""
     try:
         descriptor = sys.stdout.fileno()
-    except io.UnsupportedOperation:  # a stream of Python's own, as a notebook has
+    except io.UnsupportedOperation:  # not a real file, as in a notebook
         print(text, flush=True)
         return
     interrupted = []
@@ -118,7 +118,7 @@ def write_line(text: str) -> None:
 
 
 class Throughput:
-    """Counts lines and tokens; shows them if it has a terminal, and in the end says how fast."""
+    """Counts lines and tokens; shows them live on a terminal, and prints the speed at the end."""
 
     def __init__(self, file: Any, *, quiet: bool = False) -> None:
         self._file = file
@@ -128,7 +128,7 @@ class Throughput:
         self._lines = self._tokens = 0
 
     def add(self, tokens: int) -> None:
-        """Count a line of so many tokens."""
+        """Count a line with this many tokens."""
         self._lines += 1
         self._tokens += tokens
         now = time.monotonic()
@@ -137,14 +137,14 @@ class Throughput:
             self._write(f"\r{self._summary(now)}\x1b[K")
 
     def close(self) -> None:
-        """Say the sums."""
+        """Print the totals."""
         if not self._quiet:
             start = "\r" if self._live else ""
             end = "\x1b[K" if self._live else ""
             self._write(f"{start}{self._summary(time.monotonic())}{end}\n")
 
     def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # it is no part of the result
+        with contextlib.suppress(OSError):  # it is not part of the result
             self._file.write(text)
             self._file.flush()
 

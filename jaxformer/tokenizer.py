@@ -1,4 +1,4 @@
-"""Text to token ids and back, by a sentencepiece model."""
+"""Text to token ids and back, with a sentencepiece model."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -17,10 +17,10 @@ class Tokenizer:
     Attributes:
       model: the serialized model, the bytes of a `tokenizer.model` file.
       vocabulary: the piece of each id, the four above first; "▁" stands for a space.
-      vocab_size: their number.
+      vocab_size: the number of pieces.
 
     Raises:
-      UserError: `model` is no sentencepiece model, or numbers its special pieces otherwise.
+      UserError: `model` is not a sentencepiece model, or gives the special pieces other ids.
     """
 
     def __init__(self, model: bytes, name: str = "tokenizer"):
@@ -46,12 +46,12 @@ class Tokenizer:
         """Return the tokenizer in a sentencepiece model file.
 
         Raises:
-          UserError: the file cannot be read, or see the class.
+          UserError: the file cannot be read, or as for the class.
         """
         return cls(_read(path), str(path))
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, without bos and eos; white space around it does not count."""
+        """Return the ids of `text`, without bos and eos; white space around it is ignored."""
         return self._processor.encode(text)
 
     def encode_batch(
@@ -61,15 +61,15 @@ class Tokenizer:
 
         Args:
           texts: B of them.
-          dropout: probability that a merge of byte-pair encoding is left out, so that words fall
-            into smaller pieces, other ones each time: BPE-dropout (Provilkov et al., 2020,
-            arXiv 1910.13267). For text to train on; computed on one core.
-          seed: of the merges left out; the same seed and texts give the same ids.
+          dropout: probability that a merge of byte-pair encoding is skipped, so that words fall
+            into smaller pieces, different ones each time: BPE-dropout (Provilkov et al., 2020,
+            arXiv 1910.13267). For training text; computed on one core.
+          seed: of the skipped merges; the same seed and texts give the same ids.
         """
         return self._processor.encode(list(texts), **_sampling(dropout, seed))
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Return the text of `ids`, pad, bos and eos left out; unk becomes " ⁇ "."""
+        """Return the text of `ids` without pad, bos and eos; unk becomes " ⁇ "."""
         special = (PAD_ID, BOS_ID, EOS_ID)
         return self._processor.decode([int(i) for i in ids if int(i) not in special])
 
@@ -81,16 +81,16 @@ class Tokenizer:
 class VocabularyTokenizer(Tokenizer):
     """A sentencepiece model whose pieces are numbered by a list of their own, as Marian's are.
 
-    Text becomes pieces and the list says their ids: what is not in it is unk. A language code such
-    as ">>deu<<", if a text begins with one, is one piece whatever the model makes of it.
+    The model splits text into pieces and the list gives their ids; a piece not in it is unk. A
+    language code that begins a text, such as ">>deu<<", is one piece, whatever the model does.
 
     Attributes:
-      model: the serialized model; its own numbering does not count.
+      model: the serialized model; its own numbering is ignored.
       vocabulary: the piece of each id, pad, bos, eos and unk first.
-      vocab_size: their number.
+      vocab_size: the number of pieces.
 
     Raises:
-      UserError: `model` is no sentencepiece model.
+      UserError: `model` is not a sentencepiece model.
     """
 
     def __init__(self, model: bytes, vocabulary: Sequence[str], name: str = "tokenizer"):
@@ -98,7 +98,7 @@ class VocabularyTokenizer(Tokenizer):
         self.model = model
         self.vocabulary = list(vocabulary)
         self.vocab_size = len(self.vocabulary)
-        # Text cannot spell the special pieces: they have no entry.
+        # Special pieces have no entry, so that no text can spell them.
         self._ids = {piece: id for id, piece in enumerate(self.vocabulary) if id > UNK_ID}
 
     @classmethod
@@ -106,7 +106,7 @@ class VocabularyTokenizer(Tokenizer):
         """Return the tokenizer of a sentencepiece model file and a JSON list of pieces.
 
         Raises:
-          UserError: a file cannot be read, or see the class.
+          UserError: a file cannot be read, or as for the class.
         """
         try:
             pieces = json.loads(_read(vocabulary))
@@ -134,7 +134,7 @@ class VocabularyTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         special = (PAD_ID, BOS_ID, EOS_ID)
         text = self._processor.decode(self.pieces(i for i in ids if int(i) not in special))
-        # The model leaves pieces as they are that it does not know.
+        # The model leaves pieces that it does not know as they are.
         return text.replace("▁", " ").strip()
 
 
@@ -144,8 +144,8 @@ def _sampling(dropout: float, seed: int) -> dict[str, Any]:
         return {}
     import sentencepiece
 
-    # One generator for the whole thread, and threads of sentencepiece's own would share the work
-    # differently each time.
+    # The random generator belongs to the thread, and sentencepiece's own threads would divide the
+    # work differently each time.
     sentencepiece.set_random_generator_seed(seed)
     return {"enable_sampling": True, "alpha": dropout, "nbest_size": -1, "num_threads": 1}
 

@@ -1,4 +1,4 @@
-"""The best of a vocabulary, and its normaliser, without sorting or reading more than need be."""
+"""Top k over a vocabulary, and its normaliser, with no more sorting or reading than needed."""
 
 from collections.abc import Callable
 
@@ -33,18 +33,19 @@ def best_of_chunks(
         lambda values, _: values
     ),
 ) -> tuple[Float[Array, "R k"], Int[Array, "R k"], Int[Array, "R k"]]:
-    """The k best of each row, of equal ones the first, without scoring or sorting the others.
+    """The k best of each row, the first among equals, without scoring or sorting all the others.
 
     Only the k chunks of the largest maxima can hold the k largest: an element of any other chunk
     has k chunks before it, each with a value at least as large (and, if equal, at a lower index).
 
     Args:
-      chunks, maxima: R rows of C chunks, and the largest of each.
-      k: how many, C at most.
-      score: (values, chunk of each) -> what they are ranked by, never falling with the value.
+      chunks, maxima: R rows of C chunks, and the largest value of each chunk.
+      k: how many to find, at most C.
+      score: (values, index of their chunk) -> what they are ranked by; it must not decrease as the
+        value grows.
 
     Returns:
-      Their scores, best first, chunks, and places in these.
+      The scores, best first, and for each its chunk and its place in the chunk.
     """
     num_rows, num_chunks, chunk = chunks.shape
     all_chunks = jnp.broadcast_to(jnp.arange(num_chunks, dtype=jnp.int32), (num_rows, num_chunks))
@@ -55,7 +56,7 @@ def best_of_chunks(
 
 
 def in_chunks(values: Float[Array, "B K V"]) -> Float[Array, "B K C c"]:
-    """The last axis in pieces of 64 to 128, the last of them completed with -inf."""
+    """Split the last axis into chunks of 64 to 128 values, the last one padded with -inf."""
     size = values.shape[-1]
     # Whole chunks, if the vocabulary has a divisor of that size: padding copies all the logits.
     chunk = next((chunk for chunk in range(64, 129) if size % chunk == 0), 64)
@@ -65,14 +66,14 @@ def in_chunks(values: Float[Array, "B K V"]) -> Float[Array, "B K C c"]:
 
 
 def chunk_maxima(chunks: Float[Array, "B K C c"]) -> Float[Array, "B K C"]:
-    """The largest of each chunk."""
-    # XLA computes once what is written twice, here for the normaliser and for the candidates.
-    # Without the barrier it makes of what each does with them other maxima, of all logits again.
+    """The largest value of each chunk."""
+    # The normaliser and the candidates both ask for these, and XLA computes them once. Without the
+    # barrier it turns what each does with them into other maxima, over all logits again.
     return jax.lax.optimization_barrier(jnp.max(chunks, axis=-1))
 
 
 def log_normalizer(logits: Float[Array, "B K V"]) -> Float[Array, "B K 1"]:
-    """Log-sum-exp over the last axis, kept; 0 where all are -inf, whose log-probs stay -inf."""
+    """Log-sum-exp over the last axis, kept; 0 where all are -inf, so that log-probs stay -inf."""
     largest = jnp.max(chunk_maxima(in_chunks(logits)), axis=-1, keepdims=True)
     largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
     total = jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True)) + largest

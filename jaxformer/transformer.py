@@ -26,7 +26,7 @@ def _not_padding(ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
 
 
 def _positions(segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"] | None:
-    """Those that restart in each packed sentence; None, the plain 0 … T-1, without packing."""
+    """Positions that restart in each packed sentence; without packing None, for 0 … T-1."""
     return None if segment_ids is None else segment_positions(segment_ids)
 
 
@@ -40,7 +40,7 @@ def _as_rows(name: str, ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 def parameter_shapes(config: TransformerConfig) -> dict[str, Any]:
-    """The parameters of a `Transformer` as `jax.ShapeDtypeStruct`s; nothing is drawn."""
+    """The parameters of a `Transformer` as `jax.ShapeDtypeStruct`s; nothing is initialised."""
     key, ids = jax.eval_shape(jax.random.key, 0), jax.ShapeDtypeStruct((1, 2), jnp.int32)
     return jax.eval_shape(Transformer(config).init, key, ids, ids)["params"]
 
@@ -99,7 +99,7 @@ class Transformer(nn.Module):
         return Embedding(vocab_size, config.d_model, config.dtype, config.quantized)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """What the softmax layer makes of `hidden`'s output, float32."""
+        """The softmax layer's logits, float32, for the output of `hidden`."""
         logits = self.output_embedding.logits(hidden)
         if not self.config.output_bias:
             return logits
@@ -133,7 +133,7 @@ class Transformer(nn.Module):
         target_segment_ids: Int[Array, "B T"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B T D"]:
-        """What the softmax layer sees: encoder, then decoder, without the logits."""
+        """The input of the softmax layer: encoder, then decoder, without the logits."""
         encoded = self.encode(
             source_ids, source_segment_ids=source_segment_ids, deterministic=deterministic
         )
@@ -161,13 +161,13 @@ class Transformer(nn.Module):
         `labels` is the target itself: the token after each position of `target_ids`, 0 = padding.
 
         Raises:
-          UserError: the model is quantized, and so not to be trained; or a subclass has `logits`
-            of its own, which are never made here.
+          UserError: the model is quantized, so it cannot be trained; or a subclass overrides
+            `logits`, which is never called here.
         """
         if type(self).logits is not Transformer.logits:
             raise UserError(
-                f"{type(self).__name__} has logits of its own and the loss makes none: give it a "
-                "loss of its own too"
+                f"{type(self).__name__} overrides logits, which the loss does not call: override "
+                "loss too"
             )
         if self.config.quantized:
             raise UserError("a quantized model has no loss: train it with quantized=False")
@@ -180,9 +180,9 @@ class Transformer(nn.Module):
         )
         embedding = self.output_embedding.embedding
         if self.config.output_bias:
-            # h · e + b = [h, 1, 1] · [e, high, low] with high + low = b: bfloat16 alone rounds b.
+            # h · e + b = [h, 1, 1] · [e, high, low], high + low = b: one bfloat16 would round b.
             bias = self.output_bias[:, None].astype(jnp.float32)
-            # -inf, of a token that is never said, is the lowest number plus -inf.
+            # A bias of -inf, for a token that is never generated, is the lowest number plus -inf.
             most = float(jnp.finfo(hidden.dtype).max)
             high = jnp.clip(bias, -most, most).astype(hidden.dtype).astype(bias.dtype)
             ones = jnp.ones((*hidden.shape[:-1], 2), hidden.dtype)
@@ -203,7 +203,7 @@ class Transformer(nn.Module):
         """Encoder output; at padding it is finite but means nothing.
 
         Raises:
-          UserError: `source_ids` are no rows of ids, or empty.
+          UserError: `source_ids` are not rows of ids, or are empty.
         """
         source_ids = _as_rows("source_ids", source_ids)
         if source_segment_ids is None:
@@ -228,13 +228,13 @@ class Transformer(nn.Module):
         """Decoder output at all positions at once; `source_ids` says where `encoded` is padding.
 
         Raises:
-          UserError: `target_ids` are no rows of ids, empty, or not as many as `source_ids`; or only
-            one side has segment ids.
+          UserError: `target_ids` are not rows of ids, are empty, or differ in number from
+            `source_ids`; or only one side has segment ids.
         """
         target_ids = _as_rows("target_ids", target_ids)
         if (ours := target_ids.shape[0]) != (theirs := source_ids.shape[0]):
             raise UserError(
-                f"there are {theirs} rows of source_ids and {ours} of target_ids: give as many"
+                f"there are {theirs} rows of source_ids and {ours} of target_ids: give equally many"
             )
         if (source_segment_ids is None) != (target_segment_ids is None):
             raise UserError("packed rows need segment ids on both sides: give both or neither")
@@ -257,15 +257,15 @@ class Transformer(nn.Module):
         max_length: int,
         num_slots: int | None = None,
     ) -> DecoderCache:
-        """Cache for decoding `max_length` positions of `beam_size` beams a sentence.
+        """Cache for decoding `max_length` positions of `beam_size` beams per sentence.
 
-        Take no more steps than that: what one more writes is lost without a word.
+        Take no more steps than that: what a further step writes is lost silently.
 
         Args:
           encoded, source_ids: what `encode` returned and was given.
           beam_size, max_length: K and T.
-          num_slots: P, if not all K · T are to have room. Look at `DecoderCache.is_full` before
-            each step then.
+          num_slots: P, if there is to be room for fewer than K · T. Then check
+            `DecoderCache.is_full` before each step.
         """
         if num_slots is None:
             num_slots = beam_size * max_length
@@ -278,8 +278,8 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Array, "B K V"], DecoderCache]:
         """One step of auto-regressive decoding: the last token of each beam in, next logits out.
 
-        The first call takes bos. Equal to the full forward pass at each sentence's position
-        `cache.index`.
+        The first call takes bos. The logits are those of the full forward pass at each sentence's
+        position `cache.index`.
         """
         x = self.target_positions(self.embedding(tokens), cache.index[:, None])
         x, cache = self.decoder.decode_step(x, cache)

@@ -31,8 +31,8 @@ from jaxformer.search import BeamResult
 from jaxformer.terminal import warn
 from jaxformer.tokenizer import Tokenizer
 
-#: Lines that are read, sorted by length and translated together: enough to fill batches with
-#: sentences of like length, few enough that memory stays flat and output soon begins.
+#: How many lines are read, sorted by length and translated together: enough to fill batches with
+#: sentences of similar length, few enough that memory stays flat and output begins soon.
 WINDOW = 4096
 
 
@@ -41,8 +41,8 @@ class Translator:
 
         Translator.load("runs/multi30k").translate(["Two men are outside."], beam_size=4)
 
-    Threads may share one. A process that was forked has no use of it, as of nothing of JAX: load it
-    there.
+    Threads may share one. A forked process can use neither it nor anything else of JAX from its
+    parent: load another one there.
 
     Args:
       config: of the model.
@@ -56,7 +56,7 @@ class Translator:
       source_tokenizer, target_tokenizer: as given.
 
     Raises:
-      UserError: there are no devices, or one is there twice.
+      UserError: `devices` is empty, or has one twice.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Translator:
         self._devices = devices_or_all(devices)
         members = ((config, params), *others)
         self._configs = tuple(self._with_own_kernel(config) for config, _ in members)
-        # For all but the search, which has copies of its own.
+        # For everything but the search, which has copies of its own.
         self._params = tuple(jax.device_put(params, self._devices[0]) for _, params in members)
         self.config, self.params = self._configs[0], self._params[0]
         self.source_tokenizer = source_tokenizer
@@ -94,10 +94,10 @@ class Translator:
         Args:
           run: the directory that training wrote, or several with the same tokenizers.
           checkpoint: "average", "best", "last" or a step; by default the average, unless training
-            went on after it was made, otherwise the best, otherwise the last. Of several, each is
-            a member of the ensemble, for each run.
-          dtype: of the computation; by default that of training. int8 is float32 with the matrices
-            and the products with them in 8-bit integers.
+            went on after it was made, otherwise the best, otherwise the last. If several are given,
+            the ensemble has a member for each of them in each run.
+          dtype: of the computation; by default that of training. int8 means float32, except for
+            matrices and the products with them, which are in 8-bit integers.
           devices: as for the class.
 
         Raises:
@@ -108,11 +108,11 @@ class Translator:
         return cls(*members[0], *tokenizers, others=members[1:], devices=devices)
 
     def translate(self, lines: Sequence[str], **options: Any) -> list[str]:
-        """Translate lines; the result has as many, in the same order.
+        """Translate lines; the result has one translation for each, in the same order.
 
         Args:
-          lines: one sentence each. An empty one gives an empty one.
-          **options: as for `generate`, all but `n_best`.
+          lines: one sentence each. An empty line gives an empty translation.
+          **options: as for `generate`, except for `n_best`.
 
         Raises:
           UserError: as for `generate`.
@@ -141,33 +141,33 @@ class Translator:
         warn: Callable[[str], None] = warn,
         **options: Any,
     ) -> Iterator[list[Hypothesis]]:
-        """Find the best translations of each line, or draw some.
+        """Find the best translations of each line, or sample some.
 
         Args:
           lines: one sentence each.
-          prefixes: what the translation of each line begins with; the first piece after it may go
-            on with its last word.
-          batch_tokens: source positions at once, over all devices; by default as
+          prefixes: what the translation of each line begins with; the first piece after it may
+            continue its last word.
+          batch_tokens: source positions at once, over all devices; by default as in
             `Generator.sentences`.
-          few_shapes: compile a program for all lines that are not much shorter than the longest,
-            where otherwise there is one or two for each doubling of the length.
-          window: lines that are read before the first of them is translated. With 1 each line has
-            its answer before the next is read; more are faster.
-          seed: of the noise, if `sampling`; a line's follows from this and its number alone. Or
-            one for each line, which is translated as if it were the only one.
+          few_shapes: compile one program for all lines that are not much shorter than the longest,
+            instead of one or two for each doubling of the length.
+          window: how many lines are read before the first of them is translated. With 1, each line
+            is answered before the next is read; a larger window is faster.
+          seed: of the noise, if `sampling`; a line's noise depends only on this and its number. Or
+            one seed for each line, which is then translated as if it were the only one.
           warn: called with a message that names the line, if it is longer than
-            `config.max_length` pieces and so translated in parts, has no translation, or a
-            prefix that is longer than its translation may be.
+            `config.max_length` pieces and so translated in parts, if it has no translation, or if
+            its prefix is longer than its translation may be.
           **options: fields of `GenerationConfig`, `beam_size=4` and `n_best=None` among them.
 
         Yields:
-          `n_best` hypotheses for each line, by default all `beam_size`, best first or as they were
-          drawn, fewer if no more exist; in order. An empty line has one, empty; so has one for
-          which none exists, of score -inf.
+          `n_best` hypotheses for each line in turn, by default all `beam_size`, fewer if no more
+          exist; best first, or as drawn. An empty line has one empty hypothesis; so has a line for
+          which none exists, with a score of -inf.
 
         Raises:
-          UserError: an option is impossible; when the first is asked for. A line is no text, or
-            prefixes or seeds are not as many as lines; after the lines before it.
+          UserError: an option is impossible (raised when the first line is asked for), a line is
+            not text, or lines, prefixes and seeds differ in number (raised after the lines before).
         """
         refuse_one_string(lines, prefixes)
         for name, value in (("window", window), ("batch_tokens", batch_tokens)):
@@ -214,9 +214,9 @@ class Translator:
     ) -> list[Score]:
         """Log-probability of each target as the translation of its source.
 
-        The numbers are the `log_prob`s that `generate` gives, if it finds the same pieces; it ranks
-        by these over the length penalty. Every pair is scored as one sentence: one that `generate`
-        translates in parts has another, and so has an empty one, which it does not translate.
+        The numbers are the `log_prob`s that `generate` gives if it finds the same pieces; it ranks
+        by these over the length penalty. Every pair is scored as one sentence: `generate` gives
+        another number for a line that it translates in parts, or that is empty and not translated.
 
         Args:
           sources, targets: sentences and their translations, the model's own or not.
@@ -224,8 +224,8 @@ class Translator:
           first_line: the number of the first pair, for messages.
 
         Raises:
-          UserError: the lines are not as many, one is no text, or longer than learned positions
-            reach.
+          UserError: the numbers of lines differ, one is not text, or one is longer than the learned
+            positions reach.
         """
         source_ids, target_ids = self._pairs(sources, targets, first_line)
         scores: list[Score] = [Score(0.0, [], [])] * len(source_ids)
@@ -267,12 +267,12 @@ class Translator:
 
         Args:
           lines: the sentences.
-          hypotheses: of each.
+          hypotheses: those of each line.
           batch_tokens: positions at once.
 
         Returns:
           For each line the alignment of each hypothesis; None where the line was translated in
-          parts, or the hypothesis reaches to the last of learned positions.
+          parts, or the hypothesis leaves no learned position for eos.
         """
         limit, positions = self._most_pieces, fewest_positions(self._configs)
         sources, targets, where = [], [], []
@@ -312,13 +312,13 @@ class Translator:
         """Translate a line and keep what the (first) model looked at to write the translation.
 
         Args:
-          line: one sentence, as long as the model takes at once.
+          line: one sentence, no longer than the model takes at once.
           seed: of the noise, if `sampling`.
           **options: fields of `GenerationConfig`, `beam_size=4` among them. Of several translations
             the first is explained: the best, or with `sampling` the first drawn.
 
         Raises:
-          UserError: the line is empty, too long or no text, or an option is impossible.
+          UserError: the line is empty, too long or not text, or an option is impossible.
         """
         check_text("line", 1, line)
         check_seed(seed)
@@ -337,7 +337,7 @@ class Translator:
         target = [token for token in first if token != EOS_ID]
         positions = fewest_positions(self._configs)
         if positions is not None:
-            target = target[: positions - 1]  # there is none for the end of one that was cut off
+            target = target[: positions - 1]  # one that was cut off may have none left for eos
         target.append(EOS_ID)
         ((_, source_ids, target_ids),) = pair_batches([source], [target], len(source), positions)
         log_probs = token_log_probs(self._configs, self._params, source_ids, target_ids)
@@ -364,7 +364,7 @@ class Translator:
 
     def _positional_encoding(self, length: int) -> np.ndarray:
         """[P, D]: what is added to the source's embeddings at positions 0 … length - 1."""
-        computed, positions = bucket(length), self.config.num_positions  # each length is compiled
+        computed, positions = bucket(length), self.config.num_positions  # each length compiles anew
         computed = computed if positions is None else min(computed, positions)
         module = PositionalEncoding(self.config.positions, self.config.max_length)
         variables = {"params": self.params.get("source_positions", {})}
@@ -373,14 +373,14 @@ class Translator:
 
     @property
     def steps(self) -> tuple[int, int]:
-        """Rows times steps of all searches so far, and those that were for sentences not yet done.
+        """Rows times steps of all searches so far, and how many were for sentences not yet done.
 
         See `Generator`.
         """
         return self._generator.computed_steps, self._generator.needed_steps
 
     def _with_own_kernel(self, config: TransformerConfig) -> TransformerConfig:
-        """The attention kernel is a choice of the machine, and a model may come from another."""
+        """Choose the attention kernel for this machine: the model may come from another one."""
         if config.flash_attention == "none":
             return config
         default = self._devices[0].platform == jax.default_backend()
@@ -388,12 +388,12 @@ class Translator:
 
     @property
     def _most_pieces(self) -> int:
-        """Of a source that is translated at once, without eos."""
+        """How many pieces a source that is translated at once may have, without eos."""
         return min(config.max_length for config in self._configs) - 1
 
     @property
     def _generator(self) -> Generator:
-        with self._making:  # of threads that want the first one makes it
+        with self._making:  # threads may ask for it at once: one makes it
             if self._made is None:
                 self._made = Generator(self._configs, self._params, self._devices)
             return self._made
@@ -430,11 +430,11 @@ class Translator:
         few_shapes: bool,
         noise: list[tuple[int, int, int]],
     ) -> list[BeamResult]:
-        """What is found for each part; its noise follows from three numbers."""
+        """Search for translations of each part, whose noise follows from its three numbers."""
         sources = [[*part.ids, EOS_ID] for part in parts]
         keys = None
         if options.sampling and parts:
-            numbers = np.zeros((bucket(len(noise)), 3), np.uint32)  # each number is compiled
+            numbers = np.zeros((bucket(len(noise)), 3), np.uint32)  # each count compiles anew
             numbers[: len(noise)] = np.array(noise, np.int64)
             keys = np.asarray(_keys(*numbers.T))[: len(noise)]
         return self._generator.sentences(

@@ -424,7 +424,7 @@ def test_notes_of_another_kind(tmp_path):
 @pytest.mark.parametrize("name", ["exp[1]", "a\\b", "gs://bucket/run", "r\udcf6"])
 def test_names_with_which_checkpoints_could_not_be_read(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    said = r"name it without|give one, for example where a bucket|is not UTF-8: name it otherwise"
+    said = r"read: rename it|give a directory, for example where a bucket|is not UTF-8: rename it"
     with pytest.raises(UserError, match=said):
         save_params(name, 1, {"a": np.ones(2)})
     with pytest.raises(UserError, match=said):

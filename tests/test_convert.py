@@ -126,7 +126,7 @@ def test_a_run_alone_does_not_say_what_it_shall_become(tmp_path, capsys):
     write_config(tmp_path / "run", {"model": CONFIG.to_dict()})
     assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("config.json is that of a run: say with --to what shall become of it")
+    assert line.endswith("config.json is that of a run: choose what to convert it to with --to")
     assert not (tmp_path / "out").exists()
 
 

@@ -88,7 +88,7 @@ WRONG = {
     "ids are a list": lambda: padding_mask([[4, 2]]),
     "segment_ids are a list": lambda: segment_positions([[1, 1]]),
     "key_segment_ids are float32": lambda: segment_mask(jnp.ones((1, 2), int), jnp.ones((1, 2))),
-    "give both one width": lambda: cross_entropy(
+    "give both the same width": lambda: cross_entropy(
         jnp.ones((1, 1)), jnp.ones((9, 8)), jnp.array([1])
     ),
     "predictions are int32": lambda: cross_entropy(

@@ -678,7 +678,7 @@ BROKEN = [
     (config(eos_token_id=5), "eos_token_id=5, but the vocabulary has </s> at 0"),
     (config(decoder_start_token_id=0), "decoder_start_token_id=0, </s>: only"),
     (config(decoder_start_token_id=9999), "decoder_start_token_id=9999, not a piece"),
-    (config(vocab_size=70, decoder_vocab_size=70), r"vocab\.json has \d+ pieces .* means 70"),
+    (config(vocab_size=70, decoder_vocab_size=70), r"vocab\.json has \d+ pieces .* expects 70"),
     (remove("vocab.json"), r"cannot read .*vocab\.json"),
     (edit("vocab.json", lambda v: v | {"more": 7}), r"vocab\.json has \d+ pieces"),
     (edit("vocab.json", lambda v: v | {"</s>": 1}), "does not number its pieces"),
@@ -686,7 +686,7 @@ BROKEN = [
     (edit("vocab.json", lambda v: {p: i for p, i in v.items() if p != "<pad>"}), "no piece <pad>"),
     (
         edit("vocab.json", lambda v: {p or "\ud800": i for p, i in v.items()} | {"\ud800": 1}),
-        "no text",
+        "not text",
     ),
     (added, r"added_tokens\.json: a tokenizer with tokens that were added"),
     (remove("source.spm"), r"cannot read .*source\.spm"),
@@ -703,7 +703,7 @@ BROKEN = [
         tensors(
             lambda t: t.update({"model.encoder.embed_positions.weight": np.zeros((64, 24), "f4")})
         ),
-        "no sinusoid",
+        "not a sinusoid",
     ),
 ]
 
@@ -723,7 +723,7 @@ def test_a_pickle_of_code_is_refused(shared, tmp_path):
     (tmp_path / "evil" / "model.safetensors").unlink()
     torch.save({"model.shared.weight": print}, tmp_path / "evil" / "pytorch_model.bin")
     with pytest.raises(
-        UserError, match=r"pytorch_model\.bin is no file of weights alone: "
+        UserError, match=r"pytorch_model\.bin is not a file of weights alone: "
     ) as caught:
         from_marian(tmp_path / "evil", tmp_path / "run")
     assert "\n" not in str(caught.value)

@@ -208,7 +208,7 @@ def test_the_directory_says_what_it_holds(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source_length": 33}, "source_length is 33: give 2, a token and eos, to 32"),
+        ({"source_length": 33}, r"source_length is 33: give 2 \(a token and eos\) to 32"),
         ({"source_length": 1}, "source_length is 1: give 2"),
         ({"batch_size": 0}, "batch_size is 0: give at least 1"),
         ({"beam_size": 0}, "beam_size is 0: give at least 1"),

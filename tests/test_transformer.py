@@ -889,7 +889,7 @@ class _Capped(Transformer):
 def test_logits_of_ones_own_are_not_passed_over():
     model, params = _Capped(CONFIGS["paper"]), random_params(CONFIGS["paper"])
     source_ids, target_ids = jnp.asarray(SOURCE), jnp.asarray(TARGET)
-    with pytest.raises(ValueError, match="_Capped has logits of its own and the loss makes none"):
+    with pytest.raises(ValueError, match="_Capped overrides logits, which the loss does not call"):
         model.apply({"params": params}, source_ids, target_ids, target_ids, method="loss")
 
 

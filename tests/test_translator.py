@@ -188,7 +188,7 @@ def test_a_stream_is_read_a_window_at_a_time(translator):
     ("line", "message"),
     [
         (None, "line 3 is None: give a string"),
-        ("red \ud800", "line 3 has half of a character, U+D800, which is no text: leave it out"),
+        ("red \ud800", "line 3 has a lone surrogate, U+D800, which is not text: leave it out"),
     ],
 )
 def test_what_came_before_a_line_that_is_no_text_is_translated(
@@ -214,8 +214,8 @@ def test_what_came_before_a_line_that_is_no_text_is_translated(
         ({"seed": -1}, "seed is -1: give 0 to"),
         ({"seed": 0.5}, "seed is 0.5: give 0 to"),
         ({"seed": [None]}, "seed is None: give 0 to"),
-        ({"seed": [1, 2]}, "there is no line 2: give as many as there are others"),
-        ({"seed": []}, "there is no seed 1: give as many as there are others"),
+        ({"seed": [1, 2]}, "there is no line 2: give one prefix or seed per line"),
+        ({"seed": []}, "there is no seed 1: give one prefix or seed per line"),
         ({"n_best": 2}, "n_best is 1 here: call generate for more"),
     ],
 )
@@ -394,7 +394,7 @@ def test_prefixes(translator):
     found = greedy(translator, SENTENCES[:2], prefixes=prefixes)
     assert found[0] == expected[0]
     assert found[1].startswith(prefixes[1]) and found[1] != expected[1]
-    with pytest.raises(UserError, match="there is no prefix 2: give as many as there are others"):
+    with pytest.raises(UserError, match="there is no prefix 2: give one prefix or seed per line"):
         greedy(translator, SENTENCES[:2], prefixes=["a"])
     with pytest.raises(UserError, match="there is no line 2"):
         greedy(translator, SENTENCES[:1], prefixes=["a", "b"])

@@ -13,20 +13,20 @@ package nor JAX:
     results = translator.translate_batch(pieces, beam_size=4, length_penalty=0.6)
     print(tokenizer.decode([result.hypotheses[0] for result in results]))
 
-With two vocabularies, `tokenizer.source.model` encodes and `tokenizer.target.model` decodes. Bos
-and eos are added by themselves, and pad and bos are never generated. A language code at the
-beginning of a line, such as ">>deu<<", is a piece of its own: take it off before encoding the rest.
+With two vocabularies, `tokenizer.source.model` encodes and `tokenizer.target.model` decodes.
+CTranslate2 adds bos and eos, and never generates pad or bos. A language code at the beginning of a
+line, such as ">>deu<<", is a piece of its own: take it off before encoding the rest.
 
 In float32 its log-probabilities are those of `Transformer`, and greedy search (`beam_size=1`) gives
-the tokens of `Translator`, but for what is different by default:
+the tokens of our `Translator`, except for these differences:
 
-- `min_decoding_length=1` forbids empty translations; 0 allows them, as ours are.
+- `min_decoding_length=1`, the default, forbids empty translations; 0 allows them, as we do.
 - Beam search divides by length ** length_penalty, and a sentence is done with its K-th finished
-  hypothesis: `Translator` does so with `length_penalty_form="power", early_stopping=True`. One
-  that the length limit cuts off may win over those that have ended, where ours comes after them.
+  hypothesis: ours does so with `length_penalty_form="power", early_stopping=True`. A hypothesis
+  that the length limit cuts off may beat those that have ended; in ours it ranks after them.
 - Output ends at `max_decoding_length=256` tokens by default and input at `max_input_length=1024`;
-  ours ends at the source's length + 50, and longer lines are translated in parts. Both limits must
-  be at most `max_length` if the model has learned positions, or it fails on longer sentences.
+  our output ends at the source's length + 50, and we translate longer lines in parts. Both limits
+  must be at most `max_length` if the model has learned positions: longer sentences fail otherwise.
 - An empty line is translated like any other: leave it out.
 - The type of the computation is chosen on loading, `Translator(…, compute_type="bfloat16")`,
   whatever `TransformerConfig.dtype` says.
@@ -80,7 +80,7 @@ def to_ctranslate2(
 
     Args:
       run: the directory that training wrote.
-      directory: what to write; must not exist yet, or be empty.
+      directory: what to write; must be new or empty.
       quantization: type of the stored weights: None for float32, "float16", "bfloat16", "int16",
         or "int8" and its mixtures "int8_float32", "int8_float16", "int8_bfloat16".
       checkpoint: as for `Translator.load`.
@@ -121,7 +121,7 @@ def _model_spec(config: TransformerConfig, params: Mapping[str, Any]) -> Any:
     if config.head_value_dim != config.query_key_dim:
         raise UserError(
             f"TransformerConfig.value_dim is {config.head_value_dim} and head_dim "
-            f"{config.query_key_dim}: CTranslate2 has them equal; export to StableHLO instead"
+            f"{config.query_key_dim}: CTranslate2 needs them equal; export to StableHLO instead"
         )
     architecture = {
         "num_heads": config.num_heads,
@@ -186,7 +186,7 @@ def _set_embedding(
 
 
 def _table(params: Mapping[str, Any], name: str) -> Any:
-    """The table [V, D] of that name, or the shared one that `Transformer` uses in its place."""
+    """The table [V, D] of that name, or the shared one that `Transformer` uses instead."""
     return params.get(name, params["embedding"])["embedding"]
 
 
@@ -221,7 +221,7 @@ def _set_linear(spec: Any, *maps: Mapping[str, Any], inputs: int = 1) -> None:
 
     Args:
       spec: a `LinearSpec`.
-      *maps: kernels whose first `inputs` axes are the input, and biases if they have them.
+      *maps: kernels whose first `inputs` axes are the input, with biases or without.
       inputs: 2 for attention's output, whose input is the heads [N, H].
     """
 

@@ -32,8 +32,8 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
     path = Path(directory).absolute()
     with writing(directory, "choose another directory"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # An empty directory that is there may be a link, a mount, or where a shell stands: it is
-        # filled and not replaced.
+        # An empty directory that exists may be a link, a mount or a shell's working directory: it
+        # is filled, not replaced.
         inside = path if path.is_dir() else path.parent
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=inside) as scratch:
             partial = Path(scratch) / path.name

@@ -1,27 +1,27 @@
-"""Marian as Hugging Face Transformers has it, the models of OPUS-MT: in and out.
+"""Import and export of Marian models of Hugging Face Transformers, such as those of OPUS-MT.
 
     from_marian("opus-mt-en-de", "runs/opus-mt-en-de")
     to_marian("runs/multi30k", "multi30k-marian")
 
-The first makes a run directory of what `MarianMTModel.save_pretrained` wrote, the second writes
+The first makes a run directory from what `MarianMTModel.save_pretrained` wrote, the second writes
 what `MarianMTModel.from_pretrained` and `MarianTokenizer.from_pretrained` load. Transformers itself
-is not needed. There and back gives the same bits, but of float64 those that float32 has. Both ways
-the logits are the same up to rounding, and so are tokens and text, but for this:
+is not needed. A round trip gives the same bits, except that float64 is rounded to float32. In both
+directions the logits are the same up to rounding, and so are tokens and text, except for this:
 
 - `MarianTokenizer` takes "</s>", "<unk>" and "<pad>" in a text for the special pieces, and always a
   ">>…<<" at its beginning for a language code, which `Tokenizer` does only in imported runs. Its
-  `decode` can leave unknown pieces out, `Tokenizer.decode` shows them as " ⁇ ".
-  Tokens that were added to a `MarianTokenizer` are split like any text. With
-  `clean_up_tokenization_spaces` its `decode` takes the space before a full stop or comma out.
-- `generate` divides a hypothesis's log-probability by length ** length_penalty, the "power" form of
-  `Translator`, and lets it end only among the K best candidates of a step, where ours may among 2K.
-  It stops at a fixed length, ours at that of the source + 50.
+  `decode` can leave unknown pieces out; `Tokenizer.decode` shows them as " ⁇ ". Here tokens that
+  were added to a `MarianTokenizer` are split like any text. With `clean_up_tokenization_spaces`
+  its `decode` removes the space before a full stop or comma.
+- Their `generate` divides a hypothesis's log-probability by length ** length_penalty, the "power"
+  form of `Translator`. It lets a hypothesis end only if that is among the K best candidates of a
+  step, ours among 2K. It stops at a fixed length, ours at the source's length + 50.
 
-Ids. Ours begin with pad, bos, eos and unk; theirs are anywhere. Marian has no bos: its decoder
-starts from pad. So bos becomes a copy of pad, and their V pieces V + 1 here.
+Ids: ours begin with pad, bos, eos and unk; theirs may be anywhere. Marian has no bos: its decoder
+starts from pad. So bos becomes a copy of pad, and their V pieces become V + 1 here.
 
-Marian's positions and LayerNorm are not the ones of our default configuration. The weights that
-`to_marian` writes make up for it, as `fit_residual_stream` says.
+Marian's positions and LayerNorm differ from those of our default configuration. The weights that
+`to_marian` writes compensate for that, see `fit_residual_stream`.
 """
 
 import json
@@ -61,12 +61,12 @@ from jaxformer.tokenizer import Tokenizer, VocabularyTokenizer
 
 
 def from_marian(directory: str | Path, run: str | Path) -> None:
-    """Make a run directory of a Marian model, for `Translator.load` to read.
+    """Make a run directory from a Marian model, for `Translator.load` to read.
 
     Args:
       directory: holds config.json, model.safetensors or pytorch_model.bin, source.spm, target.spm,
         vocab.json and, for two vocabularies, target_vocab.json.
-      run: what to write; must not exist yet, or be empty.
+      run: what to write; must be new or empty.
 
     Raises:
       UserError: a file is missing, damaged, or does not fit the others; the model is one that
@@ -121,16 +121,16 @@ def from_marian(directory: str | Path, run: str | Path) -> None:
 def to_marian(run: str | Path, directory: str | Path, checkpoint: str | int | None = None) -> None:
     """Write a run's model and tokenizers for `MarianMTModel` and `MarianTokenizer` to load.
 
-    A run that `from_marian` made gets back the ids and settings that it came with.
+    For a run that `from_marian` made, the original ids and settings are restored.
 
     Args:
       run: the run directory.
-      directory: what to write; must not exist yet, or be empty.
+      directory: what to write; must be new or empty.
       checkpoint: as for `Translator.load`.
 
     Raises:
-      UserError: Marian cannot express the model, and the message names the field of its
-        configuration; the run is incomplete; or `directory` cannot be written.
+      UserError: Marian cannot express the model (the message names the field of its
+        configuration); the run is incomplete; or `directory` cannot be written.
     """
     try:
         from safetensors import SafetensorError
@@ -164,7 +164,7 @@ def to_marian(run: str | Path, directory: str | Path, checkpoint: str | int | No
         _write_json(partial / "vocab.json", source_vocabulary)
         if tokenizer_config.get("separate_vocabs"):
             _write_json(partial / "target_vocab.json", target_vocabulary)
-        # Safetensors writes an array's memory as it lies.
+        # Safetensors writes an array's memory as it is laid out.
         tensors = {name: np.ascontiguousarray(x, section["dtype"]) for name, x in tensors.items()}
         try:
             # Transformers refuses the file without the format.
@@ -176,7 +176,7 @@ def to_marian(run: str | Path, directory: str | Path, checkpoint: str | int | No
 
 
 def _order(special: Sequence[int], size: int) -> np.ndarray:
-    """Their id of each of ours: pad's, bos's, eos's and unk's, then the `size` others' in turn.
+    """Their id for each of ours: pad, bos, eos and unk, then the rest of their `size` in turn.
 
     >>> _order([4, 4, 0, 1], 5).tolist()
     [4, 4, 0, 1, 2, 3]
@@ -187,7 +187,7 @@ def _order(special: Sequence[int], size: int) -> np.ndarray:
 def _special_ids(
     vocabularies: Mapping[str, Mapping[str, int]], settings: Mapping[str, Any], path: Path
 ) -> dict[str, list[int]]:
-    """Their ids of pad, of what the decoder starts from, of eos and of unk, on each side."""
+    """Their ids of pad, the piece that the decoder starts from, eos and unk, on each side."""
     target = vocabularies["target"]
     for field, piece in (("pad_token_id", "<pad>"), ("eos_token_id", "</s>")):
         if settings[field] != target[piece]:
@@ -200,7 +200,7 @@ def _special_ids(
     if start in ("not a piece", "</s>", "<unk>"):
         raise UserError(
             f"{path} has decoder_start_token_id={start_id}, {start}: only models that start from "
-            "<pad> or from a piece of its own can be imported"
+            "<pad> or from a piece of their own can be imported"
         )
     return {
         side: [ids["<pad>"], ids.get(start, ids["<pad>"]), ids["</s>"], ids["<unk>"]]
@@ -230,7 +230,7 @@ def _export_vocabulary(tokenizer: Tokenizer, order: np.ndarray, run: str | Path)
         del numbered[BOS_ID]
     vocabulary = dict(sorted(numbered, key=lambda piece_and_id: piece_and_id[1]))
     if len(vocabulary) < len(numbered):
-        raise UserError(f"{run}: a tokenizer has the same piece twice, which Marian's cannot")
+        raise UserError(f"{run}: a tokenizer has a piece twice, which Marian's tokenizers cannot")
     return vocabulary
 
 
@@ -263,12 +263,12 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _read_vocabulary(path: Path, size: int) -> dict[str, int]:
-    """Read a vocabulary, piece -> id, of `size` pieces with all that must be in it."""
+    """Read a vocabulary, piece -> id; check that it has `size` pieces and the special ones."""
     vocabulary = _read_json(path)
     try:
         "".join(vocabulary).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{path} has a piece that is no text: download the model again") from error
+        raise UserError(f"{path} has a piece that is not text: download the model again") from error
     for piece in ("<pad>", "</s>", "<unk>"):
         if piece not in vocabulary:
             raise UserError(f"{path} has no piece {piece}: download the model again")
@@ -276,10 +276,10 @@ def _read_vocabulary(path: Path, size: int) -> dict[str, int]:
         if path.with_name("added_tokens.json").is_file():
             raise UserError(
                 f"{path.with_name('added_tokens.json')}: a tokenizer with tokens that were added "
-                "to it cannot be imported"
+                "later cannot be imported"
             )
         raise UserError(
-            f"{path} has {len(vocabulary)} pieces and config.json means {size}: "
+            f"{path} has {len(vocabulary)} pieces and config.json expects {size}: "
             "use the files of one model"
         )
     ids = vocabulary.values()

@@ -11,7 +11,7 @@ from jaxformer.errors import UserError
 from jaxformer.interop.marian_weights import LAYER_NORM_EPSILON
 from jaxformer.tokenizer import Tokenizer
 
-# What a config.json without them means.
+# What a config.json that lacks these fields means.
 _DEFAULTS = {
     "activation_dropout": 0.0,
     "attention_dropout": 0.0,
@@ -43,15 +43,15 @@ _SHARED_AND_TIED = {"shared": (True, True), "target": (False, True), "separate":
 
 
 def complete_settings(theirs: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return the config.json `theirs` with all that it leaves out.
+    """Return the config.json `theirs` with defaults for the fields that it leaves out.
 
     Raises:
-      UserError: it is not Marian's, or not whole.
+      UserError: it is not Marian's, or lacks a field that has no default.
     """
     settings = {**_DEFAULTS, **theirs}
     settings["decoder_vocab_size"] = settings["decoder_vocab_size"] or settings.get("vocab_size")
     if "version" in settings and "model" in settings:
-        raise UserError(f"{path} is that of a run: say with --to what shall become of it")
+        raise UserError(f"{path} is that of a run: choose what to convert it to with --to")
     if settings.get("model_type") != "marian":
         raise UserError(
             f"{path} has model_type={settings.get('model_type')!r}: give a Marian model's directory"
@@ -69,11 +69,11 @@ def import_config(
 
     Args:
       settings: as `complete_settings` returned them.
-      orders: their id of each of ours, of the "source" and the "target" vocabulary.
+      orders: their id for each of ours, in the "source" and the "target" vocabulary.
       path: of their config.json.
 
     Raises:
-      UserError: `TransformerConfig` cannot express it; the message names their field.
+      UserError: `TransformerConfig` cannot express the model; the message names their field.
     """
 
     def refuse(field: str, why: str) -> NoReturn:
@@ -90,12 +90,12 @@ def import_config(
             refuse(field, "no model has so many")
     if not settings["scale_embedding"]:
         refuse("scale_embedding", "only models that scale their embeddings can be imported")
-    if settings.get("activation_function") not in list(_ACTIVATIONS):  # of anything in JSON
+    if settings.get("activation_function") not in list(_ACTIVATIONS):  # may be any JSON
         refuse("activation_function", f"only {', '.join(_ACTIVATIONS)} can be imported")
     for field in ("attention_heads", "ffn_dim"):
         encoder, decoder = (settings[f"{stack}_{field}"] for stack in _STACKS)
         if encoder != decoder:
-            refuse(f"encoder_{field}", f"only models whose decoder, here {decoder}, has as many")
+            refuse(f"encoder_{field}", f"the decoder must have as many, not {decoder}")
     share, tie = settings["share_encoder_decoder_embeddings"], settings["tie_word_embeddings"]
     if share and not tie:
         refuse(
@@ -130,7 +130,7 @@ def import_config(
 
 
 def check_expressible(config: TransformerConfig, path: Path) -> None:
-    """Raise `UserError` for what Marian has no word for, naming the field of the config.json."""
+    """Raise `UserError` if Marian cannot express a model, naming the field of its config.json."""
 
     def refuse(field: str, only: str) -> NoReturn:
         raise UserError(
@@ -150,13 +150,13 @@ def check_expressible(config: TransformerConfig, path: Path) -> None:
         refuse("head_dim", "d_model / num_heads")
     if config.head_value_dim != config.query_key_dim:
         refuse("value_dim", "d_model / num_heads")
-    # What `fit_residual_stream` has to leave as it is grows with it.
+    # The error that `fit_residual_stream` has to leave grows with it.
     if config.layer_norm_epsilon > 2 * LAYER_NORM_EPSILON:
         refuse("layer_norm_epsilon", f"up to {2 * LAYER_NORM_EPSILON:g}")
 
 
 def own_section(config: TransformerConfig, source: Tokenizer, target: Tokenizer) -> dict[str, Any]:
-    """What `from_marian` would have noted of one of our runs, had it come from there."""
+    """What `from_marian` would have noted in one of our runs, had the model come from Marian."""
     share, tie = _SHARED_AND_TIED[config.embeddings]
     of_stacks = {
         f"{stack}_{field}": value
@@ -198,7 +198,7 @@ def own_section(config: TransformerConfig, source: Tokenizer, target: Tokenizer)
             "torch_dtype": "float32",
             **ids,
         },
-        # As near to `Translator` as `generate` comes.
+        # The settings that bring `generate` closest to `Translator`.
         "generation_config": {
             **ids,
             "bad_words_ids": [[PAD_ID], [BOS_ID]],

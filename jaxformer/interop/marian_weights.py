@@ -1,4 +1,4 @@
-"""Marian's tensors: reading them, and ours from and to them."""
+"""Marian's tensors: reading them, and converting them from and to our parameters."""
 
 import json
 import math
@@ -19,11 +19,11 @@ from jaxformer.transformer import parameter_shapes
 
 Tensors = dict[str, np.ndarray]
 
-#: PyTorch's default, which Marian's LayerNorms have without a choice.
+#: PyTorch's default, which Marian's LayerNorms always have.
 LAYER_NORM_EPSILON = 1e-5
 
-# Our embeddings by `TransformerConfig.embeddings`; of each the name that it is saved under, and
-# names of tied tensors that older files hold as well.
+# Our embeddings by `TransformerConfig.embeddings`; for each, the name that it is saved under, then
+# the names of tied tensors that older files hold as well.
 _EMBEDDINGS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "shared": {
         "embedding": (
@@ -63,7 +63,7 @@ _MODULES = {
 
 
 class _Leaf(NamedTuple):
-    """A parameter of all layers of a stack: one array here, one tensor a layer there."""
+    """A parameter of all layers of a stack: one array here, one tensor per layer in Marian."""
 
     path: tuple[str, ...]
     shape: tuple[int, ...]  # [L, …]
@@ -72,7 +72,7 @@ class _Leaf(NamedTuple):
 
 
 def _layer_leaves(config: TransformerConfig) -> Iterator[_Leaf]:
-    shapes = parameter_shapes(config.replace(attention_bias=True))  # Marian's have them always
+    shapes = parameter_shapes(config.replace(attention_bias=True))  # Marian's always have them
     for path, leaf in flatten_dict(shapes).items():
         if path[0] not in ("encoder", "decoder"):
             continue
@@ -97,10 +97,10 @@ def import_params(
       tensors: theirs by name.
       path: of the file that they are from.
       config: our configuration.
-      orders: their id of each of ours, of the "source" and the "target" vocabulary.
+      orders: their id for each of ours, in the "source" and the "target" vocabulary.
 
     Raises:
-      UserError: a tensor is missing, one too many or of another shape.
+      UserError: a tensor is missing, superfluous or of the wrong shape or dtype.
     """
     left = dict(tensors)
 
@@ -110,8 +110,8 @@ def import_params(
         tensor = left.pop(name)
         if tensor.shape != shape or not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise UserError(
-                f"{path} has {name} as {tensor.dtype.name} {list(tensor.shape)}, config.json means "
-                f"float {list(shape)}: use the files of one model"
+                f"{path} has {name} as {tensor.dtype.name} {list(tensor.shape)}, but config.json "
+                f"expects float {list(shape)}: use the files of one model"
             )
         return tensor.astype(np.float32)
 
@@ -131,12 +131,12 @@ def import_params(
             config = config.replace(output_bias=True)
             flat[("output_bias",)] = bias[order]
     for stack in ("encoder", "decoder"):
-        # Older files hold what is computed today.
+        # Older files store the positions, which are computed today.
         if (name := f"model.{stack}.embed_positions.weight") in left:
             positions = jnp.arange(config.max_length)
             expected = np.asarray(sinusoid(positions, config.d_model, interleaved=False))
             if not np.allclose(take(name, expected.shape), expected, rtol=0, atol=4e-3):  # bfloat16
-                raise UserError(f"{path}: {name} is no sinusoid, which cannot be imported")
+                raise UserError(f"{path}: {name} is not a sinusoid and cannot be imported")
 
     for leaf in _layer_leaves(config):
         layers = [take(name, leaf.their_shape) for name in leaf.names]
@@ -149,7 +149,7 @@ def import_params(
 def export_params(
     params: Mapping[str, Any], config: TransformerConfig, orders: Mapping[str, np.ndarray]
 ) -> Tensors:
-    """Return their tensors of our parameters; biases that the model lacks are 0.
+    """Convert our parameters to their tensors; biases that the model lacks are 0.
 
     Args: as for `import_params`.
     """
@@ -157,8 +157,8 @@ def export_params(
 
     def reorder(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
         out = np.empty((_size(order), *rows.shape[1:]), rows.dtype)
-        # Where pad and bos are one to them, it is bos, the later one, that stays: nothing ever
-        # depends on pad.
+        # Where pad and bos are one piece in Marian, bos, the later one, overwrites pad: nothing
+        # ever depends on pad.
         out[order] = rows
         return out
 
@@ -184,17 +184,17 @@ def _size(order: np.ndarray) -> int:
 
 
 def fit_residual_stream(tensors: Tensors, config: TransformerConfig) -> Tensors:
-    """Change exported weights so that Marian's positions and LayerNorm leave the logits alone.
+    """Change exported weights so that Marian's positions and LayerNorm give the same logits.
 
-    Positions: the paper's sinusoid alternates sines and cosines, Marian's has all sines first. It
-    permutes the D axis, and so does this in every tensor that reads or writes the residual stream.
+    Positions: the paper's sinusoid alternates sines and cosines, Marian's has all sines first. That
+    permutes the D axis, so every tensor that reads or writes the residual stream is permuted too.
 
     LayerNorm: Marian adds 1e-5 to the variance, the model ε. But
     LayerNorm_ε(x) = LayerNorm_{c²ε}(c · x), so the stream is scaled by c = √(1e-5 / ε): what writes
-    it is multiplied, what reads it divided by c. Only positions cannot be scaled; hence neither
-    is the beginning of a stack up to its first LayerNorm, whose output is then off by a factor of
+    it is multiplied, what reads it divided by c. Only positions cannot be scaled; so a stack is
+    not scaled before its first LayerNorm, whose output is then off by a factor of
     1 - (1e-5 - ε) / 2σ². With the variance σ² of embeddings + positions, about 1, that is 5e-6.
-    The last LayerNorm is not scaled either, for the logits are made from it.
+    The last LayerNorm is not scaled either, because the logits are made from its output.
     """
     order = np.arange(config.d_model)
     if config.positions == "sinusoidal":
@@ -220,7 +220,7 @@ def read_tensors(directory: Path) -> tuple[Path, Tensors]:
     """Return the file of a model's weights and its tensors by name.
 
     Raises:
-      UserError: there is none, it is damaged, or what reads it is not installed.
+      UserError: there is no such file, it is damaged, or the package to read it is not installed.
     """
     path = directory / "model.safetensors"
     read: Callable[[Path], Tensors]
@@ -243,7 +243,7 @@ def read_tensors(directory: Path) -> tuple[Path, Tensors]:
         raise UserError(f"{path} needs {error.name}: pip install {error.name}") from error
     except UserError:
         raise
-    except Exception as error:  # zipfile, pickle, torch and safetensors each have their own
+    except Exception as error:  # zipfile, pickle, torch and safetensors each raise their own
         raise UserError(
             f"cannot read {path}: {first_line(error)}; download it again, or save it in float32"
         ) from error
@@ -268,9 +268,9 @@ def _read_pickle(path: Path) -> Tensors:
 
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # whose advice is to load what may run programs
+    except pickle.UnpicklingError as error:  # its advice is to load what may run code
         raise UserError(
-            f"{path} is no file of weights alone: download it again, or save it as safetensors"
+            f"{path} is not a file of weights alone: download it again, or save it as safetensors"
         ) from error
     return {
         # numpy has no bfloat16

@@ -4,17 +4,17 @@
 
 The directory holds
 
-- `beam_search.bin` and `greedy_search.bin`: source_ids [B, S] -> sequences [B, M, T], M the
+- `beam_search.bin` and `greedy_search.bin`: source_ids [B, S] -> sequences [B, M, T], where M is
   `n_best` or K, and scores;
-- `encode.bin`, then `decode_step.bin` token by token: the same in steps, for a search of one's own;
-- `params.npz`, the parameters, their first argument; the others are passed by name;
+- `encode.bin`, then `decode_step.bin` for each token: the same in steps, for your own search;
+- `params.npz`: the parameters, each function's first argument; all others are passed by name;
 - `manifest.json`: every function's inputs and outputs, and the special ids;
 - the tokenizers, `tokenizer.model`, or `tokenizer.source.model` and `tokenizer.target.model`. If
   `vocabulary.json`, or `vocabulary.source.json` and `vocabulary.target.json`, lies beside it, the
-  id of a piece is its place in that list.
+  id of a piece is its index in that list.
 
 Each function runs on CPUs, NVIDIA GPUs and TPUs, and takes any number of sentences unless
-`batch_size` was given. It takes jax, numpy, flatbuffers and sentencepiece to translate:
+`batch_size` was given. To translate, jax, numpy, flatbuffers and sentencepiece are needed:
 
     import jax, numpy as np, sentencepiece
     from jax import export
@@ -32,7 +32,7 @@ Each function runs on CPUs, NVIDIA GPUs and TPUs, and takes any number of senten
     best = np.asarray(result["sequences"])[:, 0]
     print(tokenizer.decode([[int(i) for i in ids if i > 2] for ids in best]))
 
-Or step by step, here greedily with every beam. `beams` names the beam that each goes on from:
+Or step by step, here greedily with every beam. `beams` holds the beam that each one continues:
 
     cache = encode(params, source_ids=source_ids)["cache"]
     tokens = np.full((len(lines), 4), 1, np.int32)  # K = 4, as exported; 1 is bos
@@ -88,10 +88,10 @@ def to_stablehlo(
 
     Args:
       run: the directory that training wrote.
-      directory: what to write; must not exist yet, or be empty.
+      directory: what to write; must be new or empty.
       source_length: S, positions of a source with eos and padding, at most the model's
-        `max_length`; by default 128, or that.
-      batch_size: B; None leaves it open, to be that of the arrays the functions are called with.
+        `max_length`; by default 128, or that if it is less.
+      batch_size: B; None leaves it open, so that the functions take arrays of any batch size.
       checkpoint: as for `Translator.load`.
       **options: fields of `GenerationConfig`, `beam_size=4` and `length_penalty=0.6` among them.
 
@@ -115,11 +115,11 @@ def to_stablehlo(
         source_length = min(128, config.max_length)
     if not 2 <= source_length <= config.max_length:
         raise UserError(
-            f"source_length is {source_length}: give 2, a token and eos, to {config.max_length}, "
-            "the model's max_length"
+            f"source_length is {source_length}: give 2 (a token and eos) to {config.max_length} "
+            "(the model's max_length)"
         )
     params: dict[str, Any] = {
-        # A checkpoint may be in half of the precision, which .npz files do not know.
+        # A checkpoint may be in a half precision that .npz files do not know.
         name: np.asarray(array, np.float32)
         for name, array in _flat(translator.params).items()
     }
@@ -152,17 +152,17 @@ def export_programs(
 ) -> dict[str, export.Exported]:
     """Return the four functions by name, lowered for all platforms.
 
-    They take and return arrays and dictionaries of arrays, nothing that this package would have to
-    be imported for.
+    They take and return arrays and dictionaries of arrays, nothing for which this package would
+    have to be imported.
 
     Args:
       config: of the model.
       params: its parameters, flat: {"encoder/layers/…": array}.
-      search: how `beam_search` searches, and but for the beams `greedy_search`.
+      search: how `beam_search` searches, and, except for the beams, `greedy_search`.
       batch_size: B, or None to leave it open.
       source_length: S.
     """
-    config = config.replace(flash_attention="none")  # kernels are of one platform
+    config = config.replace(flash_attention="none")  # kernels are for one platform
     model = Transformer(config)
     batch = export.symbolic_shape("batch")[0] if batch_size is None else batch_size
 
@@ -188,7 +188,7 @@ def export_programs(
         return {"encoded": encoded, "cache": _flat(cache)}
 
     def decode_step(params, cache, tokens, beams):
-        # Computed for nothing but its structure, so nothing of it is left in the program.
+        # Only its structure is used, so that none of the computation is left in the program.
         nothing = jnp.zeros((tokens.shape[0], source_length), jnp.int32)
         _, like = encoded_and_cache(params, nothing)
         cache = jax.tree.unflatten(jax.tree.structure(like), [cache[name] for name in _flat(like)])

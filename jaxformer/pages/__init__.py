@@ -1,1 +1,1 @@
-"""What a model learned and looked at, to be seen: pages of one file, and pictures."""
+"""What a model learned and looked at, made visible: single-file pages, and pictures."""

@@ -1,7 +1,7 @@
 """Attention as a picture inside a page: heat maps, and lines from word to word.
 
-A map is an SVG with an image of a pixel a weight in it, so that a hundred of them stay small. Its
-colour lets the page shine through: a weight of 0 is paper, light or dark.
+A map is an SVG that holds an image of one pixel per weight, so that a hundred of them stay small.
+Its colour lets the page shine through: a weight of 0 is paper, light or dark.
 """
 
 import base64
@@ -16,8 +16,8 @@ from jaxtyping import Float, UInt8
 from jaxformer.pages.page import scrolling, text_width
 from jaxformer.results import Alignment
 
-# The palette: shades of --heat from clear to full, then grey for what a query may not look at,
-# red for what should not be, and the second colour of what has a sign.
+# The palette: shades of --heat from clear to full, then grey for keys that a query may not look at,
+# red for weights that should not occur, and shades of a second colour for negative values.
 _SHADES = 32
 _MASKED, _BAD = _SHADES, _SHADES + 1
 _HEAT, _GREY, _RED, _ORANGE = (47, 127, 221), (128, 128, 128), (224, 49, 49), (214, 106, 20)
@@ -57,15 +57,16 @@ def png(pixels: UInt8[np.ndarray, "T S"]) -> bytes:
 
 
 def data_uri(pixels: UInt8[np.ndarray, "T S"]) -> str:
-    """The same as an address that holds it."""
+    """The same PNG as a data URI."""
     return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
 
 
 def shades(weights: Float[np.ndarray, "T S"], *, causal: bool = False) -> UInt8[np.ndarray, "T S"]:
     """Palette indices of weights from 0 to 1.
 
-    The shade follows the square root, or a weight of 0.1 would hardly show. Where a `causal` map
-    is 0 above the diagonal it is masked; what is not finite, or looks ahead, is marked as bad.
+    The shade follows the square root, or a weight of 0.1 would hardly show. Above the diagonal of a
+    `causal` map zeros are marked as masked and other weights as bad. Weights that are not finite
+    are marked as bad, too.
     """
     finite = np.isfinite(weights)
     shade = np.sqrt(np.clip(np.where(finite, weights, 0.0), 0.0, 1.0)) * (_SHADES - 1)
@@ -89,7 +90,7 @@ def describe_head(
     """What a head does, in a few words, and whether it has failed.
 
     Args:
-      weights: of its queries.
+      weights: of its T queries, one row each.
       keys: the S pieces it can look at.
       causal: whether it may only look back.
     """
@@ -101,7 +102,7 @@ def describe_head(
     allowed = np.minimum(queries + 1, len(keys)) if causal else np.full(len(queries), len(keys))
     logs = np.log(np.where(weights > 0, weights, 1.0))
     entropy = -np.sum(weights * logs, axis=1)
-    choice = allowed > 1  # a query that can look at one key alone says nothing
+    choice = allowed > 1  # a query that can look at only one key says nothing
     if not np.any(choice):
         return "one piece", False
     if np.mean(entropy[choice] / np.log(allowed[choice])) > 0.98:
@@ -145,14 +146,14 @@ def heat_map(
     title: str,
     cell: int = 14,
 ) -> str:
-    """A map with the labels that `axes` has drawn under this name, and for these rows and columns.
+    """A map with the labels that `axes` has drawn under this name for the same rows and columns.
 
     Args:
-      name: of the axes.
+      name: as given to `axes`.
       pixels: as `shades` makes them, queries from top to bottom.
       rows, columns: labels of queries and keys.
-      title: what it is, for those who cannot see it.
-      cell: pixels a weight.
+      title: what the map shows, for those who cannot see it.
+      cell: the width and height of a weight, in pixels.
     """
     left, top, right = _margins(rows, columns)
     width, height = cell * len(columns), cell * len(rows)
@@ -168,7 +169,7 @@ def heat_map(
 
 
 def plain_map(pixels: UInt8[np.ndarray, "T S"], title: str, width: int, height: int) -> str:
-    """A map of that size without labels."""
+    """A map of the given size, without labels."""
     return (
         f'<svg role="img" aria-label="{escape(title)}" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}"><title>{escape(title)}</title>'
@@ -178,7 +179,7 @@ def plain_map(pixels: UInt8[np.ndarray, "T S"], title: str, width: int, height: 
 
 
 def legend() -> str:
-    """What the shades mean."""
+    """A scale that says what the shades mean."""
     values = [0.0, 0.05, 0.1, 0.25, 0.5, 1.0]
     pixels = shades(np.array([values]))
     texts = "".join(
@@ -230,7 +231,7 @@ def alignment_lines(alignment: Alignment) -> str:
 
 
 def _short(label: str) -> str:
-    label = label.replace("▁", "_") or "_"  # the thick one hides what it marks
+    label = label.replace("▁", "_") or "_"  # the thick "▁" hides what it marks
     if text_width(label) <= _LONGEST:
         return label
     while text_width(label) > _LONGEST - 1:

@@ -1,4 +1,4 @@
-"""The `jaxformer inspect` command: how a model came to a translation, as a page and pictures."""
+"""The `jaxformer inspect` command: a page and pictures of how a model arrived at a translation."""
 
 import argparse
 from html import escape
@@ -37,7 +37,7 @@ _READ = {
 
 
 def inspection_page(explanation: Explanation) -> str:
-    """Return the page about an explanation: one HTML file, complete in itself."""
+    """Return the page about an explanation: one self-contained HTML file."""
     best = explanation.hypotheses[0]
     everything = explanation.source + "".join(h.text for h in explanation.hypotheses)
     body = [
@@ -176,8 +176,8 @@ def _inspect(options: argparse.Namespace) -> None:
     search = generation_options(options)
     try:
         options.sentence.encode()
-    except UnicodeEncodeError as error:  # what the shell gave is bytes that are no letters
-        raise UserError(f"SENTENCE is not UTF-8 at letter {error.start + 1}: mend it") from error
+    except UnicodeEncodeError as error:  # the shell gave bytes that are not UTF-8
+        raise UserError(f"SENTENCE is not UTF-8 at letter {error.start + 1}: correct it") from error
     check_writable(Path(options.output, "index.html"))
     keep_compiled_programs()
     translator = Translator.load(options.run, options.checkpoint)

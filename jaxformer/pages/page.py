@@ -1,12 +1,12 @@
-"""A page of one file: no script, no font, no picture from elsewhere; light and dark."""
+"""A single-file page: no script, no font, no picture from elsewhere; light and dark."""
 
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from html import escape
 
-# Text has a contrast of at least 4.5 to its background and lines one of 3, in both schemes
-# (WCAG 2 AA); the colours of lines can be told apart by readers who see red and green alike.
+# In both schemes text has a contrast of at least 4.5 to its background, and lines one of 3 (WCAG 2
+# AA); readers who cannot tell red from green can tell the colours of lines apart.
 _LIGHT = """
   --paper: #fdfdfb; --panel: #f3f3ef; --ink: #1d2125; --soft: #565d64; --rule: #d8dad4;
   --link: #1a5fa8; --heat: #2f7fdd; --bad: #b3261e;
@@ -17,7 +17,7 @@ _DARK = """
   --line-0: #6cb6ff; --line-1: #ff9d5c; --line-2: #3fcf9f; --line-3: #ee8fd3; --line-4: #e6c84f;
   --line-5: #b9c0c7;"""
 
-#: Lines that have a colour of their own, on light paper.
+#: The colours that lines are told apart by, on light paper.
 COLOURS = ("#1f6fb5", "#b8480b", "#00795c", "#9c3f8c", "#846500", "#4a5058")
 
 _STYLE = """
@@ -87,7 +87,7 @@ def section(title: str, *parts: str) -> str:
 
 
 def details(summary: str, *parts: str) -> str:
-    """What is shown when a reader asks for it."""
+    """A part that is hidden until the reader opens it."""
     return "\n".join((f"<details>\n<summary>{escape(summary)}</summary>", *parts, "</details>"))
 
 
@@ -99,7 +99,7 @@ def table(
     Args:
       header: names of the columns.
       rows: their cells.
-      numbers: columns that stand to the right, from 0.
+      numbers: the columns to align to the right, counted from 0.
     """
     right = set(numbers)
 
@@ -116,12 +116,12 @@ def table(
 
 
 def scrolling(content: str) -> str:
-    """What is wider than a phone scrolls by itself, also by keyboard, and the page does not."""
+    """Content that scrolls on its own, also by keyboard, so that on a phone the page need not."""
     return f'<div class="scroll" tabindex="0">{content}</div>'
 
 
 def text_width(text: str) -> float:
-    """About how wide a text is, in em: East Asian letters are twice as wide as others."""
+    """The approximate width of a text, in em: East Asian letters are about twice as wide."""
     widths = {"W": 1.0, "F": 1.0}
     return sum(
         0.0 if unicodedata.combining(letter) else widths.get(kind, 0.58)
@@ -132,7 +132,7 @@ def text_width(text: str) -> float:
 def script_note(text: str) -> str:
     """Name the scripts of `text` that a device may have no font for; "" if there are none.
 
-    The page uses the fonts of the device that shows it, and cannot ask it for them.
+    The page uses the fonts of the device that shows it, and cannot ask which ones it has.
     """
     letters = {letter for letter in text if letter > "\u024f"}  # past the Latin ones
     names = {unicodedata.name(letter, "").split(" ")[0] for letter in letters}

@@ -1,4 +1,4 @@
-"""The same heat maps as PNG files, by matplotlib."""
+"""The same heat maps as PNG files, drawn with matplotlib."""
 
 import contextlib
 import importlib.util
@@ -15,7 +15,7 @@ from jaxformer.files import check_writable, writing
 from jaxformer.results import Explanation
 from jaxformer.terminal import say, warn
 
-# Inches of a side: 8,000 pixels, which every viewer can show.
+# The longest side, in inches: 8,000 pixels, which every viewer can show.
 _LARGEST = 72.0
 
 
@@ -25,7 +25,7 @@ def can_draw() -> bool:
 
 
 def check_picture(path: str | Path) -> None:
-    """Raise `UserError` if `picture` can write no such file; change nothing."""
+    """Raise `UserError` if `picture` cannot write this file; change nothing."""
     if not can_draw():
         raise UserError("no picture without matplotlib: pip install matplotlib")
     if Path(path).suffix not in (".png", ".svg", ".pdf"):
@@ -41,12 +41,12 @@ def say_where(index: Path, *, drawn: bool) -> None:
 
 @contextlib.contextmanager
 def picture(path: Path, width: float, height: float, text: str = "") -> Iterator[Any]:
-    """Give a matplotlib figure to draw on, and write it as a file at the end of the block.
+    """Yield a matplotlib figure to draw on, and write it to a file at the end of the block.
 
     Args:
-      path: where to.
+      path: the file to write.
       width, height: in inches.
-      text: letters that are needed, for a choice of fonts.
+      text: all letters that will be drawn, to choose fonts by.
 
     Raises:
       UserError: matplotlib is not installed, or the file cannot be written.
@@ -55,7 +55,7 @@ def picture(path: Path, width: float, height: float, text: str = "") -> Iterator
     from matplotlib import rc_context, set_loglevel
     from matplotlib.figure import Figure
 
-    set_loglevel("ERROR")  # it warns of fonts that it then finds
+    set_loglevel("ERROR")  # it warns about fonts that it then finds
     with rc_context({"font.family": fonts_for(text)[0], "font.size": 8}):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
@@ -65,7 +65,7 @@ def picture(path: Path, width: float, height: float, text: str = "") -> Iterator
 
 
 def fonts_for(text: str) -> tuple[list[str], str]:
-    """Installed fonts that have the letters of `text` together, and the letters that none has.
+    """Installed fonts that together have the letters of `text`, and the letters that none has.
 
     Matplotlib takes each letter from the first font that has it.
     """
@@ -85,9 +85,9 @@ def _families() -> list[str]:
     """The installed families, plain ones before fancy ones."""
     from matplotlib.font_manager import findSystemFonts, fontManager
 
-    # Matplotlib keeps a list, which knows nothing of a font that was installed after it was made.
+    # Matplotlib caches a list of fonts, which lacks those that were installed after it was made.
     for file in set(findSystemFonts()) - {font.fname for font in fontManager.ttflist}:
-        with contextlib.suppress(Exception):  # some files are no fonts that it can read
+        with contextlib.suppress(Exception):  # it cannot read some font files
             fontManager.addfont(file)
     names = {
         font.name
@@ -106,17 +106,17 @@ def _families() -> list[str]:
 def _letters(family: str) -> frozenset[str]:
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    # Of a family's files, the one that is drawn with: light or condensed ones have fewer letters.
+    # The one of a family's files that is drawn with: light or condensed ones have fewer letters.
     return frozenset(map(chr, get_font(findfont(FontProperties(family=family))).get_charmap()))
 
 
 def literal(label: str) -> str:
-    """A label that matplotlib draws letter by letter: what is between two $ is a formula to it."""
+    """Escape a label so that matplotlib draws it as is: text between two $ would be a formula."""
     return label.replace("$", r"\$")
 
 
 def draw_explanation(explanation: Explanation, folder: Path) -> None:
-    """Write alignment, the three attentions and the positional encoding, a PNG each.
+    """Write the alignment, the three attentions and the positional encoding, one PNG each.
 
     Letters that no installed font has are drawn as "?", and a line on standard error names them.
 
@@ -168,7 +168,7 @@ def _draw_maps(
     cell: float = 0.16,
     causal: bool = False,
 ) -> None:
-    """A row of maps for each layer of [L, N, T, S], `cell` inches a weight or as there is room."""
+    """A row of maps for each layer of [L, N, T, S]; `cell` inches per weight, less if too large."""
     from matplotlib import colormaps
     from matplotlib.colors import PowerNorm
 
@@ -178,7 +178,7 @@ def _draw_maps(
     weights = np.ma.masked_where(ahead & (weights == 0), weights)
     layers, heads, rows, columns = weights.shape
     cell = min(cell, (_LARGEST / heads - 0.9) / columns, (_LARGEST / layers - 0.9) / rows)
-    named = cell >= 0.08  # or letters would lie over each other
+    named = cell >= 0.08  # or labels would overlap
     width = heads * (max(1.0, cell * columns) + 0.9)
     height = layers * (max(1.0, cell * rows) + 0.9)
     with picture(path, width, height, "".join(queries + keys)) as figure:

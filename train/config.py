@@ -298,8 +298,8 @@ class TrainConfig:
             )
         if self.model.source_vocab_size not in (None, self.model.vocab_size):
             raise UserError(
-                f"model.source_vocab_size is {self.model.source_vocab_size}: the trainer learns "
-                "vocabularies of model.vocab_size pieces only: leave it out"
+                f"model.source_vocab_size is {self.model.source_vocab_size}, but the trainer "
+                "learns vocabularies of model.vocab_size pieces: leave it out"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What work costs: operations, bytes, and what chips can do of them."""
+"""What work costs in operations and bytes, and how much of both chips can do."""

@@ -21,14 +21,14 @@ from train.parallel import DataParallel, Runner, completed
 from train.scores import bleu_metric, perplexity, score
 from train.step import make_eval_step
 
-# Most tokens of a sentence: attention of 8 heads takes 3 GB for so many.
+# The most tokens of a sentence: with so many, attention of 8 heads takes 3 GB.
 _LONGEST = 10_000
 
 
 def check_lengths(model: TransformerConfig, corpus: EncodedCorpus) -> None:
     """Raise `UserError` if a sentence is too long to be scored.
 
-    It may reach past the last learned position, or its attention would fill the memory.
+    A longer one would reach past the learned positions, or its attention would fill the memory.
     """
     lengths = np.maximum(corpus.source.lengths, corpus.target.lengths)
     row = int(lengths.argmax())
@@ -52,8 +52,8 @@ class LossEvaluator:
       model: without parameters.
       corpus: token ids of the pairs.
       source_length, target_length: positions of a row; rows are longer if a sentence needs it.
-      rows_per_batch: rows of a batch; a few more, so that all devices have the same number, or
-        fewer if rows are longer.
+      rows_per_batch: rows of a batch, rounded up so that all devices have the same number; fewer
+        if rows are longer.
       runner: how the devices share the work.
     """
 

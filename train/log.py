@@ -17,7 +17,7 @@ from train.scores import perplexity
 
 
 class Log:
-    """Collects the metrics of steps; now and then writes and shows their means.
+    """Collects the metrics of steps and, now and then, writes and shows their means.
 
     Between reports nothing waits for the device, so that it always has the next step queued.
     """

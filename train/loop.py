@@ -64,7 +64,7 @@ def fit(config: TrainConfig) -> Path:
     with (
         ExitStack() as held,
         memory_errors(
-            "lower data.batch_tokens, or raise accumulate or set model.remat, which train the same"
+            "lower data.batch_tokens or, to train the same, raise accumulate or set model.remat"
         ),
         noticing_lost_processes(),
     ):

@@ -51,7 +51,7 @@ class Runner(Protocol):
         """Return `(params, batch) -> sums` over all devices."""
 
     def place(self, rows_per_batch: int, read: Callable[[slice], HostBatch]) -> Batch:
-        """Read this process's rows of a global batch, laid out for its devices."""
+        """Read this process's rows of a global batch and lay them out for its devices."""
 
     def whole(self, params: Any) -> Any:
         """All of the parameters on this process's first device; a collective under a mesh."""
@@ -97,7 +97,7 @@ class DataParallel:
         return len(self.devices or jax.devices())
 
     def create(self, make_state: Callable[[], Any]) -> Any:
-        # If the first state were placed unlike those that steps return, they would compile twice.
+        # A first state placed unlike those that the step returns would make it compile twice.
         return jax.jit(make_state, out_shardings=self._replicated())()
 
     def parallel_train_step(self, train_step: Callable) -> Any:

@@ -12,7 +12,7 @@ class Preempted(BaseException):
     """Training was told to stop and has saved what it did; it is not done.
 
     Like `KeyboardInterrupt`, it is not an `Exception`: it may be raised while a file is read, where
-    any exception that is caught is taken for damage.
+    an `Exception` is taken for damage.
     """
 
 

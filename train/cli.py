@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         say(f"error: {error}")
         return error.status if isinstance(error, ProcessLost) else 1
-    except Preempted:  # tells a scheduler to start it again
+    except Preempted:  # so that a scheduler starts it again
         return 128 + signal.SIGTERM
     except BrokenPipeError:  # the reader has gone, as in `… --help | head`
         drop_output()

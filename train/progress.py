@@ -105,7 +105,7 @@ class Count:
     What takes no longer than `every` is done in silence.
 
     Args:
-      what: what is being done.
+      what: the activity, such as "tokenising".
       total: pairs in all, if known.
       every: seconds between the lines.
     """

@@ -24,7 +24,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 def keep_records(path: str | None, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Pass records on as they are made; append each at once to a file of JSON lines, if any.
 
-    So a sweep that is stopped keeps its records, and a file that cannot be written fails first.
+    So a sweep that is stopped keeps its records, and an unwritable file fails before the work.
 
     Raises:
       UserError: the file cannot be written.

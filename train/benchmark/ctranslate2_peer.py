@@ -21,7 +21,7 @@ def ctranslate2_candidates(
 ) -> Iterator[Translate]:
     """Return a translation function for each setting that may be the fastest.
 
-    On two cores, two workers of one thread were three times as fast in int8 as one of two threads.
+    On two cores, two workers of one thread were three times as fast in int8 as one of two.
 
     Args:
       run: directory of the model.

@@ -46,7 +46,7 @@ def transformers_candidates(
     model: Any = MarianMTModel.from_pretrained(folder, dtype=getattr(torch, kind))
     model = model.eval().to(device)
     model.generation_config.max_length = None  # the model's own; here each batch has one
-    if fixed is not None:  # otherwise the last of the tokens would be eos
+    if fixed is not None:  # otherwise the last token would be eos
         model.generation_config.forced_eos_token_id = None
 
     def translate(batch: int, lines: Sequence[str]) -> list[str]:

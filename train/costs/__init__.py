@@ -1,1 +1,1 @@
-"""What work costs in operations and bytes, and how much of both chips can do."""
+"""What work costs: operations and bytes, and how many of each a chip can do."""

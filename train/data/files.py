@@ -16,7 +16,7 @@ Pair = tuple[str, str]
 # Where a row was found, for error messages, and its columns.
 Row = tuple[str, dict[str, Any]]
 
-# JSON can spell half of a surrogate pair, which is not text: a sentence cut inside an emoji.
+# JSON can hold half of a surrogate pair, which is not text: a sentence cut inside an emoji.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 

@@ -30,7 +30,7 @@ class Rows:
     Args:
       segmentations: encoded pairs and their packing; if text is split at random, one for each way
         of splitting, and the epochs use them in turn.
-      seed, number: of the order of each epoch, see `epoch_order`; a seed of None keeps the rows as
+      seed, number: give each epoch its order, see `epoch_order`; a seed of None keeps the rows as
         they are, for evaluation.
 
     Attributes:

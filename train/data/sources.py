@@ -243,7 +243,7 @@ def _columns(pairs: Iterator[Pair], what: str) -> Iterator[dict[str, tuple[str, 
 def _select_columns(
     dataset: "datasets.Dataset", data: "DataConfig", where: str
 ) -> "datasets.Dataset":
-    """Rename the columns in `data` to "source" and "target", and check that they hold text."""
+    """Rename the columns that `data` names to "source" and "target"; check that they hold text."""
     wanted = [data.source, data.target]
     if not set(wanted) <= set(dataset.column_names):
         dataset = dataset.flatten()  # the dict column "translation" becomes "translation.de", …

@@ -193,7 +193,7 @@ def _batch(rows: int, source_length: int, target_length: int) -> dict[str, jax.S
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """Raise `DoesNotFit` if the compiler lacks memory, `UserError` if it refuses otherwise."""
+    """Raise `DoesNotFit` for a program that needs too much memory, `UserError` for others."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

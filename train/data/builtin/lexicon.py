@@ -196,7 +196,7 @@ OWNERS = table(
 
 
 class Person(NamedTuple):
-    """A person: as object ("me") and as later pronoun ("he"; "" if never asked for)."""
+    """A person, with object form ("me") and later pronoun ("he"; "" if never asked for)."""
 
     english: str
     korean: str

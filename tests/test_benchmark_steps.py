@@ -196,7 +196,7 @@ def test_an_engine_that_dies_between_turns_is_told():
         (process,) = multiprocessing.active_children()
         process.kill()
         process.join()
-        with pytest.raises(UserError, match="partial has failed, see above"):
+        with pytest.raises(UserError, match="partial has failed: see above"):
             absolute(-3)
 
 
@@ -313,7 +313,7 @@ def test_peers_refuse_what_they_cannot_do():
         other = dataclasses.replace(CONFIGURATION, model=MODEL.replace(**changes))
         settings = StepBenchmark("train", other, devices=(1,), peers=("flax-plain",), batch=(2,))
         (name,) = changes
-        with pytest.raises(UserError, match=rf"model\.{name} is .*, which flax-plain has not here"):
+        with pytest.raises(UserError, match=rf"model\.{name} is .*, which flax-plain does not"):
             list(benchmark_steps(settings))
 
 
@@ -453,7 +453,7 @@ def test_a_peer_that_is_not_installed_is_missed_before_anything_is_measured(monk
 
 def test_a_peer_has_one_device(monkeypatch):
     monkeypatch.setattr("train.benchmark.steps.separate_devices", len)
-    with pytest.raises(UserError, match="a peer has one device and we have 4: give --devices 1"):
+    with pytest.raises(UserError, match="a peer uses one device and we use 4: give --devices 1"):
         measured(devices=(4,), peers=("flax-plain",))
 
 

@@ -307,7 +307,7 @@ def test_a_damaged_checkpoint_is_left_out_of_the_average(tmp_path, capsys):
         mean, steps = checkpoints.average([1, 2, 3, 5])
         assert steps == [2, 5] and np.all(mean["decoder"]["kernel"] == 3.5)
         lines = capsys.readouterr().err.splitlines()
-        assert [line.endswith("the average goes without it") for line in lines] == [True, True]
+        assert [line.endswith("the average leaves it out") for line in lines] == [True, True]
         with pytest.raises(UserError, match="cannot read"):
             checkpoints.average([1, 3])
         checkpoints.save_average(mean, steps)
@@ -399,7 +399,7 @@ def test_a_run_that_was_moved_away_is_not_made_anew(tmp_path):
         checkpoints.save(make_state(1), {"loss": 1.0})
         checkpoints.wait()
         (tmp_path / "run").rename(tmp_path / "moved")
-        with pytest.raises(UserError, match=r"run/checkpoints has gone: move it back"):
+        with pytest.raises(UserError, match=r"run/checkpoints is gone: move it back"):
             checkpoints.save(make_state(2), {"loss": 1.0})
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]
 

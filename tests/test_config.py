@@ -176,8 +176,8 @@ def test_a_configuration_file_in_python_is_checked_as_well(section, values, mess
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"data": "x"}, "data is 'x': it has fields of its own"),
-        ({"evaluate": None}, "evaluate is None: it has fields of its own"),
+        ({"data": "x"}, "data is 'x': give an object with its fields"),
+        ({"evaluate": None}, "evaluate is None: give an object with its fields"),
         ({"data": {"target_length": "32"}}, "data.target_length is '32': give a whole number"),
         ({"data": {"weights": [1, "a"]}}, "data.weights is [1, 'a']: give several, each a number"),
         ({"data": {"path": 3}}, "data.path is 3: give a string or None"),

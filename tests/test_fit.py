@@ -111,7 +111,7 @@ def test_running_a_finished_run_again_changes_nothing(run, config):
 
 
 def test_another_model_in_the_same_directory_is_refused(run, config):
-    with pytest.raises(UserError, match=r"model\.d_model=16, not 8: give that value"):
+    with pytest.raises(UserError, match=r"model\.d_model=16, not 8: give the former"):
         fit(change(config, model__d_model=8))
 
 
@@ -120,7 +120,7 @@ def test_other_text_in_the_same_files_is_refused(run, config, folder):
     moved = change(config, run=str(shutil.copytree(run, folder / "moved")), data__path=str(other))
     fit(moved)
     (folder / "moved/lengths.json").write_text("{}")
-    with pytest.raises(UserError, match=r"lengths\.json is damaged .*: delete it, to go on"):
+    with pytest.raises(UserError, match=r"lengths\.json is damaged .*: delete it to go on"):
         fit(moved)
     (folder / "moved/lengths.json").unlink()
     fit(moved)
@@ -129,7 +129,7 @@ def test_other_text_in_the_same_files_is_refused(run, config, folder):
             lines = (other / f"{name}.{side}").read_text().splitlines(keepends=True)
             (other / f"{name}.{side}").write_text("".join(lines[::-1]))
         named = {"valid": "validation"}.get(name, name)
-        with pytest.raises(UserError, match=f"has seen other text as data.{named}: give that to"):
+        with pytest.raises(UserError, match=f"has seen other text as data.{named}: give that text"):
             fit(change(moved, evaluate__beam_size=1))
         assert read_train_config(moved.run).evaluate.beam_size == moved.evaluate.beam_size
 

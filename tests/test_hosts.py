@@ -64,7 +64,7 @@ def test_one_that_fails_ends_all(two, elsewhere):
     with pytest.raises(UserError, match="mine"), together():
         raise UserError("mine")
     if elsewhere:
-        with pytest.raises(UserError, match="process 0 has failed: see what it says"), together():
+        with pytest.raises(UserError, match="process 0 has failed: see its output"), together():
             pass
     else:
         with together():

@@ -277,7 +277,7 @@ def test_translates_like_the_float_model(tmp_path_factory):
 
 def test_is_not_to_be_trained():
     config = TransformerConfig(quantized=True)
-    with pytest.raises(UserError, match="quantized is True, but int8 is not to be trained"):
+    with pytest.raises(UserError, match="quantized is True, but int8 cannot be trained"):
         TrainConfig(model=config)
     small = dataclasses.replace(CONFIG, quantized=True)
     params = quantize(random_params(CONFIG))

@@ -167,7 +167,7 @@ def test_another_bad_line_is_reported(tmp_path):
     for line in ("5", "null", '{"step": null, "split": "train", "time": 0}', '{"split": "train"}'):
         (tmp_path / "other").mkdir(exist_ok=True)
         (tmp_path / "other" / "metrics.jsonl").write_text(f"{line}\n")
-        with pytest.raises(UserError, match=r"metrics.jsonl:1 is no record of a step and a split"):
+        with pytest.raises(UserError, match=r"metrics.jsonl:1 is not a record of a step and split"):
             read_metrics(tmp_path / "other")
     with pytest.raises(UserError, match=r"metrics.jsonl:2 is not JSON"):
         MetricsWriter(tmp_path, start_step=10)

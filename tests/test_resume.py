@@ -256,7 +256,7 @@ def test_of_two_processes_that_differ_neither_trains(folder):
         ("data__path='nowhere'", "there is no folder nowhere"),
     ):
         outputs = finish(start(folder, run, processes=2, of_last=[differs]), 1)
-        assert told in outputs[1] and "process 1 has failed: see what it says" in outputs[0]
+        assert told in outputs[1] and "process 1 has failed: see its output" in outputs[0]
         assert not last_step(run)
 
 

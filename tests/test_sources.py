@@ -93,7 +93,7 @@ def test_what_is_no_file_of_text(data, tmp_path):
         with pytest.raises(UserError, match=r"cannot read .*: File name too long"):
             load_split(replace(data, train=(name,)), "train")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match=r"pipe is no regular file: it is read more than once"):
+    with pytest.raises(UserError, match=r"pipe is not a regular file: give one"):
         load_split(replace(data, train=(str(tmp_path / "pipe"), "a.en")), "train")
 
 
@@ -357,7 +357,7 @@ def test_files_that_are_not_there(data, names, message):
         ("t.csv", 'en,ko\na,"b\n', r"t\.csv:2: not CSV .*; mend its quotes"),
         ("t.csv", "en,ko\na\rb,c\n", r"t\.csv:2: not CSV .*; mend its line ends"),
         ("t.jsonl", '{"en": "a", "ko": "b"}\n{"en"\n', r"t\.jsonl:2: not JSON"),
-        ("t.jsonl", "[1, 2]\n", r"t\.jsonl:1: \[1, 2\] is no object of columns"),
+        ("t.jsonl", "[1, 2]\n", r"t\.jsonl:1: \[1, 2\] is not an object of columns"),
         ("t.jsonl", '{"en": "a", "ko": null}', r"t\.jsonl:1: column 'ko' holds null, not text"),
         ("t.jsonl", '{"en": "\\ud83d", "ko": "b"}', r"t\.jsonl:1: .*half a character"),
         ("t.json", '{"en": "a", "ko": "b"}', r"t\.json is not a list of objects"),

@@ -270,7 +270,7 @@ def test_a_cached_tokenizer_that_is_damaged(tmp_path):
     learn_tokenizers([PAIRS], tmp_path / "run", **settings)
     (cached,) = tmp_path.glob("tokenizer-*.model")
     cached.write_bytes(b"no model")
-    with pytest.raises(UserError, match=r"is damaged .*: delete it, to have it made again"):
+    with pytest.raises(UserError, match=r"is damaged .*: delete it to have it made again"):
         learn_tokenizers([PAIRS], tmp_path / "run", **settings)
 
 

@@ -8,7 +8,7 @@ from train.huge_pages import restart_with_huge_pages
 if __name__ == "__main__":
     restart_with_huge_pages()
     try:
-        from train.cli import command  # not before: it would be imported twice
+        from train.cli import command  # only now: the restart would import it twice
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 

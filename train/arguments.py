@@ -29,7 +29,7 @@ def load_config(name: str, *, also: Iterable[str] = ()) -> TrainConfig:
     """Return the variable `config` of train/configs/NAME.py or of another .py file.
 
     Raises:
-      UserError: there is none; the message offers the nearest name, of these or `also` of others.
+      UserError: there is none; the message suggests the nearest name, also among those in `also`.
     """
     own = name.endswith(".py")
     path = Path(os.path.expanduser(name)) if own else CONFIGS / f"{name}.py"
@@ -50,7 +50,7 @@ def load_config(name: str, *, also: Iterable[str] = ()) -> TrainConfig:
             spec.loader.exec_module(module)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except Exception as error:  # it is the user's program: whatever it raises
+    except Exception as error:  # the user's program may raise anything
         message = one_line(error)
         raise UserError(f"{path} cannot be run: {type(error).__name__}: {message}") from error
     config = getattr(module, "config", None)
@@ -61,7 +61,7 @@ def load_config(name: str, *, also: Iterable[str] = ()) -> TrainConfig:
 
 @contextlib.contextmanager
 def _imports_from(folder: Path) -> Iterator[None]:
-    """As for any program, what lies beside it can be imported; the next one has its own."""
+    """Let a file import its neighbours, as a program can; then forget them for the next file."""
     before = set(sys.modules)
     sys.path.insert(0, str(folder))
     try:
@@ -76,12 +76,12 @@ def _imports_from(folder: Path) -> Iterator[None]:
 
 
 def list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """Return what reads "1,2,3" for argparse."""
+    """Return an argparse type that reads "1,2,3"."""
 
     def parse(text: str) -> tuple[Any, ...]:
         return tuple(kind(item) for item in text.split(","))
 
-    parse.__name__ = f"list of {kind.__name__}"  # what argparse calls a wrong value
+    parse.__name__ = f"list of {kind.__name__}"  # what argparse calls it in an error
     return parse
 
 
@@ -97,13 +97,13 @@ def override(
     """Return `config` changed by `--section.field VALUE …`; `--help` prints all fields and exits.
 
     Args:
-      config: before.
-      arguments: that the command does not know itself.
+      config: the configuration to change.
+      arguments: those that the command does not know itself.
       prog: the command, as `--help` shows it.
-      own: names of its own options, which may be meant.
+      own: names of the command's own options, which a misspelt argument may mean.
 
     Raises:
-      UserError: an unknown field, the nearest being offered, or a value of the wrong type.
+      UserError: a field is unknown (the message suggests the nearest) or a value has a wrong type.
     """
     known = flatten(config)
     for argument in arguments:
@@ -118,7 +118,7 @@ def override(
             hint = f"did you mean --{near[0].replace('_', '-')}?" if near else lists
             raise UserError(f"no field --{field}: {hint}")
     output = io.StringIO()
-    if shutil.get_terminal_size().columns < 20:  # with three tyro would never end
+    if shutil.get_terminal_size().columns < 20:  # with three, tyro would never return
         os.environ["COLUMNS"] = "20"
     try:
         with contextlib.nullcontext() if "--help" in arguments else _capture(output):

@@ -43,17 +43,17 @@ from train.hosts import means_lost_process, meet
 
 State = TypeVar("State")
 
-# What orbax logs it either handles itself or also raises, here to end as one line.
+# Orbax also raises what it logs, unless it handles it; here an error ends as one line.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
-# Of several reads that fail one is raised; asyncio would tell of the others.
+# If several reads fail, one error is raised; asyncio would log the others.
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 class _Keep(policies.PreservationPolicy):
-    """The newest, to go on from; of the evaluated ones the last and, by `best`, the best.
+    """Keeps the newest checkpoint, to go on from, and the last and the `best` evaluated ones.
 
-    One that was saved because training had to stop is nothing to choose or average: it goes when
-    the next is there, as if training had not stopped.
+    A checkpoint that was saved because training had to stop is not one to choose or average: it is
+    deleted once the next exists, as if training had not stopped.
     """
 
     def __init__(self, last: int, best: policies.PreservationPolicy) -> None:
@@ -71,16 +71,16 @@ class Checkpoints:
     """The checkpoints of one run, in `run/checkpoints`; use it in a `with` block.
 
     A state is any dataclass pytree of arrays with fields `step` and `params`. The parameters are
-    saved apart from the rest, so that a translator reads them alone.
+    saved apart from the rest, so that a translator can read them alone.
 
-    Among several processes every one must make the same calls.
+    With several processes, every one must make the same calls.
 
     Args:
       run: the run directory; created if need be.
       keep_last: how many of the latest evaluated checkpoints stay on disk; the newest always does.
-      keep_best: how many of the best stay besides.
-      metric: name of the validation metric that says what is best.
-      mode: whether the best is the "min" or the "max" of it.
+      keep_best: how many of the best stay in addition.
+      metric: name of the validation metric that decides which is best.
+      mode: whether the best has the lowest ("min") or the highest ("max") value of it.
 
     Raises:
       UserError: the directory cannot be written to.
@@ -123,12 +123,12 @@ class Checkpoints:
             best_fn=self._score,
             best_mode=mode,
             cleanup_tmp_directories=True,
-            # In the background, a directory that cannot be created makes the exit hang.
+            # If creating a directory failed in the background, the exit would hang.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
-        except Exception as error:  # it reads what is beside the arrays
+        except Exception as error:  # from any damage to the files beside the arrays
             raise UserError(
                 f"cannot read {self.directory}: {reason(error)}; restore what is damaged there, or "
                 "choose another run directory"
@@ -138,37 +138,37 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not means_lost_process(error):  # it would be waited for
+        if not means_lost_process(error):  # closing would wait for it
             self.close()
 
     def all_steps(self) -> list[int]:
-        """Return the steps of the checkpoints there are, ascending."""
+        """Return the steps of all checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def evaluated_steps(self) -> list[int]:
-        """Return the steps of those that were saved with metrics, ascending."""
+        """Return the steps of the checkpoints that were saved with metrics, ascending."""
         self.wait()
         return list(evaluations(self._run))
 
     def save(self, state: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """Start to save `state` as the checkpoint of `state.step`; does nothing if there is one.
+        """Start to save `state` as the checkpoint of `state.step`, unless there is one.
 
-        The arrays are copied before this returns, and may be donated; files are written in the
+        The arrays are copied before this returns and may then be donated; files are written in the
         background. An error there is raised by the next `save`, `wait` or `close`.
 
         Args:
-          state: what `restore` shall give back.
+          state: what `restore` is to return.
           metrics: validation metrics of this state; without them it cannot become the best.
 
         Raises:
-          UserError: this checkpoint, or the one before it, could not be written; the directory has
-            gone; or `metrics` lack the one that says what is best.
+          UserError: this checkpoint, or the one before it, could not be written; the directory is
+            gone; or `metrics` lacks the one that decides which is best.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         if not self.directory.is_dir():  # orbax would make it anew, without the rest of the run
-            raise UserError(f"{self.directory} has gone: move it back, and run the command again")
+            raise UserError(f"{self.directory} is gone: move it back, and run the command again")
         record = None
         if metrics is not None:
             if self._metric not in metrics:
@@ -176,7 +176,7 @@ class Checkpoints:
                     f"the best checkpoint is chosen by {self._metric!r}, which is not evaluated: "
                     f"choose one of {', '.join(metrics)}"
                 )
-            # A loss of nan is no JSON number and never the best.
+            # A loss of nan is not a JSON number, and never the best.
             values = {name: float(v) for name, v in metrics.items() if math.isfinite(v)}
             record = {"metric": self._metric, "mode": self._mode, "values": values}
         items = split(state)
@@ -190,8 +190,8 @@ class Checkpoints:
     def restore(self, example: State) -> State:
         """Return the state of the last checkpoint that is undamaged.
 
-        Damaged ones that are passed over are reported on standard error and renamed, so that
-        training can save these steps again.
+        Damaged checkpoints that are skipped are reported on standard error and renamed, so that
+        training can save their steps again.
 
         Args:
           example: a state of the same structure, of arrays or of `jax.ShapeDtypeStruct`s with
@@ -199,8 +199,8 @@ class Checkpoints:
             devices need not be that of the saving run.
 
         Raises:
-          UserError: there is no checkpoint, none that is undamaged, or its model or optimizer is
-            another one; the message names the first array that differs.
+          UserError: there is no checkpoint, all are damaged, or it is of another model or
+            optimizer; the message names the first array that differs.
         """
         self.wait()
         steps = self._existing()
@@ -211,12 +211,12 @@ class Checkpoints:
                 if step == steps[0]:
                     raise
                 self._set_aside(step, error)
-        raise AssertionError  # there is a first step, and the last returns or raises
+        raise AssertionError  # the loop returns, or raises at the first step
 
     def _restore(self, example: State, step: int) -> State:
         directory = self.directory / str(step)
         examples = split(example)
-        if not (directory / OPTIMIZER).exists():  # as `save_params` writes them
+        if not (directory / OPTIMIZER).exists():  # as in checkpoints of `save_params`
             raise DamagedCheckpoint(
                 f"checkpoint {directory} has no {OPTIMIZER} that training could go on with; "
                 "delete it to go on from the one before"
@@ -245,7 +245,7 @@ class Checkpoints:
         self._manager.reload()
 
     def _set_unreadable_metrics_aside(self) -> None:
-        """Rename what orbax, which reads the metrics of all checkpoints, could not begin with."""
+        """Rename unreadable metrics: orbax reads those of all checkpoints, and would fail."""
         if jax.process_index() == 0:
             evaluated = evaluations(self._run)
             for step in checkpoint_steps(self._run):
@@ -257,22 +257,22 @@ class Checkpoints:
         meet("metrics")
 
     def _free_name(self, name: str) -> Path:
-        """`name` in the directory, or with a number if that is there."""
+        """Return the path of `name` in the directory, numbered if that exists."""
         names = chain([name], (f"{name}.{number}" for number in count(2)))
         return next(place for name in names if not (place := self.directory / name).exists())
 
     def average(self, steps: Sequence[int]) -> tuple[Any, list[int]]:
-        """Return the mean of the parameters of several checkpoints, as numpy arrays, and its steps.
+        """Return the mean of several checkpoints' parameters, as numpy arrays, and the steps in it.
 
         The mean is taken in float32, one checkpoint after the other, and returned in the dtype of
         the saved parameters (paper §6.1: the last 5 checkpoints for base, 20 for big). Damaged ones
-        are left out, and reported on standard error.
+        are left out and reported on standard error.
 
         Args:
           steps: distinct steps.
 
         Raises:
-          UserError: no steps, one of them twice, one that is not there, or all are damaged.
+          UserError: `steps` is empty or has duplicates, or one does not exist, or all are damaged.
         """
         if not steps or len(set(steps)) < len(steps):
             raise UserError(f"cannot average checkpoints {list(steps)}: give distinct steps")
@@ -290,7 +290,7 @@ class Checkpoints:
                 if not averaged and step == steps[-1]:
                     raise
                 if jax.process_index() == 0:
-                    warn(f"{error}; the average goes without it")
+                    warn(f"{error}; the average leaves it out")
                 continue
             averaged.append(step)
             if mean is None:
@@ -298,7 +298,7 @@ class Checkpoints:
                 mean = jax.tree.map(lambda leaf: np.array(leaf, np.float32), saved)
                 continue
 
-            # In place, for memory; and equal parameters average to themselves exactly.
+            # In place, to save memory; in this form equal parameters average to themselves exactly.
             def include(mean: np.ndarray, leaf: np.ndarray, count: int = len(averaged)) -> None:
                 mean += (leaf.astype(np.float32) - mean) / count
 
@@ -309,7 +309,7 @@ class Checkpoints:
     def save_average(self, params: Any, steps: Sequence[int]) -> None:
         """Save `params`, the average of `steps`, as `checkpoints/average`.
 
-        An older one stays until this one is whole.
+        An older average stays until this one is complete.
 
         Raises:
           UserError: it could not be written.

@@ -39,11 +39,11 @@ def saved_arrays(path: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def saving_checkpoint(directory: Path) -> Iterator[None]:
-    """Turn what a disk can do to a checkpoint that is written into a `UserError`."""
+    """Turn the errors of a disk while a checkpoint is written into a `UserError`."""
     try:
         yield
     except (OSError, ValueError) as error:
-        # Tensorstore reports a full disk by a ValueError. Others are errors of the program.
+        # Tensorstore reports a full disk as a ValueError; other ValueErrors are bugs.
         if isinstance(error, OSError) or "[os_error_code=" in str(error):
             raise UserError(
                 f"cannot save checkpoints in {directory}: {reason(error)}; "
@@ -54,10 +54,10 @@ def saving_checkpoint(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading_checkpoint(directory: Path) -> Iterator[None]:
-    """Turn what can be wrong with a checkpoint that is read into a `DamagedCheckpoint`."""
+    """Turn any error while a checkpoint is read into a `DamagedCheckpoint`."""
     try:
         yield
-    except Exception as error:  # what damage can do to JSON and to arrays is raised as anything
+    except Exception as error:  # damaged JSON and damaged arrays can raise anything
         if isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
         raise DamagedCheckpoint(

@@ -30,7 +30,7 @@ from train.plan.command import add_plan
 from train.preemption import Preempted
 from train.report import add_report, report_after_training
 
-# What a process that has failed waits for the others at most.
+# How long a process that has failed waits for the others.
 _LEAVE_S = 10.0
 
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_open("stdout")
         _check_temporary_directory()
-        if isinstance(sys.stdout, io.TextIOWrapper):  # letters that it lacks end no training
+        if isinstance(sys.stdout, io.TextIOWrapper):  # letters that it lacks must not end a run
             sys.stdout.reconfigure(errors="backslashreplace")
         with memory_errors("ask for less at once, or use a device with more"):
             options.command(options, overrides)
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         say(f"error: {error}")
         return error.status if isinstance(error, ProcessLost) else 1
-    except Preempted:  # what runs us shall see that it is not done, and begin it again
+    except Preempted:  # so that a scheduler starts it again
         return 128 + signal.SIGTERM
     except BrokenPipeError:  # the reader has gone, as in `… --help | head`
         drop_output()
@@ -69,9 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """Be `python -m train`: `main`, and an end at once after Ctrl-C, SIGTERM or a lost process.
+    """Run `main` as a program, which ends at once after Ctrl-C, SIGTERM or a lost process.
 
-    A search that is under way goes on in its thread, and Python would wait for it.
+    A search under way would go on in its thread, and Python would wait for it.
     """
     begin_program()
     status = main()
@@ -79,8 +79,8 @@ def command() -> NoReturn:
     if status in (ProcessLost.status, 128 + signal.SIGINT) or (status > 128 and not joined):
         _leave(status)
     if joined and status == 1:
-        # Processes take leave of each other, or those that are slower would fail. But of an error
-        # they may know nothing, and JAX would wait for them for minutes.
+        # At exit, processes wait for each other, or slower ones would fail. But the others may know
+        # nothing of the error, and JAX would wait for them for minutes.
         waiting = threading.Timer(_LEAVE_S, _leave, [status])
         waiting.daemon = True
         waiting.start()
@@ -95,11 +95,11 @@ def _leave(status: int) -> NoReturn:
 
 
 def _check_temporary_directory() -> None:
-    """Raise `UserError` if there is none, as in a read-only container: sacreBLEU wants one."""
+    """Raise `UserError` if there is none, as in a read-only container: sacreBLEU needs one."""
     try:
         tempfile.gettempdir()
     except FileNotFoundError as error:
-        raise UserError("no folder for temporary files can be written to: set TMPDIR") from error
+        raise UserError("no folder for temporary files is writable: set TMPDIR") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -205,7 +205,7 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         **changes,
     )
     _show(values, as_json=options.json)
-    if output is not None:  # last: a disk that is full takes the scores from nobody
+    if output is not None:  # last: a full disk must not hide the scores
         write_lines(Path(output), translations)
 
 

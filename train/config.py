@@ -1,4 +1,4 @@
-"""What a training run is made of: nested, frozen, checked, and readable from the command line."""
+"""The configuration of a training run: nested, frozen, checked, set from the command line."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class DataConfig:
                 "corpora: give one for data.train, then one for each of data.extra"
             )
         if not all(1e-9 <= weight <= 1e9 for weight in self.weights):
-            raise UserError(f"data.weights are {self.weights}: give numbers above 0, to 1e9")
+            raise UserError(f"data.weights are {self.weights}: give numbers above 0, at most 1e9")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +168,7 @@ class EvaluateConfig:
                 raise UserError(f"evaluate.{str(error).replace('beam_size', name)}") from error
 
     def search(self, beam_size: int) -> GenerationConfig:
-        """Return what translations are searched for with, so many beams and one of each."""
+        """Return the settings of the search, with `beam_size` beams and one translation each."""
         return GenerationConfig(
             beam_size=beam_size,
             n_best=1,
@@ -282,13 +282,13 @@ class TrainConfig:
         if self.optimizer.cooldown_steps > self.steps:
             raise UserError(
                 f"optimizer.cooldown_steps is {self.optimizer.cooldown_steps} and steps is "
-                f"{self.steps}: give at most as many"
+                f"{self.steps}: give at most the latter"
             )
         if self.parallel.coordinator is not None and not self.distributed:
             raise UserError("parallel.coordinator is given: give --distributed True with it")
         if self.model.quantized:
             raise UserError(
-                "model.quantized is True, but int8 is not to be trained: leave it out, and "
+                "model.quantized is True, but int8 cannot be trained: leave it out, and "
                 "translate with --dtype int8"
             )
         if self.model.embeddings == "shared" and not self.data.joint_vocabulary:
@@ -298,8 +298,8 @@ class TrainConfig:
             )
         if self.model.source_vocab_size not in (None, self.model.vocab_size):
             raise UserError(
-                f"model.source_vocab_size is {self.model.source_vocab_size}: the trainer learns "
-                "vocabularies of model.vocab_size pieces, leave it out"
+                f"model.source_vocab_size is {self.model.source_vocab_size}, but the trainer "
+                "learns vocabularies of model.vocab_size pieces: leave it out"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -308,13 +308,13 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> TrainConfig:
-        """Inverse of `to_dict`. Fields that are not there keep their defaults."""
+        """Inverse of `to_dict`. Missing fields keep their defaults."""
         return _from_dict(cls, fields, "")
 
 
 def _from_dict(cls: type, fields: Mapping[str, Any], prefix: str) -> Any:
     if not isinstance(fields, Mapping):
-        raise UserError(f"{prefix.rstrip('.')} is {fields!r}: it has fields of its own")
+        raise UserError(f"{prefix.rstrip('.')} is {fields!r}: give an object with its fields")
     hints = get_type_hints(cls)
     values = {}
     for name, value in fields.items():
@@ -337,7 +337,7 @@ def flatten(config: TrainConfig | dict[str, Any]) -> dict[str, Any]:
 
 
 def read_section(run: str | Path, name: str) -> Any:
-    """Return a section of a run's configuration, as it is by default where the run has none.
+    """Return a section of a run's configuration, or its defaults if the run has no such section.
 
     Raises:
       UserError: as for `read_train_config`.

@@ -11,13 +11,13 @@ import numpy as np
 from jaxformer.pages.page import COLOURS
 from jaxformer.pages.pictures import literal, picture
 
-# Of a curve, and of another one of the same run; then of those where colours begin anew.
+# For a run's first and second curve; then the same for runs whose colours repeat.
 _DASHES = ("", "5 3", "1 2", "8 2 1 2")
 _STYLES = ("-", "--", ":", "-.")  # the same to matplotlib
 
 _WIDTH, _HEIGHT = 420, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 8, 36
-#: Lines with fewer points have each of them marked.
+#: Lines with no more points than this have each of them marked.
 _MARKED = 60
 
 
@@ -45,9 +45,9 @@ class Chart:
 
     Attributes:
       title: what is measured, with its unit.
-      lines: the curves; without points they are left out.
+      lines: the curves; those without points are left out.
       log: whether the values are on a logarithmic scale.
-      note: a line below.
+      note: a line of text below.
       marks: {label: step} of vertical lines.
     """
 
@@ -59,7 +59,7 @@ class Chart:
 
     @property
     def drawn(self) -> list[Line]:
-        """The lines that have points where the scale has them."""
+        """The lines with points that the scale can show, reduced to these points."""
         lines = []
         for line in self.lines:
             known = line.values > 0 if self.log else np.isfinite(line.values)
@@ -70,9 +70,9 @@ class Chart:
 
 
 def thin(steps: np.ndarray, values: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each of so many equal parts of the axis the first, least, greatest and last point.
+    """Return the first, least, greatest and last point of each of `columns` parts of the axis.
 
-    Drawn as wide as there are columns, the curve looks as all the points would.
+    Drawn that many columns wide, the curve looks as it would with all its points.
     """
     if len(steps) <= 4 * columns:
         return steps, values
@@ -90,7 +90,7 @@ def thin(steps: np.ndarray, values: np.ndarray, columns: int) -> tuple[np.ndarra
 
 
 def svg(chart: Chart) -> str:
-    """Return a figure for a page; without any points, a line that says so."""
+    """Return a figure for a page or, if there are no points, a line that says so."""
     lines = chart.drawn
     title = f"<h3>{escape(chart.title)}</h3>"
     if not lines:
@@ -158,7 +158,7 @@ def svg(chart: Chart) -> str:
 
 
 def png(chart: Chart, path: Path) -> None:
-    """Draw the same with matplotlib.
+    """Draw the chart with matplotlib.
 
     Raises:
       UserError: matplotlib is not installed, or the file cannot be written.
@@ -217,7 +217,7 @@ def short(value: float) -> str:
 
 
 def _limits(values: Sequence[np.ndarray], *, log: bool) -> tuple[float, float]:
-    """From the least to the greatest, and never nothing; from 0 if that is near."""
+    """Return the range of the values, never empty; it begins at 0 if that is near."""
     low = float(min(np.min(v) for v in values))
     high = float(max(np.max(v) for v in values))
     if log:

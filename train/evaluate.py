@@ -21,14 +21,14 @@ from train.parallel import DataParallel, Runner, completed
 from train.scores import bleu_metric, perplexity, score
 from train.step import make_eval_step
 
-# Tokens of a sentence: attention of 8 heads takes 3 GB.
+# The most tokens of a sentence: with so many, attention of 8 heads takes 3 GB.
 _LONGEST = 10_000
 
 
 def check_lengths(model: TransformerConfig, corpus: EncodedCorpus) -> None:
     """Raise `UserError` if a sentence is too long to be scored.
 
-    It reaches past the last of learned positions, or attention to it would fill all memory.
+    A longer one would reach past the learned positions, or its attention would fill the memory.
     """
     lengths = np.maximum(corpus.source.lengths, corpus.target.lengths)
     row = int(lengths.argmax())
@@ -51,10 +51,10 @@ class LossEvaluator:
     Args:
       model: without parameters.
       corpus: token ids of the pairs.
-      source_length, target_length: of a row, more if a sentence has more.
-      rows_per_batch: as many or a few more, so that all devices have as many; fewer if rows are
-        longer.
-      runner: of the devices.
+      source_length, target_length: positions of a row; rows are longer if a sentence needs it.
+      rows_per_batch: rows of a batch, rounded up so that all devices have the same number; fewer
+        if rows are longer.
+      runner: how the devices share the work.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class LossEvaluator:
             source_length=source_length,
             target_length=target_length,
         )
-        # Rows are longer where a sentence needs it, and attention takes memory by the square: as
-        # much fewer make a batch.
+        # Rows are longer if a sentence needs it, and the memory of attention grows with the square
+        # of their length: a batch has fewer rows in the same proportion.
         longer = max(packing.source_length, packing.target_length) / max(
             source_length, target_length
         )
@@ -93,8 +93,8 @@ class LossEvaluator:
         sums = np.zeros(3)
         for step in range(batches.steps_per_epoch):
             batch = self._runner.place(batches.rows_per_batch, partial(batches.at, step))
-            # float waits for each: on CPUs, programs under way together may meet in different
-            # orders in different processes, and then all stand still.
+            # float waits for each step: on CPUs, collectives of programs that run concurrently may
+            # start in different orders in different processes, a deadlock.
             sums += list(map(float, self._eval_step(params, batch)))
         loss, nll, weight = sums.tolist()
         return {
@@ -126,19 +126,19 @@ def evaluate_run(
 
     Args:
       run: the run directory.
-      split: "train", "validation" or "test" of the run's data, by default the last.
-      files: source and reference text file, in the place of a split.
+      split: "train", "validation" or "test" of the run's data, by default "test".
+      files: a source and a reference text file, instead of a split.
       checkpoint, dtype: as for `Translator.load`.
       **changes: fields of `EvaluateConfig` to use instead of the run's.
 
     Returns:
-      loss, nll, perplexity (a token, natural logarithm; not of int8, which has no loss), bleu,
+      loss, nll, perplexity (per token, natural logarithm; not for int8, which has no loss), bleu,
       chrf, exact_match and signatures; and the translations.
 
     Raises:
       UserError: the run or the data cannot be used.
     """
-    # An import has no sections of a training: what they would say is as it is by default.
+    # An imported model has no sections about training: their defaults apply.
     settings = dataclasses.replace(read_section(run, "evaluate"), **changes)
     data: DataConfig = read_section(run, "data")
     bleu_metric(settings.bleu_tokenize)

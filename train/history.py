@@ -21,15 +21,15 @@ PARTS = ("compile", "steps", "evaluate", "save", "other")
 
 
 class History:
-    """What a run wrote down.
+    """The metrics and the configuration of a run.
 
     Attributes:
       run: its directory.
-      name: a short name, which who shows several may change.
+      name: a short name; a caller that shows several runs may change it.
       settings: its configuration, {"model.d_model": 512, …}.
 
     Raises:
-      UserError: the directory is no run, or its metrics are missing, empty or damaged.
+      UserError: the directory is not a run, or its metrics are missing, empty or damaged.
     """
 
     def __init__(self, run: str | Path):
@@ -38,17 +38,17 @@ class History:
         self.settings = flatten(read_config(run))
         self._table = _read(self.run)
         if len(self._rows("train")) == 0:
-            raise UserError(f"{self.run / METRICS_FILE} holds no record of training yet: train on")
+            raise UserError(f"{self.run / METRICS_FILE} holds no training record yet: train longer")
 
     def column(self, split: str, name: str) -> np.ndarray:
-        """The values of a split, in order, float64; nan where a record has none."""
+        """The values of a metric in a split, in order, float64; nan where a record has none."""
         rows = self._rows(split)
         if name not in rows.column_names:
             return np.full(len(rows), np.nan)
         return _numbers(rows.column(name))
 
     def series(self, split: str, name: str) -> Series:
-        """Steps and values of a split, as far as there are values, by step."""
+        """Steps and values of a metric in a split, sorted by step, where there is a value."""
         steps, values = self.column(split, "step"), self.column(split, name)
         known = np.isfinite(values)
         steps, values = steps[known], values[known]
@@ -58,7 +58,7 @@ class History:
         return steps, values
 
     def records(self, split: str) -> list[dict[str, Any]]:
-        """The records of a split that has few, without what they lack."""
+        """The records of a split that has few of them, without their missing values."""
         rows = self._rows(split).to_pylist()
         return [{name: x for name, x in row.items() if x is not None} for row in rows]
 
@@ -66,9 +66,9 @@ class History:
     def time_split(self) -> dict[str, float]:
         """Seconds spent on each of `PARTS`.
 
-        A record of training knows how long its steps took, tokens / (tokens / s), or the first
-        after a start, which compiles; `time` is when each record was written: the rest is what
-        lies between. To save is as long as training waits for it.
+        A training record tells how long its steps took: tokens / (tokens / s) or, for the first
+        after a start, the seconds of compiling. `time` tells when a record was written; the rest is
+        what lies between. Saving counts only as long as training waits for it.
         """
         encoded = self._table.column("split").combine_chunks().dictionary_encode()
         codes = encoded.indices.to_numpy(zero_copy_only=False)
@@ -90,7 +90,7 @@ class History:
         seconds[train] += np.nan_to_num(self.column("train", "compile_seconds"))
         seconds = np.minimum(seconds, gaps)
         first = train & after(among("start"))
-        first[0] |= train[0]  # of a version that did not record the start
+        first[0] |= train[0]  # from a version that did not record the start
         parts = {
             "compile": seconds[first].sum(),
             "steps": seconds[train & ~first].sum(),
@@ -116,7 +116,7 @@ def _read(run: Path) -> "pa.Table":
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; train the run first") from error
-    end = data.rfind(b"\n") + 1  # a last line without an end is of a run that was killed
+    end = data.rfind(b"\n") + 1  # an unfinished last line is from a run that was killed
     if not end or data.isspace():
         raise UserError(f"{path} is empty: nothing has been trained yet")
     try:
@@ -127,11 +127,11 @@ def _read(run: Path) -> "pa.Table":
             f"{path} cannot be read: {one_line(error)}; mend or delete the line"
         ) from error
     if missing := {"step", "split", "time"} - set(table.column_names):
-        raise UserError(f"{path} has no {', '.join(sorted(missing))}: it is not of a training run")
+        raise UserError(f"{path} has no {', '.join(sorted(missing))}: training did not write it")
     for name in ("step", "time"):
         if not np.all(np.isfinite(_numbers(table.column(name)))):
             read_metrics(run)  # names the line
-            raise UserError(f"{path}: a {name} is no number; delete its line")
+            raise UserError(f"{path}: a {name} is not a number; delete its line")
     return table
 
 

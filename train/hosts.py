@@ -21,13 +21,13 @@ from jaxformer.files import writing
 from jaxformer.terminal import say
 from train.config import ParallelConfig
 
-# Long enough for any preparation; of a process that has died JAX's heartbeat tells much sooner.
+# Long enough for any preparation; JAX's heartbeat reports a dead process much sooner.
 _DAY_MS = 24 * 60 * 60 * 1000
 
-# Before it is said that others are waited for.
+# How long to wait for the other processes before saying so.
 _PATIENCE_S = 10.0
 
-# What the libraries that carry collectives say where a process is not there any more.
+# What the libraries behind the collectives say when a process is gone.
 _LOST = re.compile(
     "gloo|nccl|connection (closed|reset|refused)|broken pipe|deadline|unavailable|coordination",
     re.IGNORECASE,
@@ -35,22 +35,22 @@ _LOST = re.compile(
 
 
 class ProcessLost(UserError):
-    """Another process has ended, and nothing that all do together can be done.
+    """Another process has ended, and collectives are no longer possible.
 
     Attributes:
-      status: the exit status that asks for another try, as systems understand it.
+      status: the exit status that, by convention, asks for another try.
     """
 
     status = os.EX_TEMPFAIL
 
 
 def initialize_hosts(config: ParallelConfig) -> None:
-    """Join the other processes: found by itself on TPU, Slurm, Open MPI and Kubernetes, or told.
+    """Join the other processes, as `config` says or JAX finds (TPU, Slurm, Open MPI, Kubernetes).
 
-    Where one does not come the others say that they wait, until JAX ends them.
+    If one does not come, the others say that they are waiting, until JAX gives up.
 
     Raises:
-      UserError: there is nothing to find them by, or they have not as many devices each.
+      UserError: they cannot be joined, or do not all have the same number of devices.
     """
     place = f" at {config.coordinator}" if config.coordinator else ""
     waiting = f"waiting for the other processes{place}; JAX gives up after five minutes"
@@ -70,7 +70,7 @@ def initialize_hosts(config: ParallelConfig) -> None:
         if devices[process] != devices[0]:
             raise UserError(
                 f"process 0 has {devices[0]} devices and process {process} {devices[process]}: "
-                "give all as many"
+                "give all the same number"
             )
 
 
@@ -81,10 +81,10 @@ def meet(name: str) -> None:
 
 
 def agreed(values: np.ndarray) -> np.ndarray:
-    """Return process 0's array on all processes, which shall decide alike.
+    """Return process 0's array on all processes, so that all decide alike.
 
-    Floating-point results of hosts may differ in the last bit, and files they share be read at
-    different moments.
+    Floating-point results of hosts may differ in the last bit, and files that they share may be
+    read at different moments.
     """
     if jax.process_count() == 1:
         return values
@@ -94,7 +94,7 @@ def agreed(values: np.ndarray) -> np.ndarray:
 
 
 def agreed_steps(steps: Sequence[int], most: int) -> list[int]:
-    """Return process 0's list of steps, `most` at most, on all processes."""
+    """Return process 0's list of at most `most` steps on all processes."""
     padded = np.full(most, -1)
     padded[: len(steps)] = steps
     return [step for step in agreed(padded).tolist() if step >= 0]
@@ -102,9 +102,9 @@ def agreed_steps(steps: Sequence[int], most: int) -> list[int]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Let all processes through a block, or none: where one fails the others do not wait for it.
+    """Let all processes through a block or none: if one fails, the others fail and do not wait.
 
-    In the block they must not wait for each other.
+    Inside the block they must not wait for each other.
 
     Raises:
       UserError: another process failed.
@@ -118,20 +118,20 @@ def together() -> Iterator[None]:
         meet("together")
         failed = multihost_utils.process_allgather(np.array(failure is not None))
         if failure is None and np.any(failed):
-            raise UserError(f"process {np.argmax(failed)} has failed: see what it says")
+            raise UserError(f"process {np.argmax(failed)} has failed: see its output")
     if failure is not None:
         raise failure
 
 
 def check_alike(values: Mapping[str, Any], advice: str) -> None:
-    """Refuse to go on where processes were given different things.
+    """Raise an error if processes were given different values.
 
     Args:
-      values: by name, what JSON can hold.
+      values: by name, of types that JSON can hold.
       advice: what to give instead.
 
     Raises:
-      UserError: on all processes.
+      UserError: on all processes, if a value of one is not that of process 0.
     """
     if jax.process_count() == 1:
         return
@@ -148,7 +148,7 @@ def check_alike(values: Mapping[str, Any], advice: str) -> None:
 
 
 def check_shared(directory: Path) -> None:
-    """Refuse a directory that is not the same one for all processes; it is there for process 0.
+    """Raise an error unless all processes share `directory`, which exists for process 0.
 
     Raises:
       UserError: on all processes.
@@ -166,7 +166,7 @@ def check_shared(directory: Path) -> None:
             if not mark.exists():
                 raise UserError(
                     f"the run directory {directory} of process {jax.process_index()} is not that "
-                    "of process 0: name one on a file system that all see"
+                    "of process 0: name one on a file system that all processes share"
                 )
     finally:
         if jax.process_index() == 0:
@@ -174,20 +174,20 @@ def check_shared(directory: Path) -> None:
 
 
 def means_lost_process(error: BaseException | None) -> bool:
-    """Whether a collective failed because not all are there any more."""
+    """Whether a collective failed because a process is gone."""
     failed = isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
     return failed and _LOST.search(str(error)) is not None
 
 
 @contextlib.contextmanager
 def noticing_lost_processes() -> Iterator[None]:
-    """Raise `ProcessLost` in the place of errors that come of it."""
+    """Raise `ProcessLost` instead of the errors that a lost process causes."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if not means_lost_process(error):
             raise
         raise ProcessLost(
-            f"another process has ended ({one_line(error)[:100]}): see what it says, and run the "
-            "same command again on all, to go on from the last checkpoint"
+            f"another process has ended ({one_line(error)[:100]}): see its output, and run the "
+            "same command again in all processes to go on from the last checkpoint"
         ) from error

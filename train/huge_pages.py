@@ -5,15 +5,15 @@ import sys
 
 
 def restart_with_huge_pages() -> None:
-    """Start this process again with an allocator that asks for huge pages, if there is such a one.
+    """Restart this process with an allocator that asks for huge pages, where there is one.
 
-    In every step XLA takes hundreds of megabytes from glibc's malloc and gives them back, and the
-    kernel maps them anew, by default 4 KiB at a time. With huge pages the steps of Multi30k are 1.2
+    In every step XLA allocates and frees hundreds of megabytes with glibc's malloc, and the kernel
+    maps them anew, by default 4 KiB at a time. With huge pages the steps of Multi30k are 1.2
     times as fast. An environment that has `GLIBC_TUNABLES` already, empty or not, is left alone.
     """
     if sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # madvise(MADV_HUGEPAGE)
         try:
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-        except OSError:  # who runs this need not be allowed to start Python
+        except OSError:  # the user may not be allowed to execute the interpreter
             del os.environ["GLIBC_TUNABLES"]

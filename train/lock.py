@@ -17,7 +17,7 @@ LOCK_FILE = ".lock"
 def acquire(path: Path, timeout: float = -1) -> FileLock:
     """Return a lock that is held until it is released or the process ends, however it ends.
 
-    On a file system without locks none is held: a file that stands for one would outlive a process
+    On a file system without locks none is held: a marker file in its place would outlive a process
     that was killed.
     """
     lock = FileLock(path, fallback_to_soft=False)
@@ -31,24 +31,24 @@ def acquire(path: Path, timeout: float = -1) -> FileLock:
 
 @contextlib.contextmanager
 def only_process(coordinator: str | None, process: int | None) -> Iterator[None]:
-    """Be the only one on this machine with a number among those of a coordinator.
+    """Be the only process on this machine with this number at this coordinator.
 
-    A second one that joined would end all the others.
+    If a second one joined, it would end all the others.
 
     Args:
-      coordinator, process: HOST:PORT and the number; None where JAX finds them, and a scheduler
-        sees to it.
+      coordinator, process: HOST:PORT and the number; None where JAX finds them and a scheduler
+        keeps the numbers unique.
 
     Raises:
-      UserError: there is one already, or the port of process 0 is in use.
+      UserError: there is such a process already, or the port of process 0 is in use.
     """
     if coordinator is None or process is None:
         yield
         return
     with socket.socket(socket.AF_UNIX) as place:
-        try:  # a name without a file is free again when the process ends, however it ends
+        try:  # an abstract name is free again when the process ends, however it ends
             place.bind(f"\0jaxformer {coordinator} {process}")
-        except OSError as error:  # other systems than Linux have no such names
+        except OSError as error:  # only Linux has such names
             if error.errno == errno.EADDRINUSE:
                 raise UserError(
                     f"process {process} at {coordinator} runs here already: wait until it ends, or "
@@ -56,7 +56,7 @@ def only_process(coordinator: str | None, process: int | None) -> Iterator[None]
                 ) from error
         if process == 0:
             port = int(coordinator.rpartition(":")[2])
-            try:  # it is shared in silence by those who wait at it as JAX does
+            try:  # servers that listen as JAX does would share it without an error
                 socket.create_server(("", port)).close()
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
@@ -68,7 +68,7 @@ def only_process(coordinator: str | None, process: int | None) -> Iterator[None]
 
 @contextlib.contextmanager
 def only_trainer(run: Path) -> Iterator[None]:
-    """Create the run directory and hold it; leave none behind if nothing was put into it.
+    """Create and hold the run directory; remove it at the end if nothing was put into it.
 
     Raises:
       UserError: another process holds the directory, or it cannot be written to.
@@ -88,7 +88,7 @@ def only_trainer(run: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Before the release: after it the directory may be another's.
+        # Before the release: after it, another process may hold the directory.
         with contextlib.suppress(FileNotFoundError):  # somebody has moved it
             if [path.name for path in run.iterdir()] in ([], [LOCK_FILE]):
                 (run / LOCK_FILE).unlink(missing_ok=True)

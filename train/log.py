@@ -17,7 +17,7 @@ from train.scores import perplexity
 
 
 class Log:
-    """Collects the metrics of steps and now and then writes and shows their means.
+    """Collects the metrics of steps and, now and then, writes and shows their means.
 
     Between reports nothing waits for the device, so that it always has the next step queued.
     """
@@ -33,7 +33,7 @@ class Log:
         self.restart_clock()
 
     def timed(self, batches: Iterable[Any]) -> Generator[Any]:
-        """Pass batches on and note how long they were waited for."""
+        """Pass batches on and note how long training waits for them."""
         batches = iter(batches)
         while True:
             began = time.monotonic()
@@ -49,11 +49,11 @@ class Log:
         self._pending.append(metrics)
 
     def restart_clock(self) -> None:
-        """Leave out of the speed what was not training."""
+        """Begin to measure anew, so that the speed excludes what was not training."""
         self._began, self._waited = time.monotonic(), 0.0
 
     def flush(self, step: int) -> None:
-        """Report the steps since the last time, `step` of them being done in all.
+        """Report the steps since the last report; `step` steps are done in all.
 
         Raises:
           UserError: a loss was not finite; the message names the step.
@@ -83,7 +83,7 @@ class Log:
         }
         if self._compiled:
             values["tokens_per_second"] = float(tokens.sum()) / seconds
-        else:  # the first report after a start is of one step, nearly all of it compilation
+        else:  # the first report after a start covers one step, nearly all of it compilation
             values["compile_seconds"] = seconds
             self._compiled = True
         self._writer.write(step, "train", values)
@@ -93,7 +93,7 @@ class Log:
 
 
 def check_finite(name: str, loss: float, step: int) -> None:
-    """Raise `UserError` if training has failed: a state after this one is not worth saving."""
+    """Raise `UserError` if `loss` is nan or infinite: the state is not worth saving."""
     if not math.isfinite(loss):
         raise UserError(
             f"the {name} is {loss} at step {step}: lower optimizer.peak_learning_rate or set "
@@ -123,7 +123,7 @@ def describe(config: TrainConfig, params: Any, batches: Batches, start: int) -> 
         if len(batches.parts) > 1:
             pairs = f"{share:.1%} {name}: {pairs}"
         steps = len(part) / (share * batches.rows_per_batch)
-        # Where empty rows complete the last batch of an epoch, that is a step too.
+        # The last batch of an epoch, completed with empty rows, is a step too.
         epoch = f"{batches.steps_per_epoch:,}" if batches.whole_epochs else f"{steps:,.1f}"
         yield f"data       {pairs}; {epoch} step{'s' * (epoch != '1')} an epoch"
     yield (

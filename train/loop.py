@@ -1,4 +1,4 @@
-"""The story of a run: build, restore, step, report, evaluate, save; in the end average and test."""
+"""A run from start to end: build, restore, step, report, evaluate, save; then average and test."""
 
 import time
 from contextlib import ExitStack
@@ -39,7 +39,7 @@ from train.progress import Progress
 from train.scores import Quality, bleu_metric, lower_is_better, score
 from train.step import Batch, make_training
 
-# Where a process finds its files and the others; all else is the same in all of them.
+# Where a process finds its files and the other processes; all other fields are the same in all.
 _OF_EACH_PROCESS = {
     "run",
     "data.path",
@@ -50,13 +50,13 @@ _OF_EACH_PROCESS = {
 
 
 def fit(config: TrainConfig) -> Path:
-    """Train as `config` says, or go on where the run directory stands; return the directory.
+    """Train as `config` says, from the last checkpoint if there is one; return the run directory.
 
     Raises:
-      UserError: the configuration, the data or the run directory cannot be used, the loss became
-        nan, or a device has too little memory; or another process failed, or was given another
+      UserError: the configuration, the data or the run directory cannot be used; the loss became
+        nan; a device has too little memory; or another process failed, or was given another
         configuration or other text.
-      Preempted: SIGTERM came; what was done is saved.
+      Preempted: SIGTERM arrived; the steps done so far are saved.
     """
     if not config.run:
         raise UserError("run is empty: name the directory to train in")
@@ -64,7 +64,7 @@ def fit(config: TrainConfig) -> Path:
     with (
         ExitStack() as held,
         memory_errors(
-            "lower data.batch_tokens, or raise accumulate or set model.remat, which train the same"
+            "lower data.batch_tokens or, to train the same, raise accumulate or set model.remat"
         ),
         noticing_lost_processes(),
     ):
@@ -86,7 +86,7 @@ def fit(config: TrainConfig) -> Path:
 
 
 def _train(config: TrainConfig, run: Path) -> None:
-    bleu_metric(config.evaluate.bleu_tokenize)  # or it would fail after an epoch
+    bleu_metric(config.evaluate.bleu_tokenize)  # fails now rather than after an epoch
     runner, chief = make_runner(config), jax.process_index() == 0
     evaluate, metric = config.evaluate, config.evaluate.metric
     data = prepare(config)
@@ -139,7 +139,7 @@ def _train(config: TrainConfig, run: Path) -> None:
                 return bool(agreed(np.array([alone]))[0])
 
             def validate(params: Any, done: int) -> dict[str, float]:
-                """Write and show what the validation split says; return what all hosts go by."""
+                """Score the validation split; record and show its scores; return process 0's."""
                 began = time.monotonic()
                 losses = validation_loss(params)
                 check_finite("validation loss", losses["loss"], done)
@@ -189,7 +189,7 @@ def _train(config: TrainConfig, run: Path) -> None:
                 if evaluating and out_of_patience():
                     progress.message(no_gain)
                     break
-            ready.close()  # or the thread would wait for more to be taken
+            ready.close()  # otherwise its thread would go on waiting to hand over a batch
 
             try:
                 preemption.stop_at_once()
@@ -211,7 +211,7 @@ def _finish(
 ) -> None:
     """Average the last checkpoints, translate and score all splits, and show a few translations.
 
-    What is scored is what `Translator.load` finds: without an average the best checkpoint.
+    It scores what `Translator.load` would load: the average or, without one, the best checkpoint.
     """
     beam_size = config.evaluate.beam_size
     most = config.checkpoint.average
@@ -239,14 +239,14 @@ def _finish(
 def _evaluate(
     config: TrainConfig, data: RunData, params: Any, splits: list[str], beam_size: int
 ) -> dict[str, tuple[Quality, list[str]]]:
-    """Translate splits and score each; every process does all of it, on its own devices."""
+    """Translate the splits and score each; every process does all of it, on its own devices."""
     translator = Translator(config.model, params, data.source_tokenizer, data.target_tokenizer)
     translate = make_translate(translator, config.evaluate, beam_size=beam_size)
-    # All at once: the longest sentence of them all decides on the programs.
+    # All splits at once: the longest sentence of all decides which programs are compiled.
     lines = [line for split in splits for line in data.pairs[split]["source"][:]]
     in_parts: list[str] = []
     translations = iter(translate(lines, warn=in_parts.append))
-    if in_parts and jax.process_index() == 0:  # lines of all splits: their numbers mean nothing
+    if in_parts and jax.process_index() == 0:  # a count: line numbers across splits mean nothing
         warn(
             f"{len(in_parts)} of the {len(lines)} sentences of {' and '.join(splits)} are "
             "longer than the model takes at once, and translated in parts: raise model.max_length"
@@ -261,7 +261,7 @@ def _evaluate(
 
 
 def _validation_history(run: Path, metric: str, start: int) -> list[float]:
-    """The metric's values at all evaluations up to step `start`, as far as they are numbers."""
+    """The metric's values at all evaluations up to step `start` that recorded a number."""
     return [
         record[metric]
         for record in read_metrics(run)

@@ -14,7 +14,7 @@ from jaxformer.errors import UserError
 
 
 def cores() -> int:
-    """Of this process, which may have been given fewer than there are."""
+    """CPU cores of this process, which may have fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -35,13 +35,13 @@ def describe_machine(devices: Sequence[jax.Device]) -> dict[str, Any]:
 
 
 def engine_version(engine: str) -> str:
-    """The package behind the name of an engine, "torch-compile" or "ctranslate2 int8".
+    """Package and version behind an engine's name, such as "torch-compile" or "ctranslate2 int8".
 
     Raises:
       UserError: it is not installed.
     """
     name = engine.split()[0]
-    if name == "jaxformer":  # which need not be
+    if name == "jaxformer":  # need not be installed
         return f"jaxformer {jaxformer.__version__}"
     package = {"torch-compile": "torch", "marian": "pymarian", "flax-plain": "flax"}.get(name, name)
     try:

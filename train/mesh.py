@@ -14,9 +14,9 @@ from jaxformer.config import TransformerConfig
 from jaxformer.errors import UserError
 from train.config import ParallelConfig
 
-# Axes of activations and parameters, and the axes of the mesh they are split over. The vocabulary
-# takes fsdp too: each of those devices looks up and scores its own pieces for the tokens of them
-# all, so that the largest matrix of the model, embedding and softmax in one, is never gathered.
+# Logical axes of activations and parameters, and the mesh axes that they are split over. The
+# vocabulary is split over fsdp too: each of these devices looks up and scores its own pieces for
+# all their tokens, so that the largest matrix, embedding and softmax in one, is never gathered.
 RULES = (
     ("batch", ("data", "fsdp")),
     ("vocab_batch", "data"),
@@ -26,8 +26,8 @@ RULES = (
     ("embed", "fsdp"),
 )
 
-# Parameters by the end of their path; stacked layers have an axis before these. All others, small
-# ones, are whole on every device. The optimizer's moments go as their parameters.
+# Axes of parameters by the end of their path; stacked layers have one more axis in front. The other
+# parameters are small, and whole on every device. The optimizer's moments follow their parameters.
 PARAMETERS = (
     (r"embedding/embedding", ("vocab", None)),
     (r"attention/(query|key|value)/kernel", ("embed", "heads", None)),
@@ -42,10 +42,10 @@ PARAMETERS = (
 def make_mesh(
     config: ParallelConfig, model: TransformerConfig, devices: Sequence[jax.Device]
 ) -> Mesh:
-    """Return the mesh of all `devices`; what fsdp and tensor leave over is data.
+    """Return the mesh of all `devices`; the axis `data` takes what fsdp and tensor leave over.
 
     Raises:
-      UserError: the devices or an axis of the model cannot be split so.
+      UserError: the devices or an axis of the model cannot be split this way.
     """
     fsdp, tensor = config.fsdp, config.tensor
     if len(devices) % (fsdp * tensor):
@@ -76,17 +76,17 @@ def make_mesh(
 
 @contextlib.contextmanager
 def in_mesh(mesh: Mesh) -> Iterator[None]:
-    """Make the names that the modules give to axes mean the axes of `mesh`."""
+    """Map the logical axis names of the modules to the axes of `mesh`."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
-    """Return, in the structure of `tree`, where each of its arrays lies.
+    """Return the sharding of each array of `tree`, in the same structure.
 
     Args:
-      mesh: of `make_mesh`.
-      tree: parameters, or a state that holds parameters and moments of them; shapes suffice.
+      mesh: from `make_mesh`.
+      tree: parameters, or a state that holds parameters and their moments; shapes suffice.
     """
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:

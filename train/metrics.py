@@ -16,7 +16,7 @@ from jaxformer.run_directory import METRICS_FILE
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     """Return the records of a run's metrics.jsonl, [] if there are none.
 
-    A last line without an end, left by a run that was killed, is dropped.
+    An unfinished last line, left by a run that was killed, is dropped.
 
     Raises:
       UserError: another line is not JSON.
@@ -35,13 +35,13 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
         if not isinstance(record, dict) or not all(
             isinstance(record.get(name), kind) for name, kind in kinds.items()
         ):
-            raise UserError(f"{path}:{number} is no record of a step and a split: delete the line")
+            raise UserError(f"{path}:{number} is not a record of a step and split: delete the line")
         records.append(record)
     return records
 
 
 def has_ended(run: str | Path) -> bool:
-    """Whether the last that a run wrote are its final scores."""
+    """Whether the last record of a run holds its final scores."""
     records = read_metrics(run)
     return bool(records) and records[-1]["split"].startswith("final_")
 
@@ -51,8 +51,8 @@ class MetricsWriter:
 
     A line of metrics.jsonl is one record: `{"step": 500, "split": "validation", "time": 61.7,
     "loss": 3.2, …}`, where time is in seconds of training, over all resumed runs. There is one
-    record for each step and split; nan and infinity are null. The split "start" says on what the
-    training began, or went on, at its step.
+    record for each step and split; nan and infinity are null. A record of the split "start"
+    describes the machine on which training began, or went on, at its step.
 
     Args:
       run: the run directory, which exists.
@@ -87,14 +87,14 @@ class MetricsWriter:
 
         with writing(self._path.parent, "choose another --run"):
             self._events = EventsWriter(str(self._path.parent / "events"), f".from{start_step}")
-        # TensorBoard hides what an interrupted run wrote from such a start on.
+        # From such a start on, TensorBoard hides what an interrupted run wrote.
         self._add_event(start_step + 1, session_log={"status": "START"})
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Record `values`, such as {"loss": 3.2, "bleu": 41.02, "signature": "nrefs:1|…"}.
 
         Numbers may be numpy's or JAX's; strings go to metrics.jsonl alone. A second record of the
-        same step and split takes the place of the first.
+        same step and split replaces the first.
 
         Raises:
           UserError: metrics.jsonl or the events cannot be written.
@@ -117,7 +117,7 @@ class MetricsWriter:
         self._add_event(step, summary={"value": scalars})
 
     def close(self) -> None:
-        """Write out what is buffered, or on a full disk leave it: every record is written."""
+        """Close the files. A full disk is no error here: every record is written already."""
         for file in (self._file, self._events):
             with contextlib.suppress(OSError):
                 if file is not None:
@@ -137,7 +137,7 @@ class MetricsWriter:
             self._events.flush()
 
     def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop the other records from the file, in one move, and open it for appending."""
+        """Drop all but the `wanted` records from the file, atomically; open it for appending."""
         if self._file is not None:
             self._file.close()
         records = filter(wanted, read_metrics(self._path.parent))
@@ -152,7 +152,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> float | int | str | None:
-    """Return a number, also one of numpy or JAX, as JSON has it."""
+    """Return a value as JSON can hold it: any number as Python's, nan and infinity as None."""
     if value is None or isinstance(value, int | str):
         return value
     value = float(value)

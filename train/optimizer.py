@@ -7,7 +7,7 @@ from train.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, d_model: int, steps: int) -> optax.Schedule:
-    """Return the learning rate as a function of the step, of which there are `steps`."""
+    """Return the learning rate as a function of the step, for a run of `steps` steps."""
     if config.peak_learning_rate is None:
         schedule = warmup_inverse_sqrt(warmup_steps=config.warmup_steps, d_model=d_model)
     else:

@@ -1,7 +1,7 @@
-"""One step, run by many devices: as copies of each other, or as parts of one machine.
+"""One step on many devices: as copies of each other, or as parts of one machine.
 
-A runner places the state and the batches and compiles the step. Which one it is changes nothing in
-the numbers but dropout's noise: the step sums over everything and divides once.
+A runner places the state and the batches and compiles the step. Of the numbers, the choice of
+runner changes only dropout's noise: the step sums over everything and divides once.
 """
 
 import dataclasses
@@ -25,49 +25,49 @@ class Runner(Protocol):
     """How the devices share the work; `make_runner` chooses.
 
     Attributes:
-      row_parts: in how many parts they take the rows of a batch.
+      row_parts: number of parts into which the devices split the rows of a batch.
     """
 
     @property
     def row_parts(self) -> int: ...
 
     def create(self, make_state: Callable[[], Any]) -> Any:
-        """Return what `make_state` returns, placed as the steps take it."""
+        """Return what `make_state` returns, placed as the steps expect it."""
 
     def parallel_train_step(self, train_step: Callable) -> Any:
         """Return `(state, batch, rng) -> (state, metrics)` on all devices.
 
-        The old state's memory is reused. Its method `lower` takes the same, abstract ones too, and
-        returns a `jax.stages.Lowered`.
+        The old state is donated. The function has a method `lower`, which takes the same arguments,
+        concrete or abstract, and returns a `jax.stages.Lowered`.
         """
 
     def abstract_state(self, state: Any) -> Any:
         """Return shapes with the shardings of what `to_save` returns."""
 
     def abstract_batch(self, batch: Any) -> Any:
-        """Return shapes as `place` lays such arrays out."""
+        """Return the shapes of a batch as `place` lays it out."""
 
     def parallel_eval_step(self, eval_step: Callable) -> Callable[[Any, Batch], Any]:
         """Return `(params, batch) -> sums` over all devices."""
 
     def place(self, rows_per_batch: int, read: Callable[[slice], HostBatch]) -> Batch:
-        """Read the rows of a global batch that this process's devices take, and give them these."""
+        """Read this process's rows of a global batch and lay them out for its devices."""
 
     def whole(self, params: Any) -> Any:
         """All of the parameters on this process's first device; a collective under a mesh."""
 
     def to_save(self, state: Any) -> Any:
-        """The state as arrays of all processes together, the form that is saved and restored."""
+        """The state as global arrays over all processes, the form that is saved and restored."""
 
     def from_saved(self, state: Any) -> Any:
         """The inverse of `to_save`."""
 
 
 def make_runner(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Runner:
-    """Return the runner that `config.parallel` names, on all devices or on these.
+    """Return the runner that `config.parallel` names, on `devices` or, by default, on all.
 
     Raises:
-      UserError: the devices or the model cannot be split so.
+      UserError: the devices or the model cannot be split this way.
     """
     parallel = config.parallel
     if parallel.strategy == "mesh":
@@ -76,7 +76,7 @@ def make_runner(config: TrainConfig, devices: Sequence[jax.Device] | None = None
 
 
 def completed(rows: int, parts: int) -> int:
-    """Rows of a batch with the empty ones at its end, so that devices, or parts, have as many."""
+    """Return `rows` rounded up to a multiple of `parts`: empty rows are added at a batch's end."""
     return -(-rows // parts) * parts
 
 
@@ -87,7 +87,7 @@ class DataParallel:
     The state has no device axis: it looks the same on one device and on a thousand.
 
     Attributes:
-      devices: by default all of all processes.
+      devices: by default all devices of all processes.
     """
 
     devices: tuple[jax.Device, ...] | None = None
@@ -97,7 +97,7 @@ class DataParallel:
         return len(self.devices or jax.devices())
 
     def create(self, make_state: Callable[[], Any]) -> Any:
-        # A state that began in another form than the steps return would have them compiled twice.
+        # A first state placed unlike those that the step returns would make it compile twice.
         return jax.jit(make_state, out_shardings=self._replicated())()
 
     def parallel_train_step(self, train_step: Callable) -> Any:
@@ -144,7 +144,7 @@ class DataParallel:
         return jax.tree.map(lambda x: x.addressable_data(0), params)
 
     def to_save(self, state: Any) -> Any:
-        # `pmap` returns each process its own copies; with one process they are all there is.
+        # `pmap` returns to each process its own copies; with one process, these are all of them.
         if jax.process_count() == 1:
             return state
         everywhere = self._everywhere()
@@ -171,8 +171,8 @@ class DataParallel:
 class MeshParallel:
     """`jax.jit` over a mesh of data × fsdp × tensor: XLA splits one program over all devices.
 
-    Parameters and optimizer state are born, kept and updated in parts, as `train.mesh` says. The
-    noise of dropout is that of one device, however many there are.
+    Parameters and optimizer state are created, kept and updated in parts, as `train.mesh` says.
+    Dropout's noise is that of a single device, however many there are.
     """
 
     mesh: Mesh
@@ -190,7 +190,7 @@ class MeshParallel:
     def parallel_train_step(self, train_step: Callable) -> Any:
         def step(state: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Any]:
             state, metrics = train_step(state, batch, rng)
-            # Without this XLA might return it laid out otherwise, and compile the next step anew.
+            # Without this, XLA might return it in another layout and recompile the next step.
             return jax.lax.with_sharding_constraint(state, shardings(self.mesh, state)), metrics
 
         return _WithinMesh(self.mesh, jax.jit(step, donate_argnums=0))
@@ -241,14 +241,14 @@ class MeshParallel:
         return NamedSharding(self.mesh, PartitionSpec((AXIS, "fsdp")))
 
 
-@lru_cache(maxsize=1)  # of two functions that do the same JAX compiles both
+@lru_cache(maxsize=1)  # JAX would compile each new function anew
 def _gather(mesh: Mesh) -> Callable[[Any], Any]:
     return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 @dataclasses.dataclass(frozen=True)
 class _WithinMesh:
-    """A jitted function, called and lowered where the axes of the mesh have their names."""
+    """A jitted function that is called and lowered inside `in_mesh`."""
 
     mesh: Mesh
     function: Any

@@ -11,16 +11,16 @@ from jax.experimental import multihost_utils
 class Preempted(BaseException):
     """Training was told to stop and has saved what it did; it is not done.
 
-    No `Exception`, as `KeyboardInterrupt` is none: where it is raised a file may be read, and what
-    is caught there is taken for damage.
+    Like `KeyboardInterrupt`, it is not an `Exception`: it may be raised while a file is read, where
+    an `Exception` is taken for damage.
     """
 
 
 class Preemption:
     """Notices SIGTERM; use it in a `with` block, in the main thread.
 
-    With several processes one that is told is enough while they train: JAX agrees with the others
-    on a step that none has passed.
+    With several processes it is enough, while they train, that one gets the signal: JAX makes all
+    agree on a step that none has passed.
     """
 
     def __init__(self) -> None:
@@ -28,23 +28,23 @@ class Preemption:
         self._before: Any = None
 
     def __enter__(self) -> Self:
-        # Among several processes JAX has its own handler, in place since they met.
+        # With several processes, JAX has its own handler, in place since they joined.
         if jax.process_count() == 1:
             self._handle()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._handling:  # what was there before, unless it was not Python's
+        if self._handling:  # restore the old handler, or the default if it was not Python's
             signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
     def reached(self, step: int) -> bool:
-        """Whether to stop now that `step` is done; to be asked by all processes at every step."""
+        """Whether to stop now that `step` is done; all processes must ask at every step."""
         if jax.process_count() == 1:
             return self._told
         return multihost_utils.reached_preemption_sync_point(step)
 
     def stop_at_once(self) -> None:
-        """From now on raise `Preempted` where SIGTERM finds this process: all steps are saved."""
+        """From now on raise `Preempted` as soon as SIGTERM arrives: all steps are saved."""
         self._at_once = True
         if not self._handling:
             self._handle()

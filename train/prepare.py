@@ -43,7 +43,7 @@ class RunData:
       source_tokenizer, target_tokenizer: one object twice if the vocabulary is joint.
       validation: the validation split as token ids.
       batches: the training batches.
-      rows_per_step: rows of a batch, completed with empty ones to be shared out evenly.
+      rows_per_step: rows of a batch, with empty ones added so that they can be shared evenly.
     """
 
     pairs: "dict[str, datasets.Dataset]"
@@ -72,7 +72,7 @@ def prepare(config: TrainConfig) -> RunData:
         with together():
             folder = cache_folder(cache_dir)
             digests = {name: text_digest(text, folder).hex()[:16] for name, text in texts.items()}
-        check_alike(digests, "these are digests of its text; give all the same")
+        check_alike(digests, "these are digests of the text; give all processes the same")
     training = [pairs["train"], *extra]
     with together():
         _learn_tokenizers(config, run, training)
@@ -93,7 +93,7 @@ def prepare(config: TrainConfig) -> RunData:
             )
         parts = make_runner(config).row_parts * config.accumulate
         rows = completed(batches.rows_per_batch, parts)
-    if jax.process_index() == 0:  # now that nothing can be refused: or a run would lose its own
+    if jax.process_index() == 0:  # last: a refused command must not replace a run's own
         write_config(run, config.to_dict())
     return RunData(pairs, *tokenizers, validation, batches, rows)
 
@@ -110,7 +110,7 @@ def _segmentations(
 
 
 def make_batches(config: TrainConfig, corpora: Sequence[Sequence[EncodedCorpus]]) -> Batches:
-    """Pack the training corpora; the same batches whatever devices and hosts there are.
+    """Pack the training corpora into batches, the same whatever devices and hosts there are.
 
     Args:
       config: of the run.
@@ -150,7 +150,7 @@ def make_batches(config: TrainConfig, corpora: Sequence[Sequence[EncodedCorpus]]
 def _learn_tokenizers(
     config: TrainConfig, run: Path, training: "Sequence[datasets.Dataset]"
 ) -> None:
-    """One process learns them for all, if the run has no checkpoint yet."""
+    """Learn them in one process for all, if the run has no checkpoint yet."""
     if jax.process_index() == 0 and not checkpoint_steps(run):
         for name in (TOKENIZER_FILE, SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE):
             (run / name).unlink(missing_ok=True)

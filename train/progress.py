@@ -63,8 +63,8 @@ class Progress:
 
         Args:
           step: counted from the beginning of training, not from `start_step`.
-          metrics: a report; of its entries those of `_SHOWN` are shown. None moves the bar alone,
-            and prints no line.
+          metrics: a report, whose entries in `_SHOWN` are shown. None only moves the bar and
+            prints no line.
         """
         if not self._active:
             return
@@ -87,7 +87,7 @@ class Progress:
             print(text, file=self._file, flush=True)
 
     def _eta(self, step: int) -> str:
-        """Expect the rest to go as fast as everything since the first, compiling, step."""
+        """Return the time left, at the mean speed since the first step, which compiles."""
         now = time.monotonic()
         if self._clock is None:
             self._clock = step, now
@@ -98,14 +98,14 @@ class Progress:
 
 
 class Count:
-    """Says now and then, on standard error, how far a long preparation is.
+    """Says now and then, on standard error, how far a long preparation has come.
 
         tokenising: 1,240,000 of 5,000,000 pairs (25%)  ETA 2m 51s
 
     What takes no longer than `every` is done in silence.
 
     Args:
-      what: is being done.
+      what: the activity, such as "tokenising".
       total: pairs in all, if known.
       every: seconds between the lines.
     """
@@ -116,7 +116,7 @@ class Count:
         self._began = self._told = time.monotonic()
 
     def add(self, pairs: int) -> None:
-        """Note that so many more are done."""
+        """Note that `pairs` more are done."""
         self._done += pairs
         now = time.monotonic()
         if now - self._told < self._every:
@@ -133,7 +133,7 @@ class Count:
 
 
 def _bar(file: TextIO, total_steps: int, start_step: int) -> "rich.progress.Progress | None":
-    """Return a rich progress bar, None if `file` is not a terminal that can redraw a line."""
+    """Return a rich progress bar, or None if `file` is not a terminal that can redraw a line."""
     if not file.isatty():
         return None
     from rich.console import Console

@@ -22,9 +22,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def keep_records(path: str | None, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Pass records on as they are made, each appended at once to a file of JSON lines, if any.
+    """Pass records on as they are made; append each at once to a file of JSON lines, if any.
 
-    A long sweep may be stopped, and what cannot be written fails before the work.
+    So a sweep that is stopped keeps its records, and an unwritable file fails before the work.
 
     Raises:
       UserError: the file cannot be written.
@@ -46,14 +46,14 @@ def keep_records(path: str | None, records: Iterable[dict[str, Any]]) -> Iterato
             if failure is not None:
                 raise failure
     finally:
-        with contextlib.suppress(OSError):  # of a disk that has refused what was written
+        with contextlib.suppress(OSError):  # the disk may have refused the last record
             file.close()
 
 
 def collect(
     records: Iterable[dict[str, Any]], table: Callable[[Records], str]
 ) -> list[dict[str, Any]]:
-    """Return all records when their table is printed, and print what there is where work ends."""
+    """Print the table of all records, or of those made before an error; return the records."""
     collected: list[dict[str, Any]] = []
     try:
         collected.extend(records)

@@ -80,7 +80,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
 
 
 def short_names(runs: Sequence[str | Path]) -> list[str]:
-    """Return the last parts of the paths that tell them apart: ["seed0/tiny", "seed1/tiny"]."""
+    """Return the shortest path endings that tell runs apart: ["seed0/tiny", "seed1/tiny"]."""
     paths = [Path(run).resolve().parts for run in runs]
     names = [""] * len(paths)
     for length in range(1, max(map(len, paths)) + 1):
@@ -120,7 +120,7 @@ def _results(histories: Sequence[History]) -> str:
         records = [(f"validation, step {r['step']:,}", r) for r in _best_validation(history)]
         for split in ("validation", "test"):
             for record in history.records(f"final_{split}")[-1:]:
-                at_end = record["step"] >= last  # or training goes on again
+                at_end = record["step"] >= last  # if not, training went on after it
                 when = "at the end" if at_end else f"after step {record['step']:,}"
                 records.append((f"{split}, {when}", record))
         for what, record in records:
@@ -151,7 +151,7 @@ def _results(histories: Sequence[History]) -> str:
 
 
 def _best_validation(history: History) -> list[dict[str, Any]]:
-    """The record of the best evaluation by the metric that the run itself goes by."""
+    """The record of the best evaluation, by the run's own metric; [] if there is none."""
     metric = history.settings.get("evaluate.metric", "bleu")
     records = [record for record in history.records("validation") if metric in record]
     return sorted(records, key=lambda record: record[metric], reverse=lower_is_better(metric))[-1:]
@@ -165,9 +165,9 @@ def _charts(histories: Sequence[History]) -> dict[str, Chart]:
     several = len(histories) > 1
 
     def lines(*wanted: tuple[str, str, str], percent: bool = False) -> list[Line]:
-        """Of each run the metrics (split, name, label): its first solid, its second dashed.
+        """Return each run's lines of metrics (split, name, label): the first solid, others dashed.
 
-        A single run has colours to spare: there the second has one of its own, too.
+        A single run has colours to spare: each of its lines has its own colour, too.
         """
         found = []
         for number, history in enumerate(histories):
@@ -222,7 +222,7 @@ def _charts(histories: Sequence[History]) -> dict[str, Chart]:
 
 
 def _time(histories: Sequence[History]) -> str:
-    """A bar a run: what its time went into."""
+    """One bar per run: what its time was spent on."""
     height, width, rows, bars = 26, 720, [], []
     splits = [history.time_split for history in histories]
     longest = max(sum(parts.values()) for parts in splits) or 1.0

@@ -1,4 +1,4 @@
-"""What a run directory goes on with: the same experiment, and the same text."""
+"""Training goes on in a run directory only with the same experiment and the same text."""
 
 import json
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ from train.data.corpus import EncodedCorpus
 # Digests of the sentences' lengths.
 _LENGTHS_FILE = "lengths.json"
 
-# What may differ from the run directory's config.json when a run goes on: how long and how
-# closely watched it is, where its files lie and what it takes of memory, not what is trained.
+# Fields that may differ from the run directory's config.json when a run goes on: how long it is,
+# how it is monitored, where its files are and how much memory it takes, but not what is trained.
 _MAY_CHANGE = (
     "run",
     "steps",
@@ -39,7 +39,7 @@ def check_same_run(config: TrainConfig, run: Path) -> None:
     """Refuse to go on in a run directory with another experiment.
 
     Without a checkpoint there is nothing to go on with, and its files are written anew: a run that
-    failed at its start accepts a corrected configuration. What is no run is left alone.
+    failed at its start accepts a corrected configuration. What is not a run is left alone.
     """
     if not (run / CONFIG_FILE).exists():
         if checkpoint_steps(run):
@@ -58,12 +58,12 @@ def check_same_run(config: TrainConfig, run: Path) -> None:
     falls_from = before["steps"] - cooldown
     if config.steps < reached:
         raise UserError(
-            f"{run} is at step {reached} and steps is {config.steps}: give at least that"
+            f"{run} is at step {reached} and steps is {config.steps}: give at least the former"
         )
     if config.steps != before["steps"] and cooldown and falls_from < reached:
         raise UserError(
             f"{run} has steps={before['steps']}, and since step {falls_from} its learning rate "
-            f"falls towards that: give that value to go on, or another --run to train for "
+            f"falls towards that step: keep steps to go on, or give another --run to train for "
             f"{config.steps}"
         )
     if config.steps != before["steps"] and cooldown and config.steps - cooldown < reached:
@@ -77,14 +77,14 @@ def check_same_run(config: TrainConfig, run: Path) -> None:
         if before[name] != value:
             raise UserError(
                 f"{run} holds a run with {name}={before[name]!r}, not {value!r}: "
-                "give that value to go on with it, or another --run to start anew"
+                "give the former to go on with it, or another --run to start anew"
             )
 
 
 def check_same_text(run: Path, corpora: Mapping[str, EncodedCorpus]) -> None:
-    """Refuse to go on with text that is not what the run has seen, though it has the same name.
+    """Refuse to go on with text other than what the run has seen under the same name.
 
-    It is known again by the lengths of all sentences, in tokens of the run's own vocabulary: at no
+    Text is recognised by the lengths of all sentences, in tokens of the run's own vocabulary: at no
     cost, and whatever program or version has stored it.
     """
     here = {
@@ -101,11 +101,11 @@ def check_same_text(run: Path, corpora: Mapping[str, EncodedCorpus]) -> None:
             known = json.loads(path.read_text(encoding="utf-8"))
             before = {name: known[name] for name in here}
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} is damaged ({reason(error)}): delete it, to go on") from error
+            raise UserError(f"{path} is damaged ({reason(error)}): delete it to go on") from error
         for name, digest in here.items():
             if before[name] != digest:
                 raise UserError(
-                    f"{run} has seen other text as {name}: give that to go on with it, or another "
+                    f"{run} has seen other text as {name}: give that text to go on, or another "
                     "--run to start anew"
                 )
     elif jax.process_index() == 0:

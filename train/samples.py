@@ -18,8 +18,8 @@ class Sample:
 
     Attributes:
       source, reference, output: the strings.
-      chrf: of the sentence, from 0 to 100.
-      alignment: which piece of the source each piece of the output is from.
+      chrf: chrF2 of the sentence, from 0 to 100.
+      alignment: which piece of the source each piece of the output comes from.
     """
 
     source: str
@@ -30,7 +30,7 @@ class Sample:
 
 
 def best_and_worst(run: Path) -> tuple[list[Sample], list[Sample]]:
-    """Translate up to 200 validation sentences, evenly spread; return the ends of their ranking.
+    """Translate up to 200 validation sentences, evenly spread; return the best and the worst.
 
     Raises:
       UserError: the run has no checkpoint, or its data is not where it was.
@@ -44,13 +44,13 @@ def best_and_worst(run: Path) -> tuple[list[Sample], list[Sample]]:
     sources, references = pairs["source"][:], pairs["target"][:]
     translator = Translator.load(run)
     translate = make_translate(translator, config.evaluate, beam_size=config.evaluate.beam_size)
-    outputs = translate(sources, warn=lambda _: None)  # it was said when all were scored
+    outputs = translate(sources, warn=lambda _: None)  # the final evaluation warned already
     metric = CHRF()
     scores = [
         metric.sentence_score(output, [reference]).score
         for output, reference in zip(outputs, references, strict=True)
     ]
-    # Of equals the longer one says more.
+    # Among equal scores, the longer sentence says more.
     ranking = sorted(range(len(scores)), key=lambda i: (-scores[i], -len(references[i])))
     shown = min(_SHOWN, len(ranking) // 2)
     ends = ranking[:shown], ranking[len(ranking) - shown :][::-1]

@@ -10,7 +10,7 @@ from jaxformer.errors import UserError, one_line
 
 
 def perplexity(nll: float) -> float:
-    """Return exp(nll), nll natural and a token's; of a loss beyond all measure no overflow."""
+    """Return exp(nll), for nll in nats per token; a huge nll does not overflow."""
     return math.exp(min(nll, math.log(sys.float_info.max)))
 
 
@@ -47,7 +47,7 @@ def bleu(
 
 
 def bleu_metric(tokenize: str) -> Any:
-    """Return sacreBLEU's BLEU, whose tokenizer is loaded by then.
+    """Return sacreBLEU's BLEU with its tokenizer loaded.
 
     Raises:
       UserError: the tokenizer does not exist or cannot be loaded.
@@ -116,7 +116,7 @@ def score(
 
 
 def lower_is_better(metric: str) -> bool:
-    """Of what a validation split is judged by: "bleu", "chrf" or "loss"."""
+    """Whether lower values of a validation metric ("bleu", "chrf" or "loss") are better."""
     return metric == "loss"
 
 

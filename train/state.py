@@ -17,7 +17,7 @@ class TrainState:
     Attributes:
       step: int32 scalar, updates done so far.
       params: the model's parameters, float32.
-      opt_state: the optimizer's.
+      opt_state: the optimizer's state.
     """
 
     step: jax.Array
@@ -30,6 +30,6 @@ def create_state(
 ) -> TrainState:
     """Return the state before the first step."""
     ids = jnp.ones((1, 2), jnp.int32)
-    # Runners compile this: what the model would compute of these ids falls away.
+    # Runners compile this, and XLA drops what the model would compute from these ids.
     params = model.init(rng, ids, ids)["params"]
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

@@ -19,7 +19,7 @@ Metrics = dict[str, jax.Array]
 
 
 def _loss_sums(model: Transformer, params: Any, batch: Batch, rng: jax.Array | None) -> LossSums:
-    """The loss of a packed batch; without a key, without dropout."""
+    """The loss sums of a packed batch; without `rng` there is no dropout."""
     sums: Any = model.apply(
         {"params": params},
         batch["source_ids"],
@@ -43,13 +43,13 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Return `train_step(state, batch, rng, *, axis_name=None) -> (state, metrics)`.
 
-    Losses, token counts and gradients are *summed* over the parts of the batch and, by `psum`,
-    over the axis if there is one, and divided once, by the number of real target tokens in all
-    of them. So however a batch is spread over devices and parts, it gives the same update; a mean
-    of means would weigh a token by how full the part around it happens to be.
+    Losses, token counts and gradients are *summed* over the parts of the batch and, if there is an
+    axis, over it by `psum`; then they are divided once, by the total number of real target tokens.
+    So the update is the same however a batch is spread over devices and parts; a mean of means
+    would weight a token by how full the part around it happens to be.
 
-    `batch` is a dictionary as `train.data.batches.Batches` makes it, this device's rows of it; the
-    rows must be a multiple of `accumulate`. `rng` is the same key at every step and on every
+    `batch` holds this device's rows of a dictionary that `train.data.batches.Batches` makes; their
+    number must be a multiple of `accumulate`. `rng` is the same key at every step and on every
     device: step, device and part are folded in here.
     """
 
@@ -68,7 +68,7 @@ def make_train_step(
             gradient_sum, sums = gradient(params, rows, jax.random.fold_in(rng, index))
             return jax.tree.map(jnp.add, total, (sums, gradient_sum)), None
 
-        # Every `accumulate`-th row, so that over a mesh each device has its share of every part.
+        # A part is every `accumulate`-th row: each device of a mesh then has a share of every part.
         parts = jax.tree.map(
             lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
         )
@@ -102,14 +102,14 @@ def make_train_step(
 
 
 class Training(NamedTuple):
-    """What a runner makes programs of."""
+    """The functions that a runner compiles."""
 
-    create_state: Callable[[jax.Array], TrainState]  # of a key
+    create_state: Callable[[jax.Array], TrainState]  # from a key
     train_step: Callable[..., tuple[TrainState, Metrics]]  # as `make_train_step` returns it
 
 
 def make_training(model: Transformer, config: TrainConfig) -> Training:
-    """Return how `config` says that a model begins and is trained."""
+    """Return how `config` says that a model is initialised and trained."""
     schedule = make_schedule(config.optimizer, model.config.d_model, config.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     return Training(

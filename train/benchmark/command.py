@@ -143,7 +143,7 @@ def _add_decode(kinds: Any) -> None:
 
 
 def _leave_memory_to_peers() -> None:
-    """On a GPU, JAX would take three quarters of the memory at once."""
+    """Keep JAX from taking three quarters of a GPU's memory at once."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
@@ -163,10 +163,10 @@ def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
 
     from train.benchmark.steps import benchmark_steps, check_steps
 
-    # What was compiled before would make compiling look free.
+    # Programs from the cache would make compiling look free.
     jax.config.update("jax_enable_compilation_cache", False)
     benchmarks = [_step_benchmark(options, name, overrides) for name in options.config]
-    for benchmark in benchmarks:  # what is impossible is said before anything is measured
+    for benchmark in benchmarks:  # reject what is impossible before anything is measured
         check_steps(benchmark)
     measured = itertools.chain.from_iterable(map(benchmark_steps, benchmarks))
     records = collect(keep_records(options.output, measured), steps_table)

@@ -1,4 +1,4 @@
-"""What JAX traces and XLA compiles meanwhile."""
+"""What JAX traces and XLA compiles in a block of code."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ import jax.monitoring
 
 @contextlib.contextmanager
 def count_compiles() -> Iterator[list[str]]:
-    """Yield a list that grows by the name of each program that is compiled in the block."""
+    """Yield a list to which the name of each program compiled in the block is appended."""
     names: list[str] = []
 
     def listen(event: str, _: float, **details: object) -> None:
@@ -21,7 +21,7 @@ def count_compiles() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def time_traces() -> Iterator[list[float]]:
-    """Yield a list that grows by the seconds of each trace in the block, nested ones too."""
+    """Yield a list to which the seconds of each trace in the block, even nested, are appended."""
     seconds: list[float] = []
 
     def listen(event: str, duration: float, **_: object) -> None:

@@ -19,17 +19,17 @@ def ctranslate2_candidates(
     batches: Sequence[int],
     fixed: int | None,
 ) -> Iterator[Translate]:
-    """Return what translates, once for every setting that may be the fastest.
+    """Return a translation function for each setting that may be the fastest.
 
-    On two cores, two workers of one thread each were three times as fast in int8 as one of two.
+    On two cores, two workers of one thread were three times as fast in int8 as one of two.
 
     Args:
       run: directory of the model.
-      kind: of the computation, such as float32 and int8.
+      kind: the compute type, such as float32 or int8.
       scratch: a folder for the model.
       beam_size, length_penalty: of the search; the penalty is length^alpha.
-      batches: sentences at once.
-      fixed: tokens of every translation, if they are to have one length.
+      batches: numbers of sentences translated at once.
+      fixed: tokens of every translation, if all are to have the same length.
 
     Raises:
       UserError: CTranslate2 is not installed, or cannot express the model.

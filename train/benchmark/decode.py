@@ -3,9 +3,9 @@
     python -m train benchmark decode runs/multi30k --source test.en --beam-size 5 --peer ctranslate2
     python -m train benchmark decode base --vocab-size 32000 --length 25 --peer ctranslate2
 
-Strings in, strings out, on both sides. The engines take turns, so that what else the machine does
-disturbs them alike, and their ratio is that of neighbouring rounds. Loading, compiling and one
-round to warm up are left out.
+Strings in, strings out, on both sides. The engines take turns, so that other work of the machine
+disturbs them alike, and their ratio compares neighbouring rounds. Loading, compiling and one round
+of warm-up are left out.
 """
 
 import contextlib
@@ -62,13 +62,13 @@ class DecodeBenchmark:
       length: tokens of random sentences and of their translations.
       beam_size, length_penalty: as for `Translator.generate`; the penalty is length^alpha, and a
         sentence ends with its K-th finished hypothesis, for both engines.
-      batch_tokens: source positions we translate at once; by default as `Generator.sentences`.
-      dtypes: ours.
+      batch_tokens: source positions we translate at once; by default as in `Generator.sentences`.
+      dtypes: our precisions.
       one_by_one: translate each sentence alone, and report milliseconds a sentence.
       peer: "ctranslate2", "transformers" or None.
       peer_types: its compute types, such as float32 and int8.
-      peer_batches: sentences it translates at once: the fastest of these, when it warms up; for
-        CTranslate2 with one worker on all cores or a worker a core, whichever is faster.
+      peer_batches: sentences it translates at once; the fastest is found as it warms up, for
+        CTranslate2 also whether one worker on all cores or one worker per core is faster.
       rounds: measurements of each engine.
       profile: folder for a trace of one more round of our first, for TensorBoard or Perfetto.
     """
@@ -120,7 +120,7 @@ def benchmark_decode(settings: DecodeBenchmark) -> Iterator[dict[str, Any]]:
         if settings.run in PRESETS:
             run, fixed = f"{scratch}/run", settings.length
             config = PRESETS[settings.run].replace(vocab_size=settings.vocab_size)
-            # Or a longer line would be translated in parts, each of so many tokens.
+            # Otherwise a longer line would be translated in parts, each of `length` tokens.
             config = config.replace(max_length=max(config.max_length, settings.length))
             _write_random_run(Path(run), config)
             lines = _random_lines(config, settings.sentences or 128, settings.length)
@@ -158,7 +158,7 @@ def _measure(
     for name, engine in engines.items():
         with count_compiles() as programs[name]:
             outputs[name], first_seconds[name] = engine(lines)
-    # Where caches have to grow, a translator learns it in its first round.
+    # A translator learns in its first round whether its caches have to grow.
     warmed_up = {name: translator.steps for name, translator in translators.items()}
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(settings.rounds):
@@ -176,7 +176,7 @@ def _measure(
         median = spread["median"]
         if fixed is None:
             tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch(outputs[name]))
-        else:  # whatever text an engine makes of them
+        else:  # whatever text an engine decodes them to
             tokens = fixed * len(lines)
         pairs = zip(seconds[name], seconds[first], strict=True)
         ratios = [this / best for this, best in pairs]
@@ -193,7 +193,7 @@ def _measure(
             "sentences_per_second": len(lines) / median,
             "tokens_per_second": tokens / median,
             "milliseconds_per_sentence": 1000 * median / len(lines),
-            # How many times as long it takes as our first engine.
+            # How many times as long as our first engine it takes.
             "ratio_median": statistics.median(ratios),
             "ratio_min": min(ratios),
             "ratio_max": max(ratios),
@@ -213,7 +213,7 @@ def _needed_share(before: tuple[int, int], after: tuple[int, int]) -> float:
 
 
 def _options(settings: DecodeBenchmark) -> dict[str, Any]:
-    """How we search."""
+    """Options of our search."""
     options: dict[str, Any] = {
         "beam_size": settings.beam_size,
         "length_penalty": settings.length_penalty,
@@ -236,7 +236,7 @@ def _ours(translator: Translator, settings: DecodeBenchmark) -> Translate:
 def _peer(
     settings: DecodeBenchmark, run: str, kind: str, scratch: str, fixed: int | None
 ) -> Engine:
-    """The peer at its fastest, which its first round finds."""
+    """Return the peer with its fastest settings, which its first round finds."""
     if settings.peer == "ctranslate2":
         from train.benchmark.ctranslate2_peer import ctranslate2_candidates as find
     else:

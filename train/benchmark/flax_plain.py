@@ -1,4 +1,4 @@
-"""The same work as a linen user would write it with what flax and optax bring along."""
+"""The same work, as a Linen user would write it with what Flax and Optax provide."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +17,7 @@ from jaxformer.positions import sinusoid
 
 
 class PlainTransformer(nn.Module):
-    """Encoder and decoder of linen's own attention, Dense, LayerNorm and Embed."""
+    """Encoder and decoder of Linen's own attention, Dense, LayerNorm and Embed."""
 
     config: TransformerConfig
 

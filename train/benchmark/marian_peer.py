@@ -1,4 +1,4 @@
-"""The same training in Marian, by its `pymarian` package."""
+"""The same training in Marian, through its `pymarian` package."""
 
 import re
 import subprocess
@@ -22,11 +22,11 @@ _SETTLING = 2  # updates at the start of each turn that do not count
 
 
 def marian_turn(config: TransformerConfig, batches: Batches, scratch: str) -> Callable[[int], Turn]:
-    """Return a function that trains for so many updates, from the beginning each time.
+    """Return a function that trains for a number of updates, from the beginning each time.
 
-    The corpus is the same token ids, written as words, and an update has as many target words, on
-    as many threads as there are cores. Padding is Marian's own affair and not reported. It computes
-    in float32, whatever our dtype: on a CPU it trains in nothing else.
+    The corpus holds the same token ids, written as words. An update has as many target words as
+    ours, on one thread per core. Marian pads as it likes and does not report it. It computes in
+    float32, whatever our dtype: on a CPU it trains in nothing else.
 
     Args:
       scratch: an empty folder.

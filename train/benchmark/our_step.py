@@ -1,4 +1,4 @@
-"""The step of this project, as `train.loop.fit` takes it, under the clock."""
+"""The step of this project, timed, as `train.loop.fit` takes it."""
 
 import time
 from functools import partial
@@ -79,7 +79,7 @@ class OurStep:
         }
 
     def turn(self, steps: int) -> Turn:
-        """Take `steps` steps; batches of a corpus are made meanwhile, as in training."""
+        """Take `steps` steps; batches of a corpus are prefetched, as in training."""
         which = range(self._done, self._done + steps)
         self._done += steps
         ready = map(self._batch, which) if self._batches is None else prefetch(self._batch, which)

@@ -14,14 +14,14 @@ from train.costs.chips import chip_of
 
 
 def separate_devices(devices: Sequence[jax.Device]) -> int:
-    """How many of them add to what the machine can do: simulated CPU devices share its cores."""
+    """How many devices add to the machine's speed: simulated CPU devices share its cores."""
     return 1 if devices[0].platform == "cpu" else len(devices)
 
 
 def matmul_peak(dtype: str, device: jax.Device) -> float:
     """FLOP/s of the product of two large square matrices on one device, the best of ten."""
     size = 2048 if device.platform == "cpu" else 8192
-    # Random, for the power that a GPU takes, and with it its clock, depends on the numbers.
+    # Random, because the power that a GPU draws, and so its clock, depends on the numbers.
     keys = jax.random.split(jax.random.key(0))
     a, b = (jax.device_put(jax.random.normal(key, (size, size), dtype), device) for key in keys)
     return 2 * size**3 / _best_seconds(jax.jit(jnp.matmul), a, b)
@@ -46,14 +46,14 @@ def _best_seconds(function: Callable, *arguments: Any) -> float:
 def datasheet_peak(dtype: str, device: jax.Device) -> float | None:
     """FLOP/s of one device as its maker states it, where known.
 
-    A float32 product is no fair comparison: what it is computed in depends on precision settings.
+    None for float32: what its products are computed in depends on precision settings.
     """
     chip = chip_of(device)
     return chip.flops / chip.devices if chip and dtype == "bfloat16" else None
 
 
 def peak_memory(devices: Sequence[jax.Device]) -> int:
-    """Most bytes in use: of the fullest device so far, or, on CPU, see `process_peak`."""
+    """Most bytes in use so far, on the fullest device; on CPU, see `process_peak`."""
     stats = [device.memory_stats() for device in devices]
     if all(found and "peak_bytes_in_use" in found for found in stats):
         return max(found["peak_bytes_in_use"] for found in stats if found)
@@ -61,7 +61,7 @@ def peak_memory(devices: Sequence[jax.Device]) -> int:
 
 
 def forget_process_peak() -> None:
-    """Let `process_peak` begin anew with what the process holds now, where that is Linux."""
+    """Reset `process_peak` to what the process holds now; does nothing except on Linux."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -16,7 +16,7 @@ from jaxformer.errors import UserError
 def in_a_process(build: Callable[..., Callable], *arguments: Any) -> Iterator[Callable]:
     """Yield a function that calls what `build(*arguments)` returns, in a process of its own.
 
-    What two engines would share in one process, they fight for: threads, and a GPU's memory.
+    In a shared process, two engines would compete for threads and for a GPU's memory.
 
     Raises:
       UserError: `build` raised one, or the process has died.
@@ -28,13 +28,13 @@ def in_a_process(build: Callable[..., Callable], *arguments: Any) -> Iterator[Ca
     far_end.close()
 
     def answer(*sent: Any) -> Any:
-        """Of what is sent, or of the beginning."""
+        """Return the reply to what is sent or, without arguments, to the start."""
         try:
             for values in sent:
                 connection.send(values)
             result, error = connection.recv()
         except (EOFError, OSError) as problem:
-            raise UserError(f"{build.__name__} has failed, see above") from problem
+            raise UserError(f"{build.__name__} has failed: see above") from problem
         if error is not None:
             raise UserError(error)
         return result
@@ -42,7 +42,7 @@ def in_a_process(build: Callable[..., Callable], *arguments: Any) -> Iterator[Ca
     try:
         answer()
         yield lambda *values: answer(values)
-    except BaseException:  # as Ctrl-C: it need not end what it does
+    except BaseException:  # such as Ctrl-C: the process need not finish its work
         process.terminate()
         raise
     finally:
@@ -51,7 +51,7 @@ def in_a_process(build: Callable[..., Callable], *arguments: Any) -> Iterator[Ca
 
 
 def _serve(connection: Connection, build: Callable[..., Callable], arguments: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the other, and that ends this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and that ends this
     jax.config.update("jax_platforms", "cpu")  # a GPU and its memory are the other engine's
     try:
         function = build(*arguments)

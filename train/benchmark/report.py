@@ -11,7 +11,7 @@ NOTHING_TO_DRAW = "nothing to draw: give --batch, --length, --vocab-size or --de
 
 
 def decode_table(records: Records) -> str:
-    """Of `benchmark_decode`: a line an engine."""
+    """Return the table of `benchmark_decode`: one line per engine."""
     first = records[0]["engine"]
     header = ("engine", "sentences/s", "tokens/s", "ms/sentence (p10 to p90)")
     ours = ("needed", "programs", "compile s")
@@ -39,7 +39,7 @@ def decode_table(records: Records) -> str:
 
 
 def steps_table(records: Records) -> str:
-    """Of `benchmark_steps`: a line for each engine and case, then what XLA says of our programs."""
+    """Return the tables of `benchmark_steps`: engines, then what XLA says of our programs."""
     header = ("config", "engine", "dtype", "devices", "rows", "source", "target", "vocabulary")
     rows = [
         (
@@ -109,7 +109,7 @@ def steps_table(records: Records) -> str:
                     f"{record['program_memory_bytes'] / 2**20:,.0f} MiB",
                 )
             )
-    # The last says the best of each: others may have been at work before.
+    # The last record has the best peaks: other work may have lowered earlier ones.
     ours_alone = [record for record in records if "mfu" in record]
     last, machine = ours_alone[-1], ours_alone[-1]["machine"]
     measured = {record["dtype"]: record["matmul_peak_flops"] for record in ours_alone}
@@ -142,7 +142,7 @@ def _ratio(record: dict[str, Any]) -> str:
     return "{:.2f}x ({:.2f} to {:.2f})".format(*ratios)
 
 
-#: What a sweep can vary and be drawn over, and how the axis is called.
+#: What a sweep can vary and be drawn over, and the label of its axis.
 _DIMENSIONS = {
     "batch": "rows a step",
     "target_length": "positions a row",
@@ -157,11 +157,11 @@ def plot(path: str, records: Records) -> None:
     The other dimensions, configuration, engine and dtype tell the lines apart.
 
     Raises:
-      UserError: nothing varies, or as `picture`.
+      UserError: nothing varies, or as for `picture`.
     """
     points = [record | {"devices": record["machine"]["devices"]} for record in records]
     several = len({point["config"] for point in points}) > 1
-    ours = [point for point in points if "mfu" in point]  # peers may have no numbers of rows
+    ours = [point for point in points if "mfu" in point]  # peers may not state their rows
     varied = [name for name in _DIMENSIONS if len({point[name] for point in ours}) > 1]
     if not varied:
         raise UserError(NOTHING_TO_DRAW)

@@ -7,7 +7,7 @@
         --peer torch torch-compile
 
 Steps are synchronised: each ends before the next begins. Engines take turns of a few steps, so that
-what else the machine does disturbs them alike, and ratios are those of neighbouring turns.
+other work of the machine disturbs them alike, and ratios compare neighbouring turns.
 """
 
 import contextlib
@@ -56,9 +56,9 @@ class StepBenchmark:
       batches: of the training corpus; None measures full rows of random tokens.
       batch, length: rows, and positions of both sides; without batches, every combination.
       vocab_sizes, devices, dtypes: further dimensions of the sweep.
-      steps: of a turn.
+      steps: number of steps in a turn.
       rounds: turns of each engine, after one to warm up.
-      peers: of `PEERS`, beside ours in every case.
+      peers: engines in `PEERS` to measure beside ours in every case.
       profile: folder for a trace of one turn of ours, for TensorBoard or Perfetto.
     """
 
@@ -88,7 +88,7 @@ def benchmark_steps(settings: StepBenchmark) -> Iterator[dict[str, Any]]:
     best: dict[str, float] = {}
 
     def at_best(dtype: str) -> tuple[float, float]:
-        """FLOP/s and bytes/s of a device, the best so far: others may have been at work before."""
+        """FLOP/s and bytes/s of a device, the best so far: other work may have lowered some."""
         measured = {dtype: matmul_peak(dtype, device), "bandwidth": memory_bandwidth(device)}
         for name, value in measured.items():
             best[name] = max(value, best.get(name, 0.0))
@@ -137,8 +137,8 @@ def _check_peer(peer: str, settings: StepBenchmark) -> None:
     for name, values in wanted.items():
         if getattr(model, name) not in values:
             raise UserError(
-                f"model.{name} is {getattr(model, name)!r}, which {peer} has not here: leave it "
-                "as it is by default, or the peer out"
+                f"model.{name} is {getattr(model, name)!r}, which {peer} does not have here: use "
+                "the default, or leave the peer out"
             )
 
 
@@ -162,7 +162,7 @@ def _cases(settings: StepBenchmark) -> Iterator[Case]:
             )
         batch, source, target = shape
         if settings.peers and separate_devices(jax.local_devices()[:devices]) > 1:
-            raise UserError(f"a peer has one device and we have {devices}: give --devices 1")
+            raise UserError(f"a peer uses one device and we use {devices}: give --devices 1")
         for name, value in (("batch", batch), ("length", target)):
             if value < 1:
                 raise UserError(f"--{name} is {value}: give at least 1")
@@ -170,7 +170,7 @@ def _cases(settings: StepBenchmark) -> Iterator[Case]:
         if limit is not None and max(source, target) > limit:
             raise UserError(
                 f"rows have {max(source, target)} positions and the model learns {limit}: give at "
-                "most these, or --model.max-length"
+                "most that many, or raise --model.max-length"
             )
         if vocab_size <= UNK_ID + 1:
             raise UserError(
@@ -225,7 +225,7 @@ def _measure(
             _rate(ours_turn) / _rate(theirs)
             for ours_turn, theirs in zip(turns["jaxformer"], measured, strict=True)
         ]
-        # A peer's batches of a corpus have shapes of their own, each another.
+        # Each of a peer's batches of a corpus has a shape of its own.
         same_rows = settings.batches is None or name == "jaxformer"
         record = {
             "benchmark": settings.kind,
@@ -240,7 +240,7 @@ def _measure(
             "step_seconds": summary(seconds),
             "target_tokens_per_step": tokens / len(seconds),
             "target_tokens_per_second": tokens / sum(seconds),
-            # Marian says nothing of its padding; a peer has its batches ready.
+            # Marian does not report its padding; a peer has its batches ready.
             "target_positions_per_second": None if name == "marian" else positions / sum(seconds),
             "padding": None if name == "marian" else 1 - tokens / positions,
             "host_wait": None,

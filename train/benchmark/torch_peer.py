@@ -25,8 +25,8 @@ def torch_turn(
 
     Args:
       kind: "train" or "forward", the latter without gradients and dropout.
-      batches: padded ids, labels beside them.
-      compiled: by `torch.compile`, a program for each shape; they are compiled here.
+      batches: padded ids and labels.
+      compiled: use `torch.compile`; its programs, one for each shape, are compiled here.
 
     Raises:
       UserError: PyTorch has no such model.
@@ -35,7 +35,7 @@ def torch_turn(
     from torch import nn
 
     if config.activation not in ("relu", "gelu") or config.embeddings != "shared":
-        raise UserError("torch.nn.Transformer has relu or gelu, and is tied here: use such a model")
+        raise UserError("the PyTorch peer has relu or gelu, and tied embeddings: use such a model")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, which is XLA's default there
@@ -60,7 +60,7 @@ def torch_turn(
                 batch_first=True,
                 norm_first=config.norm == "pre",
             )
-            # Beside sub-layer outputs they drop attention weights and hidden layers at that rate.
+            # They would drop attention weights and hidden units at the rate of sub-layer outputs.
             for module in self.transformer.modules():
                 if isinstance(module, nn.MultiheadAttention):
                     module.dropout = config.attention_dropout

@@ -19,15 +19,15 @@ def transformers_candidates(
     batches: Sequence[int],
     fixed: int | None,
 ) -> Iterator[Translate]:
-    """Return what translates, once for every batch that may be the fastest; on a GPU if there is.
+    """Return a translation function for each batch size, on a GPU if there is one.
 
     Args:
       run: directory of the model.
-      kind: of the computation: float32, bfloat16 or float16.
+      kind: the compute type: float32, bfloat16 or float16.
       scratch: a folder for the model.
       beam_size, length_penalty: of the search; the penalty is length^alpha.
-      batches: sentences at once.
-      fixed: tokens of every translation, if they are to have one length.
+      batches: numbers of sentences translated at once; any may be the fastest.
+      fixed: tokens of every translation, if all are to have the same length.
 
     Raises:
       UserError: PyTorch is not installed, or Transformers has no such type or model.
@@ -45,8 +45,8 @@ def transformers_candidates(
     tokenizer = MarianTokenizer.from_pretrained(folder)
     model: Any = MarianMTModel.from_pretrained(folder, dtype=getattr(torch, kind))
     model = model.eval().to(device)
-    model.generation_config.max_length = None  # of the model; here a batch has its own
-    if fixed is not None:  # or the last of so many tokens would be eos
+    model.generation_config.max_length = None  # the model's own; here each batch has one
+    if fixed is not None:  # otherwise the last token would be eos
         model.generation_config.forced_eos_token_id = None
 
     def translate(batch: int, lines: Sequence[str]) -> list[str]:

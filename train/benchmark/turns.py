@@ -12,10 +12,10 @@ class Turn(NamedTuple):
     """What an engine did in one turn, a number for each step."""
 
     seconds: list[float]
-    waited: list[float]  # seconds of these in which the device had no batch yet
+    waited: list[float]  # of these, seconds in which the device had no batch yet
     tokens: list[int]  # real target tokens
     positions: list[int]  # target positions, padding included
-    peak_memory: int | None = None  # bytes in use at most, where the engine can tell
+    peak_memory: int | None = None  # most bytes in use, where the engine can tell
 
 
 def take_turn(step: Callable[[], tuple[int, int]], steps: int) -> Turn:

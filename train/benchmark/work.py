@@ -13,7 +13,7 @@ from train.data.corpus import EncodedCorpus
 
 Kind = Literal["train", "forward"]
 
-#: More say no more of a corpus, and they are all in memory.
+#: More would say no more about a corpus, and all of them are in memory.
 _PADDED_BATCHES = 200
 
 
@@ -35,7 +35,7 @@ class Case:
     devices: int
 
     def flops(self, kind: Kind) -> int:
-        """Of a step, by the paper's formulas."""
+        """FLOP of a step, by the paper's formulas."""
         count = train_flops if kind == "train" else forward_flops
         return count(self.model, self.batch, self.source, self.target)
 
@@ -63,18 +63,18 @@ def padded_batches(batches: Batches, *, multiple: int) -> list[dict[str, np.ndar
     The pairs are those of our rows, and a batch has as many real target tokens as one of ours.
 
     With a `multiple` of 1, sentences are sorted by their target's and then by their source's
-    length, and each side is as wide as its longest sentence. With more the shapes are few: both
-    sides are as wide as the longer one, rounded up; batches of a width have as many rows, empty
-    ones completing the last.
+    length, and each side is as wide as its longest sentence. With more, there are few shapes: both
+    sides are as wide as the longer one, rounded up, and batches of one width have the same number
+    of rows, the last completed with empty ones.
     """
     (rows,) = batches.parts
     corpus, kept = rows.corpus, np.sort(rows.packing.pairs)
     tokens = batches.target_fill * batches.rows_per_batch * batches.target_length
     sources, targets = corpus.source.lengths[kept], corpus.target.lengths[kept]
     if multiple == 1:
-        # The source's up and down in turns, so that a batch of two target lengths stays narrow.
+        # Sources go up and down in turns, so that a batch of two target lengths stays narrow.
         order = np.lexsort((np.where(targets % 2, sources, -sources), targets))
-        # The batch that the middle of each sentence falls into: none is cut, none drifts.
+        # A sentence goes to the batch that its middle falls into: none is cut, sizes do not drift.
         middles = np.cumsum(targets[order]) - targets[order] / 2
         padded = []
         for chosen in _split(order, middles // tokens):

@@ -1,1 +1,1 @@
-"""One file an experiment: its docstring holds command, hardware, time and score."""
+"""One file per experiment: its docstring has the command, hardware, time and score."""

@@ -4,9 +4,9 @@
 
 DIR holds {train,val,test_2016_flickr}.lc.norm.tok.{en,de}.
 
-The recipe is the published one, whose BLEU is 41.02 on test_2016_flickr (tokenised), but for its
-epochs: 6000 updates instead of 8000 at most, and the average of ten checkpoints that lie 250 steps
-apart, not an epoch.
+The recipe is the published one, whose BLEU is 41.02 on test_2016_flickr (tokenised), except for its
+epochs: 6000 updates instead of at most 8000, and the average of ten checkpoints that are 250 steps
+apart instead of an epoch.
 
 BLEU of all runs of it so far (tok:none, sacreBLEU 2.6.0), on two shared cores, JAX 0.12:
 
@@ -14,9 +14,9 @@ BLEU of all runs of it so far (tok:none, sacreBLEU 2.6.0), on two shared cores, 
     --seed 0             41.02         42.32    AMD EPYC (Zen 5), 1 h 25 min
     --seed 1             41.27         42.44    AMD EPYC (Zen 4), 1 h 50 min of steps
 
-The rate stays high to the end, so that checkpoints differ (39.2 to 41.5 on validation, greedily)
-and their average gains. Two earlier recipes, with a rate that falls to zero at the end, had 42.24
-and 42.46 on validation, 40.52 and 40.93 on the test, one run each.
+The learning rate stays high to the end, so that checkpoints differ (39.2 to 41.5 on validation,
+greedily) and averaging them helps. Two earlier recipes, with a rate that falls to zero at the end,
+had 42.24 and 42.46 on validation, 40.52 and 40.93 on the test, one run each.
 """
 
 from jaxformer.config import PRESETS

@@ -4,7 +4,7 @@
 
 Reads wmt/wmt14 from the Hugging Face hub: 4.5 million pairs. The paper's recipe: 25k target tokens
 a batch, warm-up 4000, 100k steps, average of the last 5 checkpoints, beam 4, length penalty 0.6;
-12 hours on 8 P100. Nothing was measured with this file yet.
+12 hours on 8 P100. Nothing has been measured with this file yet.
 """
 
 from jaxformer.config import PRESETS

@@ -3,7 +3,7 @@
     python -m train fit wmt14_big
 
 As wmt14_base, but 300k steps and the average of the last 20 checkpoints; 3.5 days on 8 P100.
-Nothing was measured with this file yet.
+Nothing has been measured with this file yet.
 """
 
 import dataclasses

@@ -1,1 +1,1 @@
-"""What work costs: operations, bytes, and what chips can do of them."""
+"""What work costs: operations and bytes, and how many of each a chip can do."""

@@ -1,4 +1,4 @@
-"""What the makers say that one chip can do."""
+"""What one chip can do, according to its maker."""
 
 import dataclasses
 
@@ -9,18 +9,18 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip, as its data sheet has it.
+    """One chip, as its data sheet describes it.
 
     Attributes:
-      name: as the name of a topology begins, or of the GPU.
+      name: how the name of a topology begins, or the name of the GPU.
       device_kind: what JAX calls a device of it.
       flops: of dense bfloat16 matrix products, FLOP/s.
       memory: bytes.
       memory_bandwidth: bytes/s, read and written.
-      interconnect: bytes/s that it sends over all its links together. Sheets that give the sum of
-        both directions are halved.
+      interconnect: bytes/s that it sends over all its links together. If the sheet gives the sum
+        of both directions, half of that.
       source: the page that says so.
-      devices: of JAX; two TensorCores that JAX sees as one ("megacore") are one.
+      devices: number of JAX devices; two TensorCores that JAX sees as one ("megacore") are one.
       pod: chips of the largest machine; 0 where the sheet has none.
       dimensions: of the torus that the chips of a machine form; 0 for GPUs.
     """
@@ -41,7 +41,7 @@ _CLOUD = "cloud.google.com/tpu/docs/"
 _NVIDIA = "NVIDIA data sheet, "
 
 CHIPS = (
-    # The page has no figure per chip for the links: 6 of 50 GB/s, Jouppi et al. (2023), Table 4.
+    # The page has no figure for the links of a chip: 6 of 50 GB/s, Jouppi et al. (2023), Table 4.
     Chip("v4", "TPU v4", 275e12, 32 * _GIB, 1200e9, 300e9, f"{_CLOUD}v4", 1, 4096, 3),
     Chip("v5e", "TPU v5 lite", 197e12, 16 * _GIB, 819e9, 200e9, f"{_CLOUD}v5e", 1, 256, 2),
     Chip("v5p", "TPU v5", 459e12, 95 * _GIB, 2765e9, 600e9, f"{_CLOUD}v5p", 1, 8960, 3),

@@ -33,9 +33,9 @@ def forward_flops(config: TransformerConfig, batch: int, source: int, target: in
 
 
 def train_flops(config: TransformerConfig, batch: int, source: int, target: int) -> int:
-    """Of forward and backward pass: each product has two more as its gradients.
+    """FLOP of a forward and a backward pass, where each product has two more for gradients.
 
-    What `remat` computes twice is counted once.
+    What `remat` computes a second time is not counted.
     """
     return 3 * forward_flops(config, batch, source, target)
 
@@ -43,11 +43,11 @@ def train_flops(config: TransformerConfig, batch: int, source: int, target: int)
 def decode_step_flops(
     config: TransformerConfig, sentences: int, beams: int, source: int, slots: int
 ) -> int:
-    """Of one token of every beam, with logits, as `jaxformer.cache` keeps the past.
+    """FLOP of decoding one token of every beam, with logits and the cache of `jaxformer.cache`.
 
     Args:
-      sentences, beams, source: B, K and S; keys and values of the source are there already.
-      slots: P, of a sentence; each of its beams is compared with all of them.
+      sentences, beams, source: B, K and S; the cache has keys and values of the source already.
+      slots: P, of a sentence; each of its beams is scored against all of them.
     """
     query_and_output, feed_forward = _weights(config)
     tokens = sentences * beams
@@ -57,7 +57,7 @@ def decode_step_flops(
 
 
 def _weights(config: TransformerConfig) -> tuple[int, int]:
-    """Of query and output projection, or key and value; and of the feed-forward network."""
+    """Weights of query and output projections (or key and value), and of the feed-forward net."""
     head = config.query_key_dim + config.head_value_dim
     matrices = 3 if config.is_gated else 2
     return config.d_model * config.num_heads * head, config.d_model * config.d_ff * matrices

@@ -15,7 +15,7 @@ _CALLEES = re.compile(
     r"|\b(?:branch_computations|called_computations)=\{([^}]*)\}"
 )
 
-# They name values, or wait for what another instruction has counted.
+# These only name values, or wait for a transfer that is counted at another instruction.
 _MOVE_NOTHING = frozenset(
     "parameter constant tuple get-tuple-element bitcast while call conditional after-all "
     "partition-id replica-id opt-barrier async-start async-update domain".split()
@@ -73,10 +73,10 @@ class Program:
                 )
 
     def trip_count(self, loop: Instruction) -> int | None:
-        """How often a loop goes round, None where that depends on the data.
+        """Return how many iterations a loop has, None where that depends on the data.
 
-        XLA for CPU and GPU says so. For TPU the loop's condition does, `index < constant` of an
-        index that starts at 0, which is how JAX writes `scan`.
+        XLA for CPU and GPU states it. For TPU the loop's condition does: `index < constant`, with
+        an index that starts at 0, which is how JAX writes `scan`.
         """
         if found := _TRIP_COUNT.search(loop.attributes):
             return int(found[1])
@@ -90,7 +90,7 @@ class Program:
         return None
 
     def runs(self) -> dict[str, int]:
-        """How often each computation is executed; what a loop repeats until told, once."""
+        """How often each computation is executed; loops of unknown length count as one round."""
         counts = dict.fromkeys(self.computations, 0)
 
         def visit(name: str, times: int) -> None:
@@ -114,12 +114,12 @@ class Program:
     def bytes_moved(self, start: str | None = None) -> float:
         """Bytes of main memory that a run reads and writes, estimated.
 
-        Every instruction reads its operands and writes its result, and what is fused stays on the
-        chip. Of an operand that is only sliced, the slices count; of an array that is updated in
-        place, the update.
+        Every instruction reads its operands and writes its result; values inside a fusion stay on
+        the chip. If an operand is only sliced, the slices count; if an array is updated in place,
+        the update counts.
 
         Args:
-          start: the computation; by default all of the program.
+          start: the computation to begin with; by default the whole program.
         """
         start = start or self.entry
         total = 0.0
@@ -167,7 +167,7 @@ class Program:
         moved = 0.0
         for name in results:
             made = inside[name]
-            # One that makes several arrays, such as a reduction to a maximum and its index.
+            # It may make several arrays, as a reduction to a maximum and its index does.
             size = sum(islice(sizes, len(shape_bytes(made.type))))
             while made.opcode == "bitcast":
                 made = inside[made.operands[0]]
@@ -211,7 +211,7 @@ def _parameter(computation: Computation, index: int) -> str:
 
 
 def _everywhere(kind: str) -> str:
-    """A type without the memory that its arrays lie in."""
+    """Return a type without the memory spaces of its arrays."""
     return kind.replace("S(1)", "")
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def program_memory(compiled: Any) -> int:
-    """Bytes that one device needs to run a `jax.stages.Compiled`, arguments and code among them."""
+    """Bytes that one device needs to run a `jax.stages.Compiled`, with arguments and code."""
     memory = compiled.memory_analysis()
     return (
         memory.argument_size_in_bytes

@@ -1,4 +1,4 @@
-"""Cache files: written once, Arrow batch by batch, then read where they are needed."""
+"""Cache files: written once as Arrow, batch by batch, then read where they are needed."""
 
 import contextlib
 import os
@@ -47,14 +47,14 @@ def reading_cache(path: Path) -> Iterator[None]:
     """Raise `UserError` if a cache file is not what was written."""
     try:
         yield
-    except (OSError, ValueError) as error:  # as `pyarrow.ArrowInvalid` is
+    except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
         raise UserError(
-            f"{path} is damaged ({reason(error)}): delete it, to have it made again"
+            f"{path} is damaged ({reason(error)}): delete it to have it made again"
         ) from error
 
 
 def _move(partial: Path, path: Path) -> None:
-    """Put a file in its place when all of it is on the disk: after a power cut it is whole."""
+    """Put a file in its place once all of it is on disk: it is whole even after a power cut."""
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -65,7 +65,7 @@ def write_arrow(
 ) -> None:
     """Write `batches` of columns to `path` as an Arrow stream, unless the file is there.
 
-    Of several processes that want it one writes, while the others wait; none sees half of it.
+    If several processes want it, one writes while the others wait; none sees half a file.
 
     Raises:
       UserError: it cannot be written.
@@ -96,7 +96,7 @@ def locate_lists(path: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
     """Return where the lists of a column lie in an Arrow stream file of 32-bit numbers.
 
     Returns:
-      The byte at which each begins, int64 [rows], and how many numbers it has, int32 [rows].
+      The byte at which each list begins, int64 [rows], and its number of items, int32 [rows].
     """
     import pyarrow as pa
 

@@ -12,7 +12,7 @@ from train.data.rows import HostBatch, Packed, Rows
 def divide(rows: int, weights: Sequence[float]) -> list[int]:
     """Return how many of the first `rows` rows of a mixture each corpus has.
 
-    The first corpus gets its share of the rows, the second its share of the others, and so on,
+    The first corpus gets its share of the rows, the second its share of the rest, and so on,
     each rounded to the nearest: no corpus ever loses a row as `rows` grows, and a corpus has its
     proportion of any number of rows but for a row or two.
     """
@@ -37,26 +37,26 @@ class Batches:
     target_segment_ids  [R, T]  1   1 1   2   2
     ```
 
-    Of several corpora every batch holds rows of each, in the proportion of the weights. A corpus
-    goes through its epochs at its own pace, each in an order of its own; an epoch of the mixture is
-    one of the first corpus. How far each corpus is, is a function of the step alone.
+    With several corpora, every batch holds rows of each, in proportion to the weights. Each corpus
+    goes through its epochs at its own pace, each epoch in its own order; an epoch of the mixture is
+    one of the first corpus. How far each corpus has come is a function of the step alone.
 
     Args:
-      corpora: of each the segmentations, see `Rows`, packed into rows of the same lengths.
+      corpora: the segmentations of each corpus, see `Rows`, packed into rows of equal lengths.
       rows_per_batch: R.
-      weights: of each corpus, above 0; proportions of *rows*. Rows are filled alike, so those of
-        target tokens are nearly the same.
+      weights: one for each corpus, above 0: proportions of *rows*. Rows are about equally full, so
+        the proportions of target tokens are nearly the same.
       seed: each epoch has its own order of rows; None keeps them as they are, for evaluation.
 
     Attributes:
       parts: the rows of each corpus.
-      shares: of each corpus in the rows of a batch.
+      shares: share of each corpus in the rows of a batch.
       source_length, target_length: S and T.
-      whole_epochs: whether empty rows complete the last batch of an epoch. Otherwise epochs follow
-        each other within a batch: corpora end at different steps, and of segmentations that take
-        turns some have fewer rows than others.
-      steps_per_epoch: batches until every row was visited once, of the longest segmentation.
-      target_fill: share of the target positions of an epoch that are real.
+      whole_epochs: whether empty rows complete the last batch of an epoch. Otherwise an epoch
+        may end within a batch: corpora end at different steps, and segmentations that take turns
+        have different numbers of rows.
+      steps_per_epoch: batches until every row of the longest segmentation was visited once.
+      target_fill: share of the target positions of an epoch that hold a token.
     """
 
     def __init__(
@@ -88,9 +88,9 @@ class Batches:
             self.target_fill *= len(first) / (self.steps_per_epoch * rows_per_batch)
 
     def at(self, step: int, rows: slice = slice(None)) -> HostBatch:
-        """Return batch `step`, counted from 0; of its rows only `rows`, one host's share.
+        """Return batch `step`, counted from 0, or only its rows `rows`, one host's share.
 
-        Rows from R on are empty: they complete a batch where R does not go into the devices.
+        Rows from R on are empty: they complete a batch if the devices do not divide R.
         """
         start = rows.start or 0
         stop = self.rows_per_batch if rows.stop is None else rows.stop
@@ -112,7 +112,7 @@ class Batches:
             return [self.parts[0].of_epoch(epoch, first + start, first + stop)]
         before = divide(step * self.rows_per_batch, self._weights)
         after = divide((step + 1) * self.rows_per_batch, self._weights)
-        pieces, row = [], 0  # of the batch, where the rows of the next corpus begin
+        pieces, row = [], 0  # row of the batch at which the next corpus begins
         for part, first, last in zip(self.parts, before, after, strict=True):
             shift = first - row  # from rows of the batch to rows of the corpus
             row += last - first

@@ -30,10 +30,10 @@ _ROWS_PER_BATCH = 20_000
 
 
 class Sentences:
-    """Token ids of many sentences, each ending with eos; in memory is only where they lie.
+    """Token ids of many sentences, each ending with eos; only their positions are in memory.
 
-    They are read, not memory-mapped: the pages of a mapping count as the process's own, and a few
-    steps in random order touch them all.
+    They are read, not memory-mapped: the pages of a mapping count towards the process's memory, and
+    a few steps in random order touch them all.
 
     Args:
       path: the Arrow file.
@@ -81,14 +81,14 @@ def encode_corpus(
     """Encode the columns "source" and "target", or find them encoded in `cache_dir`.
 
     The cache file is named after the text and the tokenizers' bytes, so it is found again
-    whatever the corpus is called, and never after either has changed. Memory does not grow with
-    the corpus, but for 24 bytes a pair.
+    whatever the corpus is called, but not after either has changed. Memory grows with the corpus
+    only by 24 bytes a pair.
 
     Args:
       dataset: the pairs.
-      source_tokenizer, target_tokenizer: of the two columns.
+      source_tokenizer, target_tokenizer: the tokenizers of the two columns.
       cache_dir: a folder; None is one in the cache of `datasets`.
-      dropout, seed: of the merges left out, see `Tokenizer.encode_batch`.
+      dropout, seed: share and choice of the merges left out, see `Tokenizer.encode_batch`.
     """
     import pyarrow as pa
 
@@ -97,7 +97,7 @@ def encode_corpus(
     def batches() -> Iterator[dict[str, list[list[int]]]]:
         count = Count("tokenising", len(dataset))
         seeds = np.random.SeedSequence(seed).generate_state(2 * -(-len(dataset) // _ROWS_PER_BATCH))
-        own_seed = iter(seeds.tolist())  # of each column of each batch
+        own_seed = iter(seeds.tolist())  # one for each column of each batch
         for batch in iterate(dataset, _ROWS_PER_BATCH):
             yield {
                 side: [
@@ -130,7 +130,7 @@ def encode_corpus(
 def text_digest(dataset: "datasets.Dataset", folder: Path) -> bytes:
     """Return a digest of the columns "source" and "target".
 
-    To read all of a large corpus takes a while, so the digest is kept in `folder`, under the
+    Reading all of a large corpus takes a while, so the digest is kept in `folder`, under the
     fingerprint by which `datasets` tells one state of its files from another.
     """
     note = folder / f"digest-{CACHE_VERSION}-{dataset._fingerprint}"

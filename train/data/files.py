@@ -16,18 +16,18 @@ Pair = tuple[str, str]
 # Where a row was found, for error messages, and its columns.
 Row = tuple[str, dict[str, Any]]
 
-# JSON can spell half of a UTF-16 pair, which is no text: a sentence cut in an emoji's middle.
+# JSON can hold half of a surrogate pair, which is not text: a sentence cut inside an emoji.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def existing(path: Path) -> Path:
-    """Return `path` if it is a file; otherwise the `UserError` tells which files are near."""
+    """Return `path` if it is a file; otherwise raise a `UserError` that names similar files."""
     try:
         if path.is_file():
             return path
         if path.exists():
-            raise UserError(f"{path} is no regular file: it is read more than once, so give a file")
-    except OSError as error:  # of names that are too long, and of folders that may not be entered
+            raise UserError(f"{path} is not a regular file: give one, as it is read more than once")
+    except OSError as error:  # the name is too long, or a folder may not be entered
         raise UserError(f"cannot read {path}: {error.strerror}; check data.path") from error
     if not path.parent.is_dir():
         raise UserError(f"no file {path}: there is no folder {path.parent}; check data.path")
@@ -69,7 +69,7 @@ def pair_table_rows(
 ) -> Iterator[Pair]:
     """Yield the two named columns of a .tsv, .csv, .jsonl or .json file.
 
-    With `last_names` the column "en" will do where "translation.en" is asked for.
+    With `last_names`, the column "en" is accepted where "translation.en" is asked for.
     """
     for where, row in _READERS[path.suffix.lower()](path):
         pair = []
@@ -81,17 +81,17 @@ def pair_table_rows(
 
 
 def _tsv_rows(path: Path) -> Iterator[Row]:
-    # Quotes are plain characters here: sentences hold them, and rarely in pairs.
+    # Quotes are plain characters here: sentences contain them, and rarely in pairs.
     lines = enumerate(read_lines(path), start=1)
     return _name_fields(path, ((number, line.split("\t")) for number, line in lines if line))
 
 
 class _Several:
-    """In the place of fields whose columns have one name: it matters only if they are asked for."""
+    """Stands for fields whose columns share a name: an error only if they are asked for."""
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(1 << 30)  # a document may be a sentence
+    csv.field_size_limit(1 << 30)  # a "sentence" may be a whole document
     reader = csv.reader((line + "\n" for line in read_lines(path)), strict=True)
     try:
         yield from _name_fields(path, ((reader.line_num, fields) for fields in reader if fields))
@@ -136,9 +136,9 @@ def _parse_json(text: str, path: Path, first_line: int = 1) -> Any:
         raise UserError(
             f"{path}:{number}: not JSON ({error.msg}, column {error.colno}): mend it"
         ) from error
-    except (ValueError, RecursionError) as error:  # a number or a nesting beyond all measure
+    except (ValueError, RecursionError) as error:  # too long a number, or too deep a nesting
         raise UserError(
-            f"{path}:{first_line}: not to be read as JSON ({error}): mend it"
+            f"{path}:{first_line}: cannot be read as JSON ({error}): mend it"
         ) from error
 
 
@@ -150,7 +150,7 @@ def _text(row: Any, column: str, where: str) -> str:
     """Return the text in a column of `row`; "translation.de" is "de" of the dict "translation"."""
     if not isinstance(row, dict):
         raise UserError(
-            f'{where}: {json.dumps(row)} is no object of columns: write {{"{column}": "…", …}}'
+            f'{where}: {json.dumps(row)} is not an object of columns: write {{"{column}": "…", …}}'
         )
     value = row
     for key in [column] if column in row else column.split("."):
@@ -164,7 +164,7 @@ def _text(row: Any, column: str, where: str) -> str:
         raise UserError(f"{where}: several columns are called {column!r}; rename all but one")
     if not isinstance(value, str):
         raise UserError(
-            f"{where}: column {column!r} holds {json.dumps(value)}, not text: write some"
+            f"{where}: column {column!r} holds {json.dumps(value)}, not text: give it text"
         )
     if _SURROGATE.search(value):
         raise UserError(

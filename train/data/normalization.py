@@ -1,8 +1,8 @@
-"""What a vocabulary does to text before it cuts it: spell it in one way, and nothing more.
+"""What a tokenizer does to text before it splits it: spell it in one way, and nothing more.
 
 sentencepiece's own rule, nmt_nfkc, also writes "，" as ",", "…" as "..." and "½" as "1⁄2"; a model
-of such pieces can never say what was there. Here letters that Unicode has in two spellings get one
-(NFC: "e" and U+0301 are "é"), every kind of white space is a space, and what cannot be seen goes.
+of such pieces can never output the original. Here a letter that Unicode spells in two ways gets one
+spelling (NFC: "e" and U+0301 become "é"), all white space becomes spaces, invisible characters go.
 """
 
 import unicodedata
@@ -19,7 +19,7 @@ _INVISIBLE = "\u00ad\u200b\u2060\ufeff"
 
 @cache
 def normalization_rules() -> str:
-    r"""Return the rules as sentencepiece reads them: hexadecimal code points, a tab, what for.
+    r"""Return the rules as sentencepiece reads them: hexadecimal code points, a tab, the new ones.
 
     "65 301\te9" is one line of them.
     """
@@ -31,7 +31,7 @@ def normalization_rules() -> str:
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing but spaces would be left of a text."""
+    """Whether normalisation would leave nothing but spaces of a text."""
     return all(_is_space(letter) or _is_invisible(letter) for letter in text)
 
 
@@ -48,7 +48,7 @@ def _rules() -> Iterator[tuple[str, str]]:
         elif (one := unicodedata.normalize("NFC", letter)) != letter:
             yield letter, one
         else:
-            # Sorted: files in the cache are found again by the rules.
+            # Sorted, because the names of files in the cache depend on the rules.
             yield from ((spelling, letter) for spelling in sorted(_spellings(letter)))
 
 

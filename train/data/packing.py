@@ -12,11 +12,11 @@ import numpy as np
 
 from jaxformer.errors import UserError
 
-# Row lengths are multiples of this: arrays that the hardware can tile.
+# Row lengths are multiples of this, so that the hardware can tile the arrays.
 _MULTIPLE = 8
 
 # The share of pairs, longest first, that are spread over all rows before the others fill the
-# gaps; 0 is best-fit-decreasing. Which packs best depends on the corpus, and trying is cheap.
+# gaps; 0 is best-fit-decreasing. Which share packs best depends on the corpus; trying is cheap.
 _SPREADS = (0.0, 0.2, 0.4, 0.5)
 
 
@@ -139,13 +139,13 @@ def choose_source_length(
 ) -> int:
     """Return the shortest source row, a multiple of 8, that leaves target rows 97 % full.
 
-    At most one pair in a thousand is lost to it. Where no source row is long enough, as with a
+    At most one pair in a thousand is too long for it. If no source row reaches 97 %, as with a
     handful of pairs, it comes within half a percent of what the longest would reach.
     """
     sample = shuffle(len(source_lengths), seed)[:100_000]
     fits = (target_lengths <= target_length) & (target_lengths > 1) & (source_lengths > 1)
     sample = sample[fits[sample]]
-    if len(sample) == 0:  # `pack` says it
+    if len(sample) == 0:  # `pack` raises the error
         return _round_up(source_lengths.max())
     source, target = source_lengths[sample], target_lengths[sample]
 
@@ -154,8 +154,8 @@ def choose_source_length(
         return packing.target_fill
 
     enough = np.quantile(source, 0.999)
-    usual = source <= enough  # a handful of pages in the place of a sentence would count for all
-    # Both sides run full at once.
+    usual = source <= enough  # a handful of page-long "sentences" would dominate the sums
+    # The source length at which both sides fill up at the same time.
     even = source[usual].sum() / target[usual].sum() * target_length
     longest = _round_up(max(2 * even, source.max()))
     goal = min(0.97, 0.995 * target_fill(longest))
@@ -169,8 +169,8 @@ def choose_source_length(
 def shuffle(number: int, *seed: int) -> np.ndarray:
     """Return a permutation of range(number).
 
-    Raw bits, because NumPy promises their stream for good: `Generator.permutation` may change with
-    a release, and a run resumed after it would see other data.
+    It uses raw bits, whose stream NumPy promises for good: `Generator.permutation` may change with
+    a release, and a run resumed after that would see other data.
     """
     return np.argsort(np.random.PCG64(seed).random_raw(number), kind="stable")
 
@@ -213,7 +213,7 @@ def _plan(
     source: np.ndarray, target: np.ndarray, source_length: int, target_length: int
 ) -> np.ndarray:
     """Return the row of each pair, from 0, int64 [pairs]."""
-    # Pairs of equal lengths are alike, so that the work grows with the number of different
+    # Pairs of equal lengths are interchangeable, so the work grows with the number of different
     # lengths, a few thousand, and not with the number of pairs.
     keys = -(target.astype(np.int64) * (source_length + 1) + source)
     kinds, counts = np.unique(keys, return_counts=True)
@@ -274,7 +274,7 @@ class _OpenRows:
         self._source_rooms[target_room] |= 1 << source_room
 
     def find(self, source: int, target: int, *, roomiest: bool) -> tuple[int, int] | None:
-        """Return the most or the least (source room, target room) that takes a pair, if any."""
+        """Return the largest or smallest (source room, target room) that takes a pair, if any."""
         target_rooms = range(target, len(self._source_rooms))
         for target_room in reversed(target_rooms) if roomiest else target_rooms:
             if rooms := self._source_rooms[target_room] >> source:

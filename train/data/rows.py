@@ -16,9 +16,9 @@ Packed = tuple[EncodedCorpus, Packing]
 def epoch_order(num_rows: int, seed: int, epoch: int, corpus: int = 0) -> np.ndarray:
     """Return the order in which an epoch visits the rows, int64 [rows].
 
-    The corpora of a mixture are numbered, so that two of one size have orders of their own.
+    The corpora of a mixture are numbered, so that two of equal size have different orders.
     """
-    # Zeros at the end of a seed do not count: the first corpus has the order of an only one.
+    # Trailing zeros of a seed do not count: the first corpus has the order of a single one.
     order = shuffle(num_rows, seed, epoch + 1, corpus)
     order.setflags(write=False)
     return order
@@ -28,21 +28,21 @@ class Rows:
     """The rows of a packed corpus, epoch after epoch without end.
 
     Args:
-      segmentations: encoded pairs and their packing; where text is split at random, one for each
-        way of splitting, which the epochs take in turn.
-      seed, number: each epoch has its own order, see `epoch_order`; None keeps the rows as they
-        are, for evaluation.
+      segmentations: encoded pairs and their packing; if text is split at random, one for each way
+        of splitting, and the epochs use them in turn.
+      seed, number: give each epoch its order, see `epoch_order`; a seed of None keeps the rows as
+        they are, for evaluation.
 
     Attributes:
       corpus, packing: the first segmentation.
-      take_turns: whether there are others.
+      take_turns: whether there are several segmentations.
     """
 
     def __init__(self, segmentations: Sequence[Packed], *, seed: int | None, number: int = 0):
         self.corpus, self.packing = segmentations[0]
         self._segmentations = segmentations
         self.take_turns = len(segmentations) > 1
-        # Of the rows of one turn of all segmentations, where each begins, and where the last ends.
+        # In the rows of all segmentations, one after the other: where each begins, and the end.
         self._starts = np.cumsum([0, *(packing.num_rows for _, packing in segmentations)])
 
         def order(epoch: int) -> np.ndarray:
@@ -71,7 +71,7 @@ class Rows:
         return float(epoch + place / packing.num_rows)
 
     def _locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Epochs of rows that are counted from 0 through all of them, and places in these."""
+        """Return the epoch of each row, counted from 0 through all epochs, and its place there."""
         turns, places = np.divmod(rows, self._starts[-1])
         segmentations = np.searchsorted(self._starts, places, side="right") - 1
         epochs = turns * len(self._segmentations) + segmentations
@@ -89,13 +89,13 @@ class Rows:
         )
 
     def of_epoch(self, epoch: int, start: int, stop: int) -> HostBatch:
-        """Return the rows of an epoch from `start` to before `stop`, fewer where it ends."""
+        """Return the rows of an epoch from `start` to before `stop`, or to its end."""
         return self._make_rows(epoch, self._order(epoch)[start:stop])
 
     def onward(self, start: int, stop: int) -> list[HostBatch]:
         """Return the rows from `start` to before `stop`, counted from 0 through all epochs.
 
-        In pieces, one an epoch.
+        They come in pieces, one for each epoch.
         """
         epochs, places = self._locate(np.arange(start, stop))
         return [
@@ -135,8 +135,8 @@ def _lay_out(
     """
     shape = len(counts), length
     lengths = sentences.lengths[pairs]
-    before = np.cumsum(lengths) - lengths  # tokens of all pairs before this one ...
-    first = np.repeat(np.cumsum(counts) - counts, counts)  # ... of which its row's begin here
+    before = np.cumsum(lengths) - lengths  # tokens of all pairs before each pair
+    first = np.repeat(np.cumsum(counts) - counts, counts)  # of each pair, the first in its row
     row = np.repeat(np.arange(len(counts)), counts)
     starts = row * shape[1] + before - before[first]
     where = ranges(starts, lengths)

@@ -1,6 +1,6 @@
 """Pairs of strings from the hub, from local files or from the built-in corpus.
 
-Every source ends as a `datasets.Dataset` with the string columns "source" and "target", in the
+Every source becomes a `datasets.Dataset` with the string columns "source" and "target", in the
 order of the input and with nothing left out: an evaluation must not lose a line. Local text is
 streamed into an Arrow file, so that a corpus may be larger than memory.
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _ROWS_PER_BATCH = 10_000
 _COMPRESSED = {".gz", ".xz", ".bz2", ".zst", ".zip"}
-# Text that is mapped at a time; a multiple of all batches that are asked for.
+# Rows that are mapped at a time; a multiple of every batch size in use.
 _MAPPED_ROWS = 100_000
 
 
@@ -64,10 +64,10 @@ def load_extra(data: "DataConfig", name: str) -> "datasets.Dataset":
 
 
 def iterate(dataset: "datasets.Dataset", rows: int) -> Iterator[Any]:
-    """Do as `dataset.iter(rows)`, without memory growing by the pages of the file that are read.
+    """Do as `dataset.iter(rows)`, without keeping the pages of the file that are read in memory.
 
-    Only a part at a time is mapped: what is pickled of a file is its name, so the copy has a
-    mapping of its own, which goes with it.
+    Only a part at a time is mapped: a file is pickled by its name, so the copy has a mapping of its
+    own, which is freed with it.
     """
     for start in range(0, len(dataset), _MAPPED_ROWS):
         part = dataset.select(range(start, min(start + _MAPPED_ROWS, len(dataset))))
@@ -103,7 +103,7 @@ def _hub(data: "DataConfig", split: str) -> "datasets.Dataset":
     from datasets.exceptions import DatasetsError
 
     assert data.dataset is not None
-    cache_folder(data.cache_dir)  # of one that cannot be made `datasets` would blame the data
+    cache_folder(data.cache_dir)  # if it cannot be made, `datasets` would blame the data
     try:
         # A folder with data files is loaded by the same call as a name on the hub.
         with _quiet() if Path(data.dataset).is_dir() else contextlib.nullcontext():
@@ -134,7 +134,7 @@ def _local(data: "DataConfig", names: tuple[str, ...]) -> "datasets.Dataset":
         selected = _select_columns(dataset, data, str(paths[0]))
         try:
             selected.data.validate(full=True)
-        except ValueError as error:  # as `pyarrow.ArrowInvalid` is
+        except ValueError as error:  # pyarrow.ArrowInvalid is a ValueError
             raise UserError(
                 f"{paths[0]} cannot be read as text ({first_line(error)}): write it as UTF-8"
             ) from error
@@ -163,7 +163,7 @@ def _local(data: "DataConfig", names: tuple[str, ...]) -> "datasets.Dataset":
 
 
 def _last_name(column: str, data: "DataConfig") -> str:
-    """Beside a hub data set "translation.en" may be called "en"."""
+    """With a hub data set, local files may call "translation.en" just "en"."""
     return column.rpartition(".")[2] if data.dataset else column
 
 
@@ -175,7 +175,7 @@ def _parquet(path: Path, data: "DataConfig") -> "datasets.Dataset":
 
     cache_folder(data.cache_dir)  # as in `_hub`
     try:
-        # `datasets` would log a broken file before it raises, and takes none without rows.
+        # `datasets` would log a broken file before it raises, and rejects one without rows.
         schema = pyarrow.parquet.read_schema(path)
         if pyarrow.parquet.read_metadata(path).num_rows == 0:
             return datasets.Dataset(InMemoryTable(schema.empty_table()))
@@ -190,13 +190,13 @@ def _parquet(path: Path, data: "DataConfig") -> "datasets.Dataset":
     except (OSError, ValueError, DatasetsError) as error:
         cause = error.__cause__ or error
         reason = first_line(cause)
-        if isinstance(cause, OSError) and cause.errno:  # of the disk: no word about what was read
+        if isinstance(cause, OSError) and cause.errno:  # the disk failed: do not blame the file
             raise UserError(f"cannot read {path} into the cache ({reason}): {ADVICE}") from error
         raise UserError(f"{path} cannot be read as Parquet ({reason}): write it again") from error
 
 
 def _wanted_of(schema: "pa.Schema", data: "DataConfig") -> dict[str, Any]:
-    """Arguments that leave other columns out: they may hold what `datasets` does not know."""
+    """Return arguments that skip other columns, whose types `datasets` may not know."""
     import datasets
     import pyarrow as pa
 
@@ -205,7 +205,7 @@ def _wanted_of(schema: "pa.Schema", data: "DataConfig") -> dict[str, Any]:
         names = column, _last_name(column, data), column.partition(".")[0]
         found.append(next((name for name in names if schema.names.count(name) == 1), None))
     if None in found:
-        return {}  # all of them, to be named in a message
+        return {}  # all columns, to be named in a message
     columns = list(dict.fromkeys(found))
     fields = pa.schema([schema.field(name) for name in columns])
     return {"columns": columns, "features": datasets.Features.from_arrow_schema(fields)}
@@ -222,7 +222,7 @@ def _stream_to_arrow(
     for path in paths:
         status = path.stat()
         origin += [str(path.resolve()), status.st_size, status.st_mtime_ns]
-        # What copies a file may give it the size and the date of the one before.
+        # A copy may have the size and the date of the file that it replaces.
         origin += [status.st_ino, status.st_ctime_ns]
     name = hashlib.sha256(repr(origin).encode()).hexdigest()[:20]
     arrow = cache_folder(data.cache_dir) / f"text-{name}.arrow"
@@ -243,7 +243,7 @@ def _columns(pairs: Iterator[Pair], what: str) -> Iterator[dict[str, tuple[str, 
 def _select_columns(
     dataset: "datasets.Dataset", data: "DataConfig", where: str
 ) -> "datasets.Dataset":
-    """Name the columns `data` asks for "source" and "target", and check that they hold text."""
+    """Rename the columns that `data` names to "source" and "target"; check that they hold text."""
     wanted = [data.source, data.target]
     if not set(wanted) <= set(dataset.column_names):
         dataset = dataset.flatten()  # the dict column "translation" becomes "translation.de", …
@@ -266,7 +266,7 @@ def _select_columns(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Reading a local file is no event: no progress bar."""
+    """Hide the progress bars of `datasets`: reading a local file needs none."""
     import datasets
 
     shown = datasets.is_progress_bar_enabled()

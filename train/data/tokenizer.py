@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 # More sentences hardly change the pieces, but training on them takes memory and hours.
 _MAX_SENTENCES = 2_000_000
-# Sentences from which on learning takes so long that it is announced.
+# From this many sentences on, learning takes so long that it is announced.
 _MANY_SENTENCES = 200_000
 
-# Of these sentencepiece does not count the letters, if they are in the text.
+# If the text contains these, sentencepiece does not count their letters.
 _OWN_PIECE = re.compile("<(?=(?:unk|pad|s|/s)>)")
-# It leaves out a whole sentence that has this one.
+# It leaves out every sentence with this letter.
 _OWN_LETTER = "\u2585"
 
 
@@ -47,13 +47,13 @@ def learn_tokenizers(
     """Learn, write into the directory `run`, and return the source and the target tokenizer.
 
     Args:
-      corpora: the training pairs, with the columns "source" and "target". If their sentences
-        are more than two million, it is learned on so many, evenly spread.
+      corpora: the training pairs, with the columns "source" and "target". If they have
+        more than two million sentences, only so many are used, evenly spread.
       run: the run directory; made if it is not there.
       vocab_size: pieces of each vocabulary, the four special ones included.
       joint: one vocabulary of both languages, returned twice (§5.1), instead of one of each.
       model_type: byte-pair encoding, or sentencepiece's unigram language model.
-      cache: a folder to keep in what was learned, and to find it in when it is asked for again.
+      cache: a folder that keeps what was learned, for when the same is asked for again.
 
     Raises:
       UserError: `vocab_size` is more or less than this corpus allows; the message says how many.
@@ -79,7 +79,7 @@ def learn_tokenizers(
 def _learn_once(
     cache: Path, corpora: "Sequence[datasets.Dataset]", columns: tuple[str, ...], *settings: Any
 ) -> Tokenizer:
-    """Do as `_learn`, unless the same has been learned of the same text."""
+    """Do as `_learn`, unless `cache` has what was learned from the same text before."""
     name = hashlib.sha256(repr((CACHE_VERSION, columns, settings)).encode())
     name.update(normalization_rules().encode())
     for dataset in corpora:
@@ -108,7 +108,7 @@ def _learn(
             rules.flush()
         sentences = _sentences(corpora, columns)
         first = next(sentences, None)
-        if first is None:  # of which sentencepiece would end the process
+        if first is None:  # sentencepiece would end the process
             raise UserError(f"the {side} text is blank: nothing to learn a vocabulary from")
         remembering = _Remembering(chain([first], sentences))
         try:
@@ -124,7 +124,7 @@ def _learn(
                 eos_id=EOS_ID,
                 unk_id=UNK_ID,
                 byte_fallback=False,
-                max_sentence_length=1 << 20,  # bytes; longer ones are left out without a word
+                max_sentence_length=1 << 20,  # bytes; longer ones are left out silently
                 minloglevel=2,  # errors only, and those are raised
             )
         except RuntimeError as error:
@@ -135,7 +135,7 @@ def _learn(
 
 
 class _Remembering:
-    """An iterator that keeps its error, such as Ctrl-C, of which sentencepiece leaves the text."""
+    """An iterator that keeps its error, such as Ctrl-C: sentencepiece passes on only its text."""
 
     def __init__(self, items: Iterator[str]) -> None:
         self._items = items
@@ -155,7 +155,7 @@ class _Remembering:
 
 
 def _without_file_name(model: bytes) -> bytes:
-    """Take out of a model where its rules lay: the same text gives the same bytes."""
+    """Remove the path of the rules from a model: the same text then gives the same bytes."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
     proto = ModelProto.FromString(model)
@@ -165,12 +165,12 @@ def _without_file_name(model: bytes) -> bytes:
 
 
 def _sentences(corpora: "Sequence[datasets.Dataset]", columns: tuple[str, ...]) -> Iterator[str]:
-    """Yield the sentences of `columns`, or every n-th pair's where there are very many."""
+    """Yield the sentences of `columns`, or those of every n-th pair if there are very many."""
     pairs = sum(map(len, corpora))
     every = -(-pairs * len(columns) // _MAX_SENTENCES)
     count = Count("reading for the vocabulary", pairs)
     for dataset in corpora:
-        first = 0  # of the next batch's rows, the first that is chosen
+        first = 0  # the first row to take from the next batch
         for batch in iterate(dataset, 10_000):
             for column in columns:
                 for text in batch[column][first::every]:

@@ -1,1 +1,1 @@
-"""What a training would need on a machine that is not there: compiled for it, never run."""
+"""What training would need on a machine that is not at hand: compiled for it, never run."""

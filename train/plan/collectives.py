@@ -15,10 +15,10 @@ class Collective:
 
     Attributes:
       kind: such as "all-reduce".
-      bytes: of the array that the group has together: the sum that an all-reduce makes, what an
-        all-gather completes, what a reduce-scatter begins with.
-      group: devices that take part in each of the groups.
-      times: how often it is executed; in a loop whose length depends on the data, once a round.
+      bytes: size of the whole array of a group: the result of an all-reduce or an all-gather, the
+        input of a reduce-scatter.
+      group: devices in each group.
+      times: how often it is executed; a loop whose length depends on the data counts as one round.
     """
 
     kind: str
@@ -28,14 +28,14 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends, in all: a ring, the least that is possible."""
+        """Bytes that each device sends in all, in a ring, which is the least possible."""
         share = (self.group - 1) / self.group
         passes = {"all-reduce": 2 * share, "collective-permute": 1.0}
         return self.times * self.bytes * passes.get(self.kind, share)
 
 
 def collectives(program: Program, devices: int) -> list[Collective]:
-    """Return the collectives of a program for so many devices, without groups of one."""
+    """Return the collectives of a program for `devices` devices, without groups of one."""
     runs = program.runs()
     found = []
     for name, instructions in program.computations.items():
@@ -56,7 +56,7 @@ def collectives(program: Program, devices: int) -> list[Collective]:
 
 
 def _bytes(kind: str, instruction: Instruction, group: int) -> float:
-    # The links do not mind in which memory of the chip an array lies.
+    # Links carry an array whichever memory of the chip it lies in.
     sizes = shape_bytes(instruction.type.replace("S(1)", ""))
     if instruction.opcode == "collective-permute-start":
         return sizes[1]  # operand, result, and two flags
@@ -66,10 +66,10 @@ def _bytes(kind: str, instruction: Instruction, group: int) -> float:
 
 
 def _group_size(attributes: str, devices: int) -> int:
-    """Devices of a group, as the three notations of HLO say it.
+    """Return the devices of a group, from any of HLO's three notations.
 
     {{0,1},{2,3}}: the groups themselves; [2,4]<=[8]: 2 groups of 4; mesh['data'=2,'fsdp'=4]
-    {'fsdp'}: all along an axis. {} is one group of all.
+    {'fsdp'}: all devices along an axis. {} is one group of all devices.
     """
     if "source_target_pairs=" in attributes:
         return devices

@@ -53,7 +53,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
 
     import jax
 
-    # A program from the cache would be no news of how long it takes to compile.
+    # A program from the cache would not tell how long it takes to compile.
     jax.config.update("jax_enable_compilation_cache", False)
     if options.topology and "JAX_PLATFORMS" not in os.environ:
         # JAX would look for the TPU that libtpu is for.

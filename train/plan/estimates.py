@@ -1,4 +1,4 @@
-"""From what a program asks for and what a chip can do to times, and to the largest batch."""
+"""Times and the largest batch, from what a program needs and what a chip can do."""
 
 import math
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from train.costs.chips import Chip
 def roofline(
     chip: Chip, flops: float, bytes_moved: float, bytes_sent: float = 0.0
 ) -> dict[str, float]:
-    """Seconds that each resource of a device is busy at least; the longest bounds the whole.
+    """Least seconds that each resource of a device is busy; the longest bounds the whole.
 
     Args:
-      chip: its peak is that of bfloat16, which float32 products are made of on a TPU too.
+      chip: its peak is that of bfloat16, in which a TPU computes float32 products too.
       flops, bytes_moved, bytes_sent: of one device.
     """
     return {
@@ -29,13 +29,13 @@ _TRIES = 3
 def largest_fitting(needs: Callable[[int], float], memory: float, first: int) -> int:
     """Return the largest size that was seen to fit, 0 if none was.
 
-    The need grows about linearly: a straight line through two sizes says which third to try, and,
-    where that was not it, a line through nearer ones which next.
+    The need grows about linearly: a straight line through two sizes gives a third to try; if that
+    is not the largest, a line through nearer sizes gives the next.
 
     Args:
-      needs: bytes for a size, inf where all that is known is that they are too many; each call
+      needs: bytes for a size, inf if all that is known is that they are too many; each call
         compiles.
-      memory: bytes there are.
+      memory: bytes available.
       first: a size to begin with.
     """
     seen = {first: needs(first)}
@@ -53,9 +53,9 @@ def largest_fitting(needs: Callable[[int], float], memory: float, first: int) ->
 
 
 def _next_size(seen: dict[int, float], memory: float) -> int:
-    """The size at which a line through the sizes on both sides of `memory` reaches it.
+    """Return where a line through the nearest sizes below and above `memory` reaches it.
 
-    Where all are on one side, the line goes through the two nearest.
+    If all are on one side, the line goes through the two nearest.
     """
     fits = sorted(size for size in seen if seen[size] <= memory)
     too_large = sorted(size for size in seen if seen[size] > memory)

@@ -15,8 +15,8 @@ from train.costs.chips import CHIPS, Chip, chip_of
 
 TPUS = {chip.name: chip for chip in CHIPS if chip.dimensions}
 
-# libtpu is to compile and not to look for chips: it neither asks the cloud who it is, nor keeps
-# others from the chips that may be here, nor complains that there are none.
+# Make libtpu only compile and not look for chips: it must not query the cloud's metadata server,
+# lock chips that may be here, or complain that there are none.
 _COMPILER_ONLY = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -45,12 +45,12 @@ class Machine:
 
     @property
     def chips(self) -> int:
-        """How many chips the devices are."""
+        """Number of chips."""
         return len(self.devices) // (self.chip.devices if self.chip else 1)
 
 
 def present_machine() -> Machine:
-    """Return all devices of this process; CPU devices share the memory that is here."""
+    """Return this machine with all its devices; CPU devices share its main memory."""
     devices = tuple(jax.devices())
     chip = chip_of(devices[0])
     stats = devices[0].memory_stats() or {}
@@ -68,7 +68,7 @@ def tpu_machine(topology: str) -> Machine:
     chip = chip_of_topology(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"{topology} is compiled for by libtpu, which is not installed: "
+            f"{topology} needs the compiler of libtpu, which is not installed: "
             'pip install -e ".[tpu]" (or "jax[tpu]"; no TPU is needed)'
         )
     from jax.experimental.topologies import get_topology_desc
@@ -87,7 +87,7 @@ def chip_of_topology(topology: str) -> Chip:
     """Return the chip of a slice.
 
     Raises:
-      UserError: there is none of that name, or none so large.
+      UserError: there is no chip of that name, or no slice of that shape.
     """
     name, _, shape = topology.partition(":")
     chip = TPUS.get(name)

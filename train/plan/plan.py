@@ -1,10 +1,10 @@
-"""`python -m train plan`: the training step and the search, compiled for machines and reckoned.
+"""`python -m train plan`: the training step and the search, compiled for machines and costed.
 
     python -m train plan wmt14_base --topology v5e:2x4,v5e:4x4 --plot cost.png
     python -m train plan wmt14_big --topology v5p:4x4x4 --parallel.strategy mesh --parallel.fsdp 4
 
-Nothing runs and no corpus is read. Memory, bytes and collectives are those of the program that the
-compiler has made; times are what a chip's data sheet allows for them at best.
+Nothing runs and no corpus is read. Memory, bytes and collectives are those of the compiled program;
+times are the least that a chip's data sheet allows for them.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Work:
 
     Attributes:
       full: rows with tokens, over all devices.
-      rows: these and the empty ones that complete them, so that every device has as many.
+      rows: these and empty ones, added so that every device has the same number.
       source, target: positions of a row.
     """
 
@@ -51,13 +51,13 @@ def plan(
 
     Args:
       config: what would be trained.
-      machines: where.
+      machines: what it would be trained on.
       rows_per_device: if given, the batch grows with the machine instead of being
         `config.data.batch_tokens`.
 
     Raises:
-      UserError: a machine cannot be split as `config.parallel` says, or the batch not among its
-        devices.
+      UserError: a machine cannot be split as `config.parallel` says, or the batch cannot be split
+        among its devices.
     """
     works = [work_of(config, machine, rows_per_device) for machine in machines]
     largest: dict[str, tuple[int, str]] = {}
@@ -95,7 +95,7 @@ def work_of(config: TrainConfig, machine: Machine, rows_per_device: int | None) 
 
 
 def _parts(config: TrainConfig, machine: Machine) -> int:
-    """How many equal parts a batch has; devices that share a matrix have one together."""
+    """Number of equal parts of a batch; devices that share a matrix have one part together."""
     return make_runner(config, machine.devices).row_parts * config.accumulate
 
 
@@ -160,10 +160,10 @@ def _train_record(config: TrainConfig, machine: Machine, work: Work) -> dict[str
 def _largest_rows_per_part(
     config: TrainConfig, machine: Machine, work: Work, record: dict[str, Any]
 ) -> int:
-    """A few compiles; the first of them, that of `record`, is done already.
+    """Find it in a few compilations, the first of which, that of `record`, is done already.
 
-    On more of the same devices each would hold the same: only the axis `data` grows, along which
-    nothing is spread but the batch.
+    With more of the same devices each would hold the same: only the axis `data` grows, along which
+    only the batch is split.
     """
     parts = _parts(config, machine)
 

@@ -1,4 +1,4 @@
-"""The programs of a run, compiled for devices that need not be there, and what they ask for."""
+"""The programs of a run, compiled for devices that need not be there, and what they need."""
 
 import contextlib
 import dataclasses
@@ -31,12 +31,12 @@ class DoesNotFit(Exception):
 
     Attributes:
       needed: bytes that it would take, None where the compiler does not say.
-      reason: what it says.
+      reason: what the compiler says.
     """
 
     def __init__(self, message: str):
         super().__init__(message)
-        # What it tries to hold all in all, or, where these alone are too many, temporaries.
+        # The total that it tries to hold or, where these alone are too large, the temporaries.
         found = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", message)
         self.needed = None
         if found:
@@ -53,10 +53,10 @@ class StepProgram:
     Attributes:
       parameters, optimizer: bytes of the state that the device holds.
       arguments: bytes of all that the step is given: state, rows of the batch, key.
-      temporaries: bytes that XLA plans beside: activations, gradients, what moves.
-      results: bytes of what is returned in memory of its own, not in the old state's.
+      temporaries: bytes that XLA plans in addition: activations, gradients, data in transit.
+      results: bytes of results that do not reuse the memory of the old state.
       code: bytes of the program itself.
-      xla_flops, xla_bytes: XLA's own count, which has each loop go round once.
+      xla_flops, xla_bytes: XLA's own counts, in which each loop has one iteration.
       bytes_moved: bytes of main memory read and written, loops counted in full.
       collectives: what the devices send each other.
       compile_seconds: of tracing, lowering and compiling.
@@ -87,13 +87,13 @@ def step_program(
 
     Raises:
       UserError: the model or the devices cannot be split as `config.parallel` says.
-      DoesNotFit: on a TPU, whose compiler refuses what the memory cannot hold.
+      DoesNotFit: on a TPU, whose compiler refuses a program that the memory cannot hold.
     """
     began = time.perf_counter()
     runner = make_runner(config, machine.devices)
     architecture = config.model
     if architecture.flash_attention == "auto" and machine.devices[0].platform == "tpu":
-        # That of the machine, not of this one.
+        # "auto" must choose for `machine`, not for this computer.
         architecture = architecture.replace(flash_attention="pallas")
     training = make_training(Transformer(architecture), config)
     key = jax.eval_shape(jax.random.key, 0)
@@ -161,7 +161,7 @@ def decode_program(
     text = compiled.as_text()
     assert text is not None
     program = Program(text)
-    # The one loop that goes on until the sentences are done; what else has no end is smaller.
+    # Its largest loop of unknown length is the one that runs until the sentences are done.
     rounds = [
         program.bytes_moved(computation)
         for loop in program.endless_loops()
@@ -183,7 +183,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def _batch(rows: int, source_length: int, target_length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of what `train.data.batches.Batches` makes."""
+    """Shapes of a batch as `train.data.batches.Batches` makes it."""
     lengths = {"source_ids": source_length, "target_ids": target_length, "labels": target_length}
     lengths |= {"source_segment_ids": source_length, "target_segment_ids": target_length}
     return {
@@ -193,7 +193,7 @@ def _batch(rows: int, source_length: int, target_length: int) -> dict[str, jax.S
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """Tell apart why the compiler refuses."""
+    """Raise `DoesNotFit` for a program that needs too much memory, `UserError` for others."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

@@ -9,13 +9,13 @@ from jaxformer.pages.pictures import picture
 from train.plan.machines import Machine
 from train.records import Records, aligned
 
-NOTHING_TO_DRAW = "nothing to draw: give --topology several slices that the model fits"
+NOTHING_TO_DRAW = "nothing to draw: give --topology several slices that can hold the model"
 
 _COLORS = {"compute": "C0", "memory": "C1", "interconnect": "C2"}
 
 
 def plan_tables(records: Records, machines: Sequence[Machine]) -> str:
-    """Of `train.plan.plan.plan`: memory, work and time of training, decoding, assumptions."""
+    """Return a plan's tables: memory, work and time of training, decoding, and assumptions."""
     steps = [record for record in records if record["plan"] == "train"]
     parts = [
         "Compiled, not measured. Of one device, if nothing else is said; 1 GB is 1e9 bytes.",
@@ -183,7 +183,7 @@ def plot_plan(path: str, records: Records) -> None:
     """Draw step time, throughput, cost and memory over the number of chips.
 
     Raises:
-      UserError: there is one machine only, or as `picture`.
+      UserError: there is only one machine, or as for `picture`.
     """
     lines: dict[str, list[dict[str, Any]]] = {}
     for record in records:

@@ -108,7 +108,7 @@ def told_or_asked(
     *,
     denied: bool = True,
 ) -> Pair:
-    """Return a statement, if it may be denied perhaps a negative one, or a yes/no question."""
+    """Return a statement, perhaps a negative one if `denied`, or a yes/no question."""
     if draw.chance(0.25):
         subject = draw.other(people, *NOT_ASKED)
         return sentence(question(subject, make(subject), tense), "?")

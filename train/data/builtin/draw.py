@@ -22,7 +22,7 @@ class Draw:
         return items[int(self._random() * len(items))]
 
     def other(self, items: Sequence[T], *than: T) -> T:
-        """Return one of the items that is none of the others given."""
+        """Return one of the items, but none of those given in `than`."""
         while (item := self.one(items)) in than:
             pass
         return item

@@ -62,7 +62,7 @@ def article(phrase: str) -> str:
 
 @cache
 def forms(verb: str, agreement: Agreement, tense: Tense) -> tuple[str, str]:
-    """Return auxiliary and rest, as questions part them: ("does", "read"), ("is", "")."""
+    """Return auxiliary and rest, as questions separate them: ("does", "read"), ("is", "")."""
     if tense == "future":
         return "will", verb
     if verb == "be":

@@ -82,7 +82,7 @@ WEATHER = table("cold=춥, good=좋, hot=덥, warm=따뜻하")
 
 
 class Noun(NamedTuple):
-    """A thing: its article ("a", "the", or "" for a mass), what counts it, what it can be like."""
+    """A thing: article ("a", "the", or "" for a mass), Korean counter, what it can be like."""
 
     english: str
     korean: str
@@ -196,7 +196,7 @@ OWNERS = table(
 
 
 class Person(NamedTuple):
-    """Somebody: as object ("me"), and later in the sentence ("he"; "" if never asked for)."""
+    """A person, with object form ("me") and later pronoun ("he"; "" if never asked for)."""
 
     english: str
     korean: str
@@ -364,7 +364,7 @@ STATE_TIMES = {
 
 
 class Frame(NamedTuple):
-    """A verb with what it is done to, where, with what and by whom; all of it fits together."""
+    """A verb with its possible objects, places, people and tools; all of them fit together."""
 
     english: str
     stem: str

@@ -86,7 +86,7 @@ def verb(draw: Draw, *excluded: str) -> Frame:
 
 
 def somebody_else(draw: Draw, subject: Person, people: Sequence[Person] = lex.OTHERS) -> Person:
-    """Return one of the people besides the subject; a pronoun, but not in "we met me"."""
+    """Return somebody other than the subject; a pronoun only if the subject is not one."""
     if subject not in lex.PRONOUNS and draw.chance(0.25):
         return draw.one(lex.PRONOUNS)
     while subject.korean.startswith((person := draw.one(people)).korean):

@@ -35,7 +35,7 @@ def groups(
 
     Yields:
       The indices of a group's sentences, longest first, and the length of the group: without
-      `few_shapes`, that of `bucket`.
+      `few_shapes`, that of `bucket` or `limit`.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     kinds: list[int] = []
@@ -86,7 +86,7 @@ def batches(
 def pair_batches(
     sources: list[list[int]], targets: list[list[int]], batch_tokens: int, limit: int | None
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Yield indices of pairs of similar length and their ids [B, S], [B, T], up to `limit`."""
+    """Yield indices of pairs of similar length and both sides' ids [B, T], T `limit` at most."""
     lengths = [max(map(len, pair)) for pair in zip(sources, targets, strict=True)]
     for chosen, rows, length in batches(lengths, batch_tokens, limit=limit):
         source, target = ([side[index] for index in chosen] for side in (sources, targets))

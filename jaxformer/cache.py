@@ -12,7 +12,7 @@ class LayerCache:
     """Keys and values of one decoder layer, heads first, as attention multiplies them.
 
     Attributes:
-      self_key, self_value: [B, N, P, H]: P slots, each for what one beam wrote at one position.
+      self_key, self_value: of P slots, each for what one beam wrote at one position.
       cross_key, cross_value: projections of the encoder output. Positions come last in the keys,
         which a CPU would otherwise transpose at every step.
     """

@@ -1,9 +1,9 @@
 """Attention without its weights in memory: kernels that accelerators have for equation 1.
 
 The plain form writes scores and weights, [B, N, T, S], and reads them back. A flash kernel (Dao et
-al., 2022) goes through the keys a block at a time and keeps neither, so that memory and
-memory traffic grow with the length of a row instead of its square. The kernels are JAX's own:
-cuDNN's on NVIDIA GPUs, one in Pallas on TPUs.
+al., 2022) goes through the keys a block at a time and keeps neither, so that memory grows with the
+length of a row instead of its square, and there is far less memory traffic. The kernels are JAX's
+own: cuDNN's on NVIDIA GPUs, one in Pallas on TPUs.
 
 They are used in bfloat16 only: GPUs have none for float32, where exactness matters more than speed.
 """
@@ -34,9 +34,10 @@ def flash_kernel(
 ) -> Callable[..., Float[Array, "B T N Hv"]] | None:
     """Return a function of the same arrays with the result of `dot_product_attention`.
 
-    None where the kernel cannot handle the case: a dtype other than bfloat16; for cuDNN, a GPU
-    older than Ampere, odd lengths or wide heads; on a TPU, lengths that are not multiples of 128,
-    a dense mask, or arrays that a mesh splits. "auto" takes the TPU's kernel only where it can tell
+    None where the kernel cannot handle the case: a dtype other than bfloat16; values of another
+    width than the keys; for cuDNN, a GPU older than Ampere, odd lengths, or heads wider than 128 or
+    of a width that is not a multiple of 8; on a TPU, lengths that are not multiples of 128, heads
+    that are wider than 128 and no multiple of it, a dense mask, or arrays that a mesh splits. "auto" takes the TPU's kernel only where it can tell
     that no mesh does: on one chip, inside `shard_map` and `pmap`, or with logical axis rules.
     """
     check_choice("flash", kernel, FlashAttention)

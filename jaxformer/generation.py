@@ -136,7 +136,8 @@ def decoding_params(
     """Parameters in the form that decoding wants.
 
     Layers are unstacked, matrices have the dtype of the computation, and the softmax matrix gets a
-    transposed copy; so do the decoder's matrices with `for_cpu`, if it computes in float32.
+    transposed copy; so do the decoder's matrices with `for_cpu`, if it computes in float32. Of a
+    quantized model only the layers are unstacked.
     """
 
     def prepared(config: TransformerConfig, member: Any) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def max_target_length(
 ) -> int:
     """T, the most tokens of a translation: what `options` allow, capped by the model's positions.
 
-    At least 1: arrays of nothing have no place for what is not written.
+    At least 1, as tokens are written to arrays of that length.
     """
     limit = fewest_positions(configs)
     asked = max(1, options.max_length(source_length))
@@ -294,8 +295,8 @@ def prefill(
 ) -> SearchState:
     """`start_search` for sentences that continue in rows of another search, which has the slots.
 
-    With beam search it also takes the first step: all beams are still equal, so it computes just
-    one of them, in 1/K of the time.
+    It also takes the first step if `prefill_takes_first_step`: all beams are still equal, so it
+    computes just one of them, in 1/K of the time.
     """
     if isinstance(method, BeamSearch) and prefill_takes_first_step(models, method):
         search = start_search(models, params, method, *given, num_beams=1, num_slots=1)
@@ -304,6 +305,6 @@ def prefill(
 
 
 def prefill_takes_first_step(models: Sequence[Transformer], method: Method) -> bool:
-    """Whether `prefill` takes the first step."""
+    """Whether it does: in a search of several beams, of a vocabulary of two tokens for each."""
     searches = isinstance(method, BeamSearch)
     return searches and 1 < method.num_beams <= models[0].config.vocab_size // 2

@@ -11,7 +11,7 @@ from jaxformer.errors import UserError
 
 
 def as_ids(ids: Any, name: str = "ids") -> Any:
-    """Return ids of any integer dtype as int32; one that int32 cannot hold becomes -1: no token.
+    """Return ids of any integer dtype as int32; one that int32 cannot hold is negative: no token.
 
     A cast alone would wrap 2^32 + 5 to 5; left in int16, the id 40,000 would be another token.
 

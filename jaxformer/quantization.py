@@ -76,7 +76,7 @@ def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
     if not found:
         if is_quantized(params):
             raise UserError("the parameters are int8 already: give those that were trained")
-        raise UserError("these are no parameters of a Transformer: give variables['params']")
+        raise UserError("these are not the parameters of a Transformer: give variables['params']")
     return small
 
 

@@ -80,7 +80,7 @@ class Explanation:
       decoder_self_attention: from decoder input to decoder input, masked.
       cross_attention: from decoder input to source: row t is where the model looked, layer by
         layer and head by head, to write target piece t.
-      alignment: which source piece each target piece comes from.
+      alignment: how much each target piece looked at each source piece.
       positional_encoding: the vector added to the source's embeddings at each position, for as
         many positions as the longer of source and target has.
     """

@@ -22,7 +22,7 @@ class BeamResult(NamedTuple):
     """
 
     sequences: Int[Array, "B M T"]  # without bos; eos last if finished, then padding
-    scores: Float[Array, "B M"]  # log_probs / length penalty + bonus, float32
+    scores: Float[Array, "B M"]  # log_probs / length penalty + bonus; of samples log_probs; float32
     log_probs: Float[Array, "B M"]  # summed over the tokens and eos, natural logarithm, float32
     lengths: Int[Array, "B M"]  # in tokens, eos included
 

@@ -156,8 +156,8 @@ class Translator:
           seed: of the noise, if `sampling`; a line's noise depends only on this and its number. Or
             one seed for each line, which is then translated as if it were the only one.
           warn: called with a message that names the line, if it is longer than
-            `config.max_length` pieces and so translated in parts, if it has no translation, or if
-            its prefix is longer than its translation may be.
+            `config.max_length` pieces, the end counted, and so translated in parts, if it has no
+            translation, or if its prefix is longer than its translation may be.
           **options: fields of `GenerationConfig`, `beam_size=4` and `n_best=None` among them.
 
         Yields:

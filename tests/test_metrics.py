@@ -13,7 +13,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxformer.errors import UserError
-from train.metrics import MetricsWriter, has_ended, read_metrics
+from train.metrics import MetricsWriter, read_metrics
 from train.progress import Count, Progress
 from train.scores import CorpusScore, bleu, chrf
 
@@ -125,19 +125,6 @@ def test_what_a_run_began_on_is_kept_until_it_starts_anew(tmp_path):
     assert steps(tmp_path) == expected
     write_steps(tmp_path, 10)
     assert steps(tmp_path) == [("train", 10)]
-
-
-def test_a_run_has_ended_whose_last_record_is_a_final_score(tmp_path):
-    assert not has_ended(tmp_path)
-    for splits, ended in (
-        (["train", "validation"], False),
-        (["train", "final_test"], True),
-        (["train", "final_test", "start"], False),  # it goes on
-    ):
-        with MetricsWriter(tmp_path) as writer:
-            for step, split in enumerate(splits):
-                writer.write(step, split, {})
-        assert has_ended(tmp_path) == ended
 
 
 def test_a_second_record_replaces_the_first(tmp_path):

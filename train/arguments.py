@@ -29,7 +29,8 @@ def load_config(name: str, *, also: Iterable[str] = ()) -> TrainConfig:
     """Return the variable `config` of train/configs/NAME.py or of another .py file.
 
     Raises:
-      UserError: there is none; the message suggests the nearest name, also among those in `also`.
+      UserError: there is none, and the message suggests the nearest name, also among those in
+        `also`; or the file fails or defines no `config`.
     """
     own = name.endswith(".py")
     path = Path(os.path.expanduser(name)) if own else CONFIGS / f"{name}.py"

@@ -25,7 +25,6 @@ from jaxformer.terminal import begin_program, check_open, drop_output, say
 from train.arguments import config_names, load_config, override, refuse
 from train.benchmark.command import add_benchmark
 from train.hosts import ProcessLost
-from train.metrics import has_ended
 from train.plan.command import add_plan
 from train.preemption import Preempted
 from train.report import add_report, report_after_training
@@ -178,7 +177,7 @@ def _fit(options: argparse.Namespace, overrides: list[str]) -> None:
     from train.loop import fit
 
     run = fit(config)
-    if jax.process_index() == 0 and has_ended(run):  # not stopped, with no time for a report
+    if jax.process_index() == 0:
         print(report_after_training(run))
 
 

@@ -28,8 +28,8 @@ class Line:
     Attributes:
       label: its name in the legend.
       steps, values: ascending steps, and what was measured there.
-      colour: number of its colour, which is that of its run.
-      dashed: to tell it from another curve of the run.
+      colour: number of its colour; of several runs each has its own.
+      dashed: to tell it from another curve of that colour.
     """
 
     label: str

@@ -54,8 +54,8 @@ def fit(config: TrainConfig) -> Path:
 
     Raises:
       UserError: the configuration, the data or the run directory cannot be used; the loss became
-        nan; a device has too little memory; or another process failed, or was given another
-        configuration or other text.
+        nan or infinite; a device has too little memory; or another process failed, or was given
+        another configuration or other text.
       Preempted: SIGTERM arrived; the steps done so far are saved.
     """
     if not config.run:

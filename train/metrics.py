@@ -40,12 +40,6 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def has_ended(run: str | Path) -> bool:
-    """Whether the last record of a run holds its final scores."""
-    records = read_metrics(run)
-    return bool(records) and records[-1]["split"].startswith("final_")
-
-
 class MetricsWriter:
     """Write a run's numbers to metrics.jsonl and as TensorBoard events, in the run directory.
 

@@ -37,8 +37,9 @@ def flash_kernel(
     None where the kernel cannot handle the case: a dtype other than bfloat16; values of another
     width than the keys; for cuDNN, a GPU older than Ampere, odd lengths, or heads wider than 128 or
     of a width that is not a multiple of 8; on a TPU, lengths that are not multiples of 128, heads
-    that are wider than 128 and no multiple of it, a dense mask, or arrays that a mesh splits. "auto" takes the TPU's kernel only where it can tell
-    that no mesh does: on one chip, inside `shard_map` and `pmap`, or with logical axis rules.
+    that are wider than 128 and no multiple of it, a dense mask, or arrays that a mesh splits.
+    "auto" takes the TPU's kernel only where it can tell that no mesh does: on one chip, inside
+    `shard_map` and `pmap`, or with logical axis rules.
     """
     check_choice("flash", kernel, FlashAttention)
     if kernel == "auto":

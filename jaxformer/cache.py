@@ -90,7 +90,7 @@ class DecoderCache:
         arrays in place, with no need to slice them out of a larger one.
       cross_mask: [B, 1, 1, S], True at real source tokens.
       past: [B, K, P], True at the slots of each beam's past.
-      index: int32 [B], positions written so far, for each sentence: not all begin at the same time.
+      index: int32 [B], positions written so far, per sentence: they may begin at different times.
     """
 
     layers: tuple[LayerCache, ...]

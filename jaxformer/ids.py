@@ -11,9 +11,10 @@ from jaxformer.errors import UserError
 
 
 def as_ids(ids: Any, name: str = "ids") -> Any:
-    """Return ids of any integer dtype as int32; one that int32 cannot hold is negative: no token.
+    """Return ids of any integer dtype as int32; one that int32 cannot hold becomes -1: no token.
 
-    A cast alone would wrap 2^32 + 5 to 5; left in int16, the id 40,000 would be another token.
+    A cast alone would wrap 2^32 + 5 to 5. Narrower dtypes are widened, too: a vocabulary's size,
+    say 40,000, which models put in place of an invalid id, would wrap in int16.
 
     Raises:
       UserError: `ids` is not an array of integers.

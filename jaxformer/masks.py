@@ -38,7 +38,7 @@ def segment_mask(
 class SegmentMask:
     """`segment_mask`, combined with `causal_mask` if `causal`, in compact form.
 
-    Attention kernels of accelerators take the ids as they are, not the dense [B, 1, T, S].
+    The attention kernel of TPUs takes the ids as they are, not the dense [B, 1, T, S].
 
     Attributes:
       query: segment ids of the queries, int32 [B, T].

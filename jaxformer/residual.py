@@ -44,7 +44,7 @@ class Residual(nn.Module):
     def leave(
         self, x: Float[Array, "B T D"], y: Float[Array, "B T D"], *, deterministic: bool = True
     ) -> Float[Array, "B T D"]:
-        """Add the sub-layer's output `y` to the residual stream `x`."""
+        """Add the sub-layer's output `y` to the residual stream `x`; "post" normalises the sum."""
         x = constrain(x + self.dropout(y, deterministic=deterministic), "batch", None, None)
         return self.layer_norm(x) if self.norm == "post" else x
 

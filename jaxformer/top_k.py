@@ -33,7 +33,7 @@ def best_of_chunks(
         lambda values, _: values
     ),
 ) -> tuple[Float[Array, "R k"], Int[Array, "R k"], Int[Array, "R k"]]:
-    """The k best of each row, the first among equals, without scoring or sorting all the others.
+    """The k best of each row, ties to the first, without scoring or sorting all the others.
 
     Only the k chunks of the largest maxima can hold the k largest: an element of any other chunk
     has k chunks before it, each with a value at least as large (and, if equal, at a lower index).

@@ -35,7 +35,7 @@ def groups(
 
     Yields:
       The indices of a group's sentences, longest first, and the length of the group: without
-      `few_shapes`, that of `bucket` or `limit`.
+      `few_shapes`, that of `bucket`, but at most `limit`.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     kinds: list[int] = []

@@ -136,8 +136,8 @@ def decoding_params(
     """Parameters in the form that decoding wants.
 
     Layers are unstacked, matrices have the dtype of the computation, and the softmax matrix gets a
-    transposed copy; so do the decoder's matrices with `for_cpu`, if it computes in float32. Of a
-    quantized model only the layers are unstacked.
+    transposed copy; so do the decoder's matrices with `for_cpu`, if it computes in float32. A
+    quantized model's layers are unstacked, and nothing else changes.
     """
 
     def prepared(config: TransformerConfig, member: Any) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def make_method(options: GenerationConfig, most: int) -> Method:
 @partial(jax.tree_util.register_dataclass, data_fields=["penalty"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class CoverageBonus:
-    """Wu et al. (2016), eq. 14: source tokens that have had little attention cost `penalty`."""
+    """Wu et al. (2016), eq. 14: `penalty` · Σ log(attention a source token has had, at most 1)."""
 
     penalty: float | Float[Array, ""]
 
@@ -305,6 +305,6 @@ def prefill(
 
 
 def prefill_takes_first_step(models: Sequence[Transformer], method: Method) -> bool:
-    """Whether it does: in a search of several beams, of a vocabulary of two tokens for each."""
+    """Whether `prefill` does: in a beam search, K > 1, over a vocabulary of at least 2K tokens."""
     searches = isinstance(method, BeamSearch)
     return searches and 1 < method.num_beams <= models[0].config.vocab_size // 2

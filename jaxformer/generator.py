@@ -64,7 +64,7 @@ class Generator:
       devices: where to translate, by default all devices of this process; each takes a share.
 
     Raises:
-      UserError: as for `devices_or_all`, or these are not models and their parameters.
+      UserError: `models` are not models, `params` are not theirs, or as for `devices_or_all`.
 
     Attributes:
       computed_steps: rows times steps so far ...

@@ -115,7 +115,7 @@ def _is_standard_output(path: Path) -> bool:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise `UserError` if a file, or a missing folder for it, cannot be written; change nothing.
+    """Raise `UserError` if a file cannot be written, or its missing folder made; change nothing.
 
     For results that are written only at the end of long work, which would otherwise be lost.
     """

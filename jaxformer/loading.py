@@ -58,7 +58,7 @@ def load_members(
 def load_params_of(
     config: TransformerConfig, run: str | Path, checkpoint: str | int | None
 ) -> dict[str, Any]:
-    """Return `load_params`, checked against `config`; the floats may be of any width.
+    """Return what `load_params` does, checked against `config`; floats may be of any width.
 
     Raises:
       UserError: as for `load_params`, or the parameters do not fit `config`.

@@ -43,7 +43,7 @@ def parts_of(
 
 
 def cut(ids: Sequence[int], limit: int, tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Cut before the last word that begins within the limit, or at the limit if there is none.
+    """Cut before a word, as late as the limit allows, or at the limit if it falls in the first.
 
     A language code at the beginning, such as ">>deu<<", is repeated in every part.
     """

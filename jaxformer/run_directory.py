@@ -46,7 +46,7 @@ METRICS_FILE = "metrics.jsonl"
 def check_name(run: str | Path) -> None:
     """Raise `UserError` if checkpoints in this directory could not be read again.
 
-    orbax and tensorstore need UTF-8, take some letters for patterns and a URL for a local folder.
+    orbax and tensorstore need UTF-8, take some signs for patterns and a URL for a local folder.
     """
     path = str(Path(run).absolute())
     try:

@@ -156,7 +156,7 @@ class Translator:
           seed: of the noise, if `sampling`; a line's noise depends only on this and its number. Or
             one seed for each line, which is then translated as if it were the only one.
           warn: called with a message that names the line, if it is longer than
-            `config.max_length` pieces, the end counted, and so translated in parts, if it has no
+            `config.max_length` pieces, eos counted, and so translated in parts, if it has no
             translation, or if its prefix is longer than its translation may be.
           **options: fields of `GenerationConfig`, `beam_size=4` and `n_best=None` among them.
 
@@ -166,8 +166,8 @@ class Translator:
           which none exists, with a score of -inf.
 
         Raises:
-          UserError: an option is impossible (raised when the first line is asked for), a line is
-            not text, or lines, prefixes and seeds differ in number (raised after the lines before).
+          UserError: an option is impossible (raised when the first result is asked for), a line is
+            not text, or lines, prefixes and seeds differ in number (after the results before it).
         """
         refuse_one_string(lines, prefixes)
         for name, value in (("window", window), ("batch_tokens", batch_tokens)):

@@ -230,7 +230,9 @@ def _export_vocabulary(tokenizer: Tokenizer, order: np.ndarray, run: str | Path)
         del numbered[BOS_ID]
     vocabulary = dict(sorted(numbered, key=lambda piece_and_id: piece_and_id[1]))
     if len(vocabulary) < len(numbered):
-        raise UserError(f"{run}: a tokenizer has a piece twice, which Marian's tokenizers cannot")
+        raise UserError(
+            f"{run}: a tokenizer has a piece twice, as Marian's cannot: choose another format"
+        )
     return vocabulary
 
 

@@ -46,7 +46,7 @@ def complete_settings(theirs: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return the config.json `theirs` with defaults for the fields that it leaves out.
 
     Raises:
-      UserError: it is not Marian's, or lacks a field that has no default.
+      UserError: it is not Marian's, or a field that must be an integer is missing or is not one.
     """
     settings = {**_DEFAULTS, **theirs}
     settings["decoder_vocab_size"] = settings["decoder_vocab_size"] or settings.get("vocab_size")

@@ -46,7 +46,7 @@ def picture(path: Path, width: float, height: float, text: str = "") -> Iterator
     Args:
       path: the file to write.
       width, height: in inches.
-      text: all letters that will be drawn, to choose fonts by.
+      text: letters to be drawn, to choose fonts by.
 
     Raises:
       UserError: matplotlib is not installed, or the file cannot be written.
@@ -168,7 +168,7 @@ def _draw_maps(
     cell: float = 0.16,
     causal: bool = False,
 ) -> None:
-    """A row of maps for each layer of [L, N, T, S]; `cell` inches per weight, less if too large."""
+    """A row of maps per layer of [L, N, T, S], `cell` inches per weight or as many as fit."""
     from matplotlib import colormaps
     from matplotlib.colors import PowerNorm
 

@@ -41,8 +41,8 @@ class Translator:
 
         Translator.load("runs/multi30k").translate(["Two men are outside."], beam_size=4)
 
-    Threads may share one. A forked process can use neither it nor anything else of JAX from its
-    parent: load another one there.
+    Threads may share one. A process forked after JAX has started can use neither it nor any other
+    part of JAX: start the process afresh (spawn) and load it there.
 
     Args:
       config: of the model.

@@ -30,7 +30,7 @@ _ROWS_PER_BATCH = 20_000
 
 
 class Sentences:
-    """Token ids of many sentences, each ending with eos; only their positions are in memory.
+    """Token ids of many sentences, each ending with eos; only where they are is in memory.
 
     They are read, not memory-mapped: the pages of a mapping count towards the process's memory, and
     a few steps in random order touch them all.

@@ -80,7 +80,7 @@ def encode_corpus(
 ) -> EncodedCorpus:
     """Encode the columns "source" and "target", or find them encoded in `cache_dir`.
 
-    The cache file is named after the text and the tokenizers' bytes, so it is found again
+    The cache file is named after the text and the tokenizers' contents, so it is found again
     whatever the corpus is called, but not after either has changed. Memory grows with the corpus
     only by 24 bytes a pair.
 

@@ -199,7 +199,7 @@ class Checkpoints:
             devices need not be that of the saving run.
 
         Raises:
-          UserError: there is no checkpoint, all are damaged, or it is of another model or
+          UserError: there is no checkpoint, all are damaged, or one is of another model or
             optimizer; the message names the first array that differs.
         """
         self.wait()

@@ -54,7 +54,7 @@ def saving_checkpoint(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading_checkpoint(directory: Path) -> Iterator[None]:
-    """Turn any error while a checkpoint is read into a `DamagedCheckpoint`."""
+    """Turn errors while a checkpoint is read, except lack of memory, into `DamagedCheckpoint`."""
     try:
         yield
     except Exception as error:  # damaged JSON and damaged arrays can raise anything

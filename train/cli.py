@@ -29,7 +29,7 @@ from train.plan.command import add_plan
 from train.preemption import Preempted
 from train.report import add_report, report_after_training
 
-# How long a process that has failed waits for the others.
+# How long, at most, a process that has failed waits for the others.
 _LEAVE_S = 10.0
 
 

@@ -56,7 +56,7 @@ class DataConfig:
     subword_dropout: float = 0.0
     """share of byte-pair merges left out of training text: its words are split in several ways"""
     segmentations: int = 10
-    """with subword_dropout, ways of splitting the training text; the epochs use them in turn"""
+    """with subword_dropout, number of ways to split training text; the epochs use them in turn"""
     target_length: int = 128
     """target positions of a packed row; longer sentences are left out of training"""
     source_length: int = 0

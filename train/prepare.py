@@ -93,7 +93,7 @@ def prepare(config: TrainConfig) -> RunData:
             )
         parts = make_runner(config).row_parts * config.accumulate
         rows = completed(batches.rows_per_batch, parts)
-    if jax.process_index() == 0:  # last: a refused command must not replace a run's own
+    if jax.process_index() == 0:  # last: a refused command must not replace config.json
         write_config(run, config.to_dict())
     return RunData(pairs, *tokenizers, validation, batches, rows)
 

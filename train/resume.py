@@ -63,8 +63,8 @@ def check_same_run(config: TrainConfig, run: Path) -> None:
     if config.steps != before["steps"] and cooldown and falls_from < reached:
         raise UserError(
             f"{run} has steps={before['steps']}, and since step {falls_from} its learning rate "
-            f"falls towards that step: keep steps to go on, or give another --run to train for "
-            f"{config.steps}"
+            f"falls towards that step: keep steps={before['steps']} to go on, or give another "
+            f"--run to train for {config.steps}"
         )
     if config.steps != before["steps"] and cooldown and config.steps - cooldown < reached:
         raise UserError(

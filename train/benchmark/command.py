@@ -111,7 +111,8 @@ def _add_decode(kinds: Any) -> None:
         "--batch-tokens",
         type=int,
         metavar="N",
-        help="source positions translated at once; by default 4096 per device, fewer on a CPU",
+        help="source positions translated at once, over all devices; by default 4096 per device, "
+        "fewer on a CPU",
     )
     decode.add_argument(
         "--dtypes",

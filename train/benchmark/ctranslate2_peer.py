@@ -21,7 +21,8 @@ def ctranslate2_candidates(
 ) -> Iterator[Translate]:
     """Return a translation function for each setting that may be the fastest.
 
-    On two cores, two workers of one thread were three times as fast in int8 as one of two.
+    On two cores, two workers with one thread each were three times as fast in int8 as one worker
+    with two.
 
     Args:
       run: directory of the model.

@@ -120,7 +120,7 @@ def benchmark_decode(settings: DecodeBenchmark) -> Iterator[dict[str, Any]]:
         if settings.run in PRESETS:
             run, fixed = f"{scratch}/run", settings.length
             config = PRESETS[settings.run].replace(vocab_size=settings.vocab_size)
-            # Otherwise a longer line would be translated in parts, each of `length` tokens.
+            # Otherwise longer lines would be translated in parts, and each part to `length` tokens.
             config = config.replace(max_length=max(config.max_length, settings.length))
             _write_random_run(Path(run), config)
             lines = _random_lines(config, settings.sentences or 128, settings.length)

@@ -24,9 +24,9 @@ _SETTLING = 2  # updates at the start of each turn that do not count
 def marian_turn(config: TransformerConfig, batches: Batches, scratch: str) -> Callable[[int], Turn]:
     """Return a function that trains for a number of updates, from the beginning each time.
 
-    The corpus holds the same token ids, written as words. An update has as many target words as
-    ours, on one thread per core. Marian pads as it likes and does not report it. It computes in
-    float32, whatever our dtype: on a CPU it trains in nothing else.
+    The corpus holds the same token ids, written as words. An update has about as many target
+    words as ours; it runs on one thread per core. Marian pads as it likes and does not report it.
+    It computes in float32, whatever our dtype: on a CPU it trains in nothing else.
 
     Args:
       scratch: an empty folder.

@@ -1,4 +1,4 @@
-"""The step of this project, timed, as `train.loop.fit` takes it."""
+"""The step of this project as `train.loop.fit` takes it, timed."""
 
 import time
 from functools import partial

@@ -225,7 +225,7 @@ def _measure(
             _rate(ours_turn) / _rate(theirs)
             for ours_turn, theirs in zip(turns["jaxformer"], measured, strict=True)
         ]
-        # Each of a peer's batches of a corpus has a shape of its own.
+        # A peer's batches of a corpus have shapes of their own, and more than one.
         same_rows = settings.batches is None or name == "jaxformer"
         record = {
             "benchmark": settings.kind,

@@ -60,7 +60,7 @@ def torch_turn(
                 batch_first=True,
                 norm_first=config.norm == "pre",
             )
-            # They would drop attention weights and hidden units at the rate of sub-layer outputs.
+            # Its layers would drop attention weights and hidden units too, at the same rate.
             for module in self.transformer.modules():
                 if isinstance(module, nn.MultiheadAttention):
                     module.dropout = config.attention_dropout

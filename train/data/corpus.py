@@ -30,7 +30,7 @@ _ROWS_PER_BATCH = 20_000
 
 
 class Sentences:
-    """Token ids of many sentences, each ending with eos; only their positions are in memory.
+    """Token ids of many sentences, each ending with eos; only where they are is in memory.
 
     They are read, not memory-mapped: the pages of a mapping count towards the process's memory, and
     a few steps in random order touch them all.
@@ -80,7 +80,7 @@ def encode_corpus(
 ) -> EncodedCorpus:
     """Encode the columns "source" and "target", or find them encoded in `cache_dir`.
 
-    The cache file is named after the text and the tokenizers' bytes, so it is found again
+    The cache file is named after the text and the tokenizers' contents, so it is found again
     whatever the corpus is called, but not after either has changed. Memory grows with the corpus
     only by 24 bytes a pair.
 

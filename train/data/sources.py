@@ -64,7 +64,7 @@ def load_extra(data: "DataConfig", name: str) -> "datasets.Dataset":
 
 
 def iterate(dataset: "datasets.Dataset", rows: int) -> Iterator[Any]:
-    """Do as `dataset.iter(rows)`, without keeping the pages of the file that are read in memory.
+    """Do as `dataset.iter(rows)`, without keeping in memory the pages of the file that it reads.
 
     Only a part at a time is mapped: a file is pickled by its name, so the copy has a mapping of its
     own, which is freed with it.

@@ -67,6 +67,6 @@ def builtin(split: Split) -> list[Pair]:
     """Return the English-Korean pairs of a split, the same on every machine.
 
     An English sentence has one translation. No sentence of a split, in either language, is in
-    another split; the test has new combinations of words, all of which the training split has.
+    another split; the test combines words anew, but every one of them is in the training split.
     """
     return list(corpus()[split])

@@ -141,7 +141,7 @@ WHAT = ("", korean.object_("무엇"))
 
 
 def asks_what(frame: Frame) -> bool:
-    """Return whether to ask "what"; "what does Minsu play" has two translations."""
+    """Return whether one may ask "what"; "what does Minsu play" has two translations."""
     return len(frame.objects) > 2 and frame.english != "play"
 
 

@@ -196,7 +196,7 @@ OWNERS = table(
 
 
 class Person(NamedTuple):
-    """A person, with object form ("me") and later pronoun ("he"; "" if never asked for)."""
+    """A person: as object ("me"), and later in the sentence ("he"; "" if never asked for)."""
 
     english: str
     korean: str

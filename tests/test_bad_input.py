@@ -135,7 +135,7 @@ HOSTS = (
         (["fit", "multi30k", "--optimizer.clip-norm", "nan"], "clip_norm is nan: give at least 0"),
         (
             ["fit", "multi30k", "--steps", "300", "--optimizer.cooldown-steps", "1000"],
-            "cooldown_steps is 1000 and steps is 300: give at most the latter",
+            "cooldown_steps is 1000 and steps is 300: give at most 300",
         ),
         (["fit", "multi30k", "--evaluate.length-penalty", "nan"], "length_penalty is nan: give"),
         (["fit", "multi30k", "--optimizer.peak-learning-rate", "nan"], "give more than 0"),

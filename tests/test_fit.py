@@ -111,7 +111,7 @@ def test_running_a_finished_run_again_changes_nothing(run, config):
 
 
 def test_another_model_in_the_same_directory_is_refused(run, config):
-    with pytest.raises(UserError, match=r"model\.d_model=16, not 8: give the former"):
+    with pytest.raises(UserError, match=r"model\.d_model=16, not 8: give 16 to go on"):
         fit(change(config, model__d_model=8))
 
 

@@ -202,9 +202,9 @@ def test_what_is_not_trained_may_change(tmp_path):
     for changes in ({"steps": 80}, {"steps": 400}, {"accumulate": 2}, more, {"data__path": "x"}):
         check_same_run(change(config, **changes), run)
     for changes, message in (
-        ({"steps": 59}, "is at step 60 and steps is 59: give at least the former"),
+        ({"steps": 59}, "is at step 60 and steps is 59: give at least 60"),
         ({"steps": 79}, "would fall from step 59 on: give at least 80"),
-        ({"model__dropout": 0.3}, r"holds a run with model.dropout=0.0, not 0.3: give the former"),
+        ({"model__dropout": 0.3}, r"holds a run with model.dropout=0.0, not 0.3: give 0.0"),
         ({"optimizer__cooldown_steps": 10}, "optimizer.cooldown_steps=20, not 10"),
     ):
         with pytest.raises(UserError, match=message):

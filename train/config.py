@@ -257,7 +257,7 @@ class TrainConfig:
     steps: int = 100_000
     """optimizer steps"""
     accumulate: int = 1
-    """parts a device splits its batch into, to use less memory; only dropout's noise changes"""
+    """parts a device splits its batch into, to save memory; only rounding and dropout noise change"""
     seed: int = 0
     """random seed of initialisation, data order and dropout"""
     log_every: int = 50
@@ -282,7 +282,7 @@ class TrainConfig:
         if self.optimizer.cooldown_steps > self.steps:
             raise UserError(
                 f"optimizer.cooldown_steps is {self.optimizer.cooldown_steps} and steps is "
-                f"{self.steps}: give at most the latter"
+                f"{self.steps}: give at most {self.steps}"
             )
         if self.parallel.coordinator is not None and not self.distributed:
             raise UserError("parallel.coordinator is given: give --distributed True with it")

@@ -58,7 +58,7 @@ def check_same_run(config: TrainConfig, run: Path) -> None:
     falls_from = before["steps"] - cooldown
     if config.steps < reached:
         raise UserError(
-            f"{run} is at step {reached} and steps is {config.steps}: give at least the former"
+            f"{run} is at step {reached} and steps is {config.steps}: give at least {reached}"
         )
     if config.steps != before["steps"] and cooldown and falls_from < reached:
         raise UserError(
@@ -77,7 +77,7 @@ def check_same_run(config: TrainConfig, run: Path) -> None:
         if before[name] != value:
             raise UserError(
                 f"{run} holds a run with {name}={before[name]!r}, not {value!r}: "
-                "give the former to go on with it, or another --run to start anew"
+                f"give {before[name]!r} to go on with it, or another --run to start anew"
             )
 
 

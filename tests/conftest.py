@@ -6,11 +6,11 @@ import os
 import shutil
 import tempfile
 
-# Must stand before JAX first looks for devices. What the caller has set wins: with
+# Must be set before JAX first looks for devices. Values set by the caller win: with
 # JAX_PLATFORMS=cuda the same tests run on a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The machine code is made in a hurry, of programs that run for milliseconds: LLVM does less to it,
-# and JAX 0.10 writes it as it once did, in half the time. What users run is tested, more slowly, by
+# Programs here run for milliseconds, so they are compiled quickly: LLVM optimises less, and JAX
+# 0.10 uses its older emitters, in half the time. To test, more slowly, what users run, set
 # `XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true"`.
 os.environ.setdefault("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in os.environ["XLA_FLAGS"]:
@@ -19,14 +19,14 @@ if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 if (
     "xla_cpu_use_fusion_emitters" not in os.environ["XLA_FLAGS"]
-    and importlib.metadata.version("jaxlib").startswith("0.10.")  # later, XLA ends if it is given
+    and importlib.metadata.version("jaxlib").startswith("0.10.")  # later versions abort if given it
 ):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # A test that asks the hub for something fails at once, with or without a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Many tests run the same programs: each is compiled once, also for xdist's workers, which inherit
-# this, and for the processes that tests start. Nothing stays behind.
+# Many tests run the same programs. Each is compiled once, also for xdist's workers and for the
+# processes that tests start, which inherit this cache. It is deleted at the end.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _programs = tempfile.mkdtemp(prefix="jaxformer-tests-")
     atexit.register(shutil.rmtree, _programs, ignore_errors=True)
@@ -46,7 +46,7 @@ hypothesis.settings.load_profile("jaxformer")
 install_import_hook("jaxformer", "beartype.beartype")
 
 
-# What takes longest begins first, so that in the end no worker waits for the other.
+# The longest files start first, so that no worker waits for another at the end.
 _LONG = (
     "generator docs fit resume stablehlo benchmark_steps benchmark generation mesh translator "
     "explain cli marian plan_programs"
@@ -54,7 +54,7 @@ _LONG = (
 
 
 def pytest_collection_modifyitems(items):
-    """Order files; their own tests keep their order."""
+    """Order the files; the tests within a file keep their order."""
 
     def place(item):
         name = item.path.stem.removeprefix("test_")
@@ -65,14 +65,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
-    """Each has memory mappings of its own, of which Linux gives a process 65,530 and no more."""
+    """Each has memory mappings of its own, of which Linux allows a process at most 65,530."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
 def one_program_a_search():
-    """For tests of something else: all room at once, or what needs more is compiled once more."""
+    """Give searches all room at once: for more room, a second program would be compiled."""
     from jaxformer.generator import Generator
 
     with pytest.MonkeyPatch.context() as patch:
@@ -82,7 +82,7 @@ def one_program_a_search():
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that matplotlib writes during a test, by the names of their files."""
+    """The figures that matplotlib writes during a test, by file name."""
     figure = pytest.importorskip("matplotlib.figure")
     found, write = {}, figure.Figure.savefig
 

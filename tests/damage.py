@@ -20,7 +20,7 @@ def leave_out(checkpoint):
 
 
 def swap(checkpoint):
-    """Whole files, but those of the step before."""
+    """Put in intact files, but those of the previous step."""
     shutil.rmtree(checkpoint / "params")
     before = checkpoint.parent / str(int(checkpoint.name) - 1)
     shutil.copytree(before / "params", checkpoint / "params")

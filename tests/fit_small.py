@@ -24,7 +24,7 @@ def main(folder: str, *changes: str) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if isinstance(error, ProcessLost):
-            os._exit(error.status)  # as `train.cli.command`
+            os._exit(error.status)  # as `train.cli.command` does
         return 1
     except Preempted:
         return 143

@@ -1,4 +1,4 @@
-"""Rows with very different numbers of tokens, and whether two trainings on them are the same."""
+"""Rows with very different numbers of tokens, and a comparison of two trainings on them."""
 
 import jax
 import numpy as np
@@ -16,13 +16,13 @@ SPLITTABLE = TransformerConfig(
     encoder_layers=1,
     decoder_layers=2,
     scan_layers=True,
-    dropout=0.0,  # which is slow to compile
+    dropout=0.0,  # dropout is slow to compile
 )
 KEY = jax.random.key(5)
 
 
 def packed_rows(lengths, seed=0):
-    """Row r holds the pairs of `lengths[r]`, [(source, target), …] tokens with eos, at random."""
+    """Row r holds random pairs of the lengths `lengths[r]`: [(source, target), …], with eos."""
     draw = np.random.default_rng(seed)
     shapes = {"source_ids": SOURCE, "target_ids": TARGET, "labels": TARGET}
     shapes |= {"source_segment_ids": SOURCE, "target_segment_ids": TARGET}

@@ -1,4 +1,4 @@
-"""Encoded corpora of given sentence lengths, and what a batch holds, read back."""
+"""Encoded corpora of given sentence lengths, and a function that reads the pairs in a batch."""
 
 import itertools
 import tempfile
@@ -15,7 +15,7 @@ NUMBERS = itertools.count()
 
 
 def corpus_of(lengths, seed=0, first=4):
-    """A corpus of random tokens from `first` on, in a file of batches of three pairs; its sides."""
+    """Return a corpus of random tokens >= `first`, its file in batches of 3 pairs; its sides."""
     rng = np.random.default_rng(seed)
     sides = [
         [[*rng.integers(first, first + 95, n - 1).tolist(), 2] for n in side]
@@ -25,7 +25,7 @@ def corpus_of(lengths, seed=0, first=4):
 
 
 def write_corpus(sides):
-    """Return the corpus of two lists of lists of ids."""
+    """Return the corpus of `sides`, two lists of lists of ids."""
     ids = pa.list_(pa.int32())
     batches = (
         {"source": sides[0][i : i + 3], "target": sides[1][i : i + 3]}

@@ -1,4 +1,4 @@
-"""Run directories of random parameters: models of any configuration, without training."""
+"""Run directories with random parameters: models of any configuration, without training."""
 
 import functools
 import io
@@ -27,13 +27,13 @@ CONFIG = TransformerConfig(
     decoder_layers=2,
     max_length=32,
 )
-#: Compiles faster, and says more than what it has just said.
+#: Compiles faster, and generates more than repetitions of its last token.
 SEPARATE = CONFIG.replace(embeddings="separate")
 SENTENCES = [source for source, _ in sentence_pairs(8)]
 
 
 def write_random_run(run: Path, config: TransformerConfig) -> dict:
-    """Write a run of a model that says decidedly different things; return its parameters."""
+    """Write a run whose model gives clearly different translations; return its parameters."""
     params = random_params(config)
     write_config(run, {"model": config.to_dict()})
     save_params(run, 1, params)
@@ -43,11 +43,11 @@ def write_random_run(run: Path, config: TransformerConfig) -> dict:
 
 
 def random_params(config: TransformerConfig) -> dict:
-    """Return parameters in which nothing is 0 or 1, and hypotheses end every so often."""
+    """Return parameters none of which is 0 or 1, with which hypotheses end every so often."""
     draw = np.random.default_rng(0)
 
     def random(path, leaf):
-        # More would make rounding errors grow from layer to layer.
+        # Larger values would make rounding errors grow from layer to layer.
         values = draw.normal(size=leaf.shape) * (1.0 if path[-1].key == "embedding" else 0.2)
         return (values + (path[-1].key == "scale")).astype(np.float32)
 
@@ -61,7 +61,7 @@ def random_params(config: TransformerConfig) -> dict:
 
 @functools.cache
 def params_of(config: TransformerConfig = SEPARATE) -> dict:
-    """Return the same with hypotheses that end no more often than others go on; on the device."""
+    """Return the same, on the device, but with eos no likelier than other tokens."""
     params = random_params(config)
     params["output_embedding"]["embedding"][EOS_ID] /= 2
     return jax.tree.map(jnp.asarray, params)
@@ -69,7 +69,7 @@ def params_of(config: TransformerConfig = SEPARATE) -> dict:
 
 @functools.cache
 def tokenizer(vocab_size: int) -> Tokenizer:
-    """Return a tokenizer of both languages of the small corpus."""
+    """Return a tokenizer for both languages of the small corpus."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=itertools.chain(*sentence_pairs(100)),

@@ -1,4 +1,4 @@
-"""Run directories with metrics and no model: what a report is drawn from."""
+"""Run directories with metrics but no model, from which reports are drawn."""
 
 import json
 import math
@@ -15,9 +15,9 @@ STEP_SECONDS, EVALUATE_SECONDS, SAVE_SECONDS, COMPILE_SECONDS = 0.5, 7.0, 2.0, 3
 def write_recorded_run(
     run: Path, *, reports: int = 40, every: int = 50, old: bool = False, **changes: object
 ) -> Path:
-    """Write a run of so many reports of training, with an evaluation after each tenth of them.
+    """Write a run of so many training reports, with an evaluation after each quarter of them.
 
-    Its data is nowhere. An `old` run lacks what was not recorded at first.
+    Its data does not exist. An `old` run lacks what early versions did not record.
     """
     config = small_config(run.parent / "nowhere", run=str(run), **changes)
     run.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A corpus, a configuration and a run so small that a test can afford to train."""
+"""A corpus, a configuration and a run, small enough to train in a test."""
 
 import dataclasses
 import os
@@ -12,7 +12,7 @@ from jaxformer.config import TransformerConfig
 from train.config import CheckpointConfig, DataConfig, EvaluateConfig, OptimizerConfig, TrainConfig
 from train.loop import fit
 
-# Word by word and in the same order: learnable in seconds, by attention alone.
+# Translations are word by word and in the same order: attention alone learns them in seconds.
 LEXICON = {
     "one": "eins", "two": "zwei", "six": "sechs", "red": "rot", "blue": "blau", "old": "alt",
     "dogs": "Hunde", "cats": "Katzen", "run": "laufen", "sit": "sitzen", "here": "hier",
@@ -55,7 +55,7 @@ def small_config(folder: Path, **changes: object) -> TrainConfig:
             encoder_layers=1,
             decoder_layers=1,
             max_length=32,
-            dropout=0.0,  # which is slow to compile
+            dropout=0.0,  # dropout is slow to compile
         ),
         data=DataConfig(
             path=str(folder),

@@ -15,7 +15,7 @@ import jaxformer
 
 ROOT = Path(__file__).parent.parent
 
-# The modules of jaxformer, leaves first: each imports from the lines above its own, and no other.
+# The modules of jaxformer, leaves first: each imports only from the lines above its own.
 LAYERS = [
     "cache compilation errors fingerprint matrices results sharding",
     "constraints dropout fields files lines quantization schedules terminal",
@@ -38,13 +38,13 @@ LAYERS = [
     "cli",
 ]
 
-# What only training from text needs, or is slow to import. (Flax itself imports rich and absl.)
+# Needed only to train from text, or slow to import. (Flax itself imports rich and absl.)
 NEVER_IN_JAXFORMER = {"absl", "datasets", "logging", "rich", "tensorboardX", "train"}
 IMPORTED_WHERE_USED = {"matplotlib", "orbax", "sacrebleu", "sentencepiece", "torch"}
 
 
 def imports(path: Path, *, top_level: bool = False) -> set[str]:
-    """Dotted names that the file imports, anywhere or only when it is itself imported."""
+    """Dotted names the file imports: anywhere, or (`top_level`) only when itself imported."""
 
     def statements(node: ast.AST) -> Iterator[ast.AST]:
         for child in ast.iter_child_nodes(node):
@@ -78,7 +78,7 @@ def project_imports() -> dict[str, set[str]]:
 
     def defining_modules(name: str) -> Iterator[str]:
         # `from a.b import c`: c may be a module or a name in a.b. Importing a.b also runs
-        # a/__init__.py, but that is no choice of the importing file.
+        # a/__init__.py, but that is not the importing file's choice.
         if name in paths:
             yield name
         elif (parent := name.rpartition(".")[0]) in paths:
@@ -104,7 +104,7 @@ def test_jaxformer_modules_import_only_what_lies_below_them(path):
         below |= set(line)
     else:
         pytest.fail(f"say in LAYERS where the new module {module} stands")
-    # A plain `import jaxformer`, for what the namespace collects, stays in the set as it is.
+    # A plain `import jaxformer`, for names that the package collects, stays in the set as it is.
     internal = {
         name.removeprefix("jaxformer.")
         for name in imports(path)
@@ -167,7 +167,7 @@ def test_training_loads_what_only_text_needs_where_it_is_used():
 
 def own_docstring(member: object) -> str | None:
     doc = vars(member).get("__doc__") if inspect.isclass(member) else member.__doc__
-    # Dataclasses and named tuples without one are given "Name(field: type, ...)".
+    # Dataclasses and named tuples without a docstring get "Name(field: type, ...)".
     return None if doc and doc.startswith(f"{getattr(member, '__name__', '')}(") else doc
 
 
@@ -178,13 +178,13 @@ def test_public_names_are_documented():
         if inspect.isclass(public) or inspect.isroutine(public):
             documented[name] = public
         if inspect.isclass(public):
-            # vars(), not dir(): what a base class documents is not asked for again.
+            # vars(), not dir(): inherited members are documented by the base class.
             documented |= {
                 f"{name}.{attribute}": member
                 for attribute, member in vars(public).items()
                 if (inspect.isroutine(member) or isinstance(member, property))
                 and not attribute.startswith("_")
-                and attribute != "setup"  # linen's; its contract is flax's
+                and attribute != "setup"  # linen's: its contract is Flax's
             }
     assert [name for name, member in documented.items() if not own_docstring(member)] == []
 

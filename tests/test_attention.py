@@ -25,7 +25,7 @@ def random(*shape, seed=0, dtype=jnp.float32):
 
 
 def reference_weights(query, key, mask=None):
-    """softmax(Q Kᵀ / √d_k) in float64, rows of zeros where nothing may be attended to."""
+    """softmax(Q Kᵀ / √d_k) in float64; rows of zeros where nothing may be attended to."""
     query, key = np.asarray(query, np.float64), np.asarray(key, np.float64)
     scores = np.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(query.shape[-1])
     allowed = np.broadcast_to(True if mask is None else mask, scores.shape)
@@ -77,15 +77,15 @@ def test_a_query_with_nothing_to_attend_to_gives_zeros_and_no_gradient(dtype):
     assert np.all(out[0, [0, 2]] != 0)
     for gradient in gradients:
         assert np.all(np.isfinite(gradient))
-        assert not np.any(gradient[1])  # nobody in example 1 may attend to anything
+        assert not np.any(gradient[1])  # no query in example 1 may attend to anything
         assert np.any(gradient[0])
     assert not np.any(gradients[0][0, 1])
 
 
 @pytest.mark.parametrize("head_dim", [16, 32])
 def test_softmax_is_float32_when_the_rest_is_bfloat16(head_dim):
-    # Nothing but a low-precision score or softmax, or a query that is rounded once more when it is
-    # scaled, wrong in the third digit, can set the weights apart from those of the same inputs.
+    # The reference has the same rounded inputs. Only low-precision scores or softmax, or a query
+    # that is rounded again when it is scaled, could make a difference, in the third digit.
     query, key = (random(B, n, N, head_dim, dtype=jnp.bfloat16) for n in (T, S))
     mask = jnp.asarray(MASKS["causal"])
     for m in (None, mask):
@@ -100,7 +100,7 @@ def test_softmax_is_float32_when_the_rest_is_bfloat16(head_dim):
 
 
 def random_variables(module, *args, seed=0):
-    """Parameters in which nothing is zero or one by chance of its initialisation."""
+    """Parameters none of which is 0 or 1 merely because it is initialised so."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
     return jax.tree.map(lambda leaf: 0.5 * random(*leaf.shape, seed=seed), shapes)
 
@@ -124,7 +124,7 @@ def reference_multi_head(params, query_input, key_value_input, mask=None):
 
 @pytest.mark.parametrize("use_bias", [False, True])
 def test_multi_head_attention_is_concatenated_heads_times_w_o(use_bias):
-    """All widths differ: of model, encoder, queries, values; as the paper's §3.2.2 allows."""
+    """Widths of model, encoder, queries and values all differ, as the paper's §3.2.2 allows."""
     module = MultiHeadAttention(num_heads=N, head_dim=H, value_dim=HV, use_bias=use_bias)
     query_input, key_value_input = random(B, T, D), random(B, S, DKV)
     variables = random_variables(module, query_input, key_value_input)
@@ -183,7 +183,7 @@ def test_weights_are_shown_to_those_who_ask_and_cost_others_nothing(monkeypatch)
     assert not np.any(weights * ~mask)
 
     def program():
-        run = jax.jit(lambda *inputs: module.apply(*inputs, mask))  # a new one: traced again
+        run = jax.jit(lambda *inputs: module.apply(*inputs, mask))  # a new function is traced anew
         return run.lower(variables, query_input, key_value_input).as_text()
 
     with_sow = program()
@@ -197,7 +197,7 @@ def test_dropout_differs_between_heads_and_examples():
     x = jnp.tile(random(1, S, D), (B, 1, 1))
     variables = random_variables(module, x, x)
 
-    # Two heads with the same weights, of which W^O takes the difference.
+    # Two heads with the same weights, whose difference W^O takes.
     def twin(name, kernel):
         if name == "output":
             return jnp.stack([kernel[0], -kernel[0]])

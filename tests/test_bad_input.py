@@ -197,7 +197,7 @@ def test_wrong_configuration_files(capsys, tmp_path, text, message):
 
 
 def test_a_configuration_file_is_a_program_like_any_other(tmp_path, monkeypatch):
-    """It imports what lies beside it, and may define dataclasses."""
+    """It may import modules that lie beside it, and define dataclasses."""
     (tmp_path / "base.py").write_text("steps = 7\n")
     path = tmp_path / "mine.py"
     path.write_text(
@@ -213,7 +213,7 @@ def test_a_configuration_file_is_a_program_like_any_other(tmp_path, monkeypatch)
     other = shutil.copytree(tmp_path, tmp_path / "other", ignore=lambda *_: ["other"])
     (other / "base.py").write_text("import os\nos.chdir('/')\nsteps = 8\n")
     monkeypatch.chdir(other)
-    assert load_config("mine.py").steps == 8  # by the base of its own folder
+    assert load_config("mine.py").steps == 8  # from the base.py in its own folder
     assert sys.path == before
     with pytest.raises(UserError, match=r"no configuration '~nobody-here/mine\.py'"):
         load_config("~nobody-here/mine.py")
@@ -280,7 +280,7 @@ def test_run_directory_of_another_configuration(capsys, folder, run):
 
 def test_a_run_that_failed_at_its_start_takes_a_mended_configuration(folder, tmp_path):
     once = {"run": str(tmp_path / "run"), "steps": 1, "evaluate__every": 1}
-    with pytest.raises(UserError):  # after the tokenizer is learned: no pair fits into a row
+    with pytest.raises(UserError):  # after the tokenizer was learned: no pair fits a row
         fit(small_config(folder, data__target_length=2, **once))
     assert load_tokenizers(tmp_path / "run")[0].vocab_size == 64
     prepare(small_config(folder, model__vocab_size=60, **once))
@@ -323,7 +323,7 @@ def test_a_device_with_too_little_memory(capsys, folder, tmp_path, monkeypatch):
 
 
 def test_a_run_that_was_not_trained_here_is_scored_on_files(capsys, folder, tmp_path):
-    """As an import is, which has a section that no training has."""
+    """As an imported model is, whose config.json has a section that training never writes."""
     run = tmp_path / "imported"
     config = CONFIG.replace(source_vocab_size=60, embeddings="target")
     write_random_run(run, config)
@@ -371,7 +371,7 @@ def test_a_full_disk_under_standard_output_is_one_line(folder, tmp_path, monkeyp
 
 
 def test_a_standard_output_without_some_letters(tmp_path, monkeypatch):
-    """Shows them escaped; what it is given as a file is UTF-8 all the same."""
+    """It shows them escaped, but what `write_lines` writes there is UTF-8."""
     text = "Straße\n"
     with open(tmp_path / "shown", "w", encoding="ascii") as file:
         monkeypatch.setattr(sys, "stdout", file)

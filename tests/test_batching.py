@@ -41,7 +41,7 @@ def test_rows_are_what_tokens_allow(waiting, batch_tokens, length, devices):
     assert rows % devices == 0
     per_device = rows // devices
     assert per_device < SMALLEST or per_device % SMALLEST == 0
-    # One row a device is the least there is.
+    # There is at least one row for each device.
     assert rows * length <= max(batch_tokens, devices * length)
 
 

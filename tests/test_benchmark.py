@@ -57,7 +57,7 @@ def test_table_and_records(run, source, tmp_path, capsys):
         assert record["settings"]["beam_size"] == 2 and record["machine"]["cores"] > 0
         assert record["seconds_p10"] <= record["seconds_median"] <= record["seconds_p90"]
         assert record["compile_seconds"] > 0 and record["compiled_programs"] >= 1
-        assert 0.2 < record["needed_share"] <= 1  # a sentence each for six devices
+        assert 0.2 < record["needed_share"] <= 1  # one sentence for each of six devices
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_preset_has_random_words_and_translations_of_one_length(monkeypatch):
         DecodeBenchmark("toy", vocab_size=40, sentences=5, length=6, beam_size=2, rounds=1)
     )
     assert record["sentences"] == 5
-    assert record["tokens"] == 5 * 6  # one a step
+    assert record["tokens"] == 5 * 6  # one token per step
     for changes, message in (
         ({"length": 1}, "--length is 1: give at least 2"),
         ({"source": "x"}, "toy is a preset, which knows no words: leave out --source"),
@@ -134,7 +134,7 @@ def test_the_figures_of_engines_of_known_speed():
 
     tokenizer = SimpleNamespace(encode_batch=lambda lines: [line.split() for line in lines])
 
-    # Half of the steps were needed in the round that warms up, and three quarters since.
+    # Half of the steps were needed in the warm-up round, and three quarters after it.
     computed_and_needed = iter([(100, 50)] * 2 + [(300, 200)] * 2)
 
     class Ours:
@@ -153,7 +153,7 @@ def test_the_figures_of_engines_of_known_speed():
     assert (first["sentences_per_second"], first["tokens_per_second"]) == (1.0, 2.5)
     assert first["milliseconds_per_sentence"] == 1000.0
     assert first["needed_share"] == 0.75
-    # How many times as long as our first engine, round by round.
+    # Its time as a multiple of our first engine's, round by round.
     ratios = second["ratio_median"], second["ratio_min"], second["ratio_max"]
     assert ratios == (1.0, 0.5, 3.0)
     table = decode_table([first, second])

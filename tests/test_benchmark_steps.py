@@ -38,7 +38,7 @@ from train.data.packing import pack
 from train.prepare import prepare
 from train.records import collect, keep_records
 
-#: Compiled often, so as small as can be.
+#: Compiled often, so as small as possible.
 MODEL = CONFIG.replace(decoder_layers=1, dropout=0.0)
 CONFIGURATION = TrainConfig(model=MODEL)
 PARAMS = jax.eval_shape(Transformer(MODEL).init, jax.random.key(0), *[jnp.ones((1, 2), int)] * 2)
@@ -46,7 +46,7 @@ PARAMS = jax.eval_shape(Transformer(MODEL).init, jax.random.key(0), *[jnp.ones((
 
 @pytest.fixture(autouse=True)
 def small_yardsticks(monkeypatch):
-    """Large matrices take seconds on simulated devices."""
+    """Not measured: large matrices take seconds on simulated devices."""
     monkeypatch.setattr("train.benchmark.steps.matmul_peak", lambda *_: 1e11)
     monkeypatch.setattr("train.benchmark.steps.memory_bandwidth", lambda *_: 1e10)
 
@@ -58,7 +58,7 @@ def measured(kind="train", config=CONFIGURATION, **changes):
 
 @pytest.mark.parametrize("changes", [{}, {"activation": "swiglu", "head_dim": 5, "value_dim": 7}])
 def test_flops_are_those_that_xla_counts(changes):
-    """XLA counts the element-wise work too, so the model is wide enough for that to be little."""
+    """XLA also counts element-wise work, so the model is wide enough to make that small."""
     config = TransformerConfig(
         vocab_size=300, d_model=192, d_ff=500, num_heads=4, encoder_layers=1, decoder_layers=2
     ).replace(**changes)
@@ -73,7 +73,7 @@ def test_flops_are_those_that_xla_counts(changes):
 
 
 def test_flops_of_the_base_model():
-    """2 a weight and token, beside attention: 44M weights in the layers, 19M in the softmax."""
+    """2 per weight and token, besides attention: 44M weights in layers, 19M in the softmax."""
     config = TransformerConfig()
     weights = 6 * (4 * 512**2 + 2 * 512 * 2048) + 6 * (8 * 512**2 + 2 * 512 * 2048) + 512 * 37_000
     scores = 6 * 3 * 2 * 25 * 25 * 512
@@ -100,7 +100,7 @@ def test_a_record_of_every_case(kind):
         assert record["bound_by"] in ("compute", "memory")
         assert record["roofline_seconds"]["memory"] == record["bytes_moved"] / 1e10
         assert record["bytes_moved"] > 4 * number_of_parameters(PARAMS)
-        # The state and the step, or the state and the forward pass; keys of random numbers.
+        # The state and the step, or the state and the forward pass; programs for random keys.
         assert 2 <= record["compiled_programs"] <= 8
         assert min(record[f"{part}_seconds"] for part in ("trace", "lower", "compile")) > 0
         assert record["machine"]["devices"] == 1
@@ -116,7 +116,7 @@ def test_devices_share_the_rows():
     model = MODEL.replace(vocab_size=MODEL.vocab_size + 1)
     configuration = TrainConfig(model=model, parallel=parallel)
     (mesh,) = measured(devices=(4,), rounds=1, config=configuration)
-    # Each of two devices has a half of what is split, where every device had all.
+    # With fsdp=2 each device has half of what is split; without it, each had all.
     assert mesh["program_memory_bytes"] < 0.8 * four["program_memory_bytes"]
     with pytest.raises(UserError, match="is measured on copies of the model"):
         measured("forward", devices=(4,), config=configuration)
@@ -163,15 +163,15 @@ def test_peers_get_every_pair_once_with_little_padding(batches, multiple, most):
     widths = {batch["labels"].shape[1] for batch in padded}
     shapes = {(batch["source_ids"].shape, batch["labels"].shape) for batch in padded}
     assert multiple == 1 or len(shapes) == len(widths)
-    # As many real tokens as a batch of ours, or the fixed cost of a step would fall on fewer.
+    # As many real tokens as in our batch: the fixed cost of a step must not fall on fewer.
     ours = np.count_nonzero(batches.at(0)["labels"])
-    # Few batches of a width cannot all be as full.
+    # If there are few batches of a width, not all of them can be equally full.
     assert np.mean(tokens) == pytest.approx(ours, rel=0.15 if multiple == 1 else 0.3)
     assert multiple > 1 or all(abs(each - ours) <= 0.15 * ours for each in tokens)
 
 
 def test_peers_get_the_pairs_that_our_rows_have(batches):
-    """Those with a side longer than its rows are left out, and so is an empty one."""
+    """A pair with a side longer than its row is left out, and so is an empty one."""
     corpus, _ = corpus_of([(3, 4), (9, 2), (2, 9), (5, 5)])
     packing = pack(
         corpus.source.lengths, corpus.target.lengths, source_length=8, target_length=6, seed=3
@@ -225,7 +225,7 @@ def test_what_fails_in_a_benchmark_is_not_taken_for_its_file(tmp_path):
 
 
 def test_what_is_done_is_shown_where_the_work_ends(capsys):
-    """After Ctrl-C; and on a full disk, with its name."""
+    """After Ctrl-C; and when the disk is full, with an error that names the file."""
 
     def records():
         yield {"a": 1}
@@ -329,7 +329,7 @@ def test_what_was_measured_before_an_error_is_shown(monkeypatch, capsys):
 
 
 def test_marian_is_asked_for_the_same_and_its_log_is_read(batches, tmp_path, monkeypatch):
-    """Its log as version 1.12 writes it."""
+    """The log is as version 1.12 writes it."""
     commands = []
 
     def run(command, **_):
@@ -375,7 +375,7 @@ def test_command_line(tmp_path, capsys):
     assert list(trace.rglob("*.xplane.pb"))
     assert main(["benchmark", "train", "nothing"]) == 1
     assert "no configuration 'nothing'" in capsys.readouterr().err
-    # Before the first is measured:
+    # Refused before the first is measured:
     assert main(["benchmark", "train", "tiny,tinny"]) == 1
     assert "no configuration 'tinny': did you mean tiny?" in capsys.readouterr().err
     assert main(["benchmark", "train", "tiny,base", "--length", "8", "--batch", "3"]) == 1
@@ -536,4 +536,4 @@ def test_turns_go_on_through_the_corpus(batches, monkeypatch):
 
     monkeypatch.setattr(Batches, "at", noted)
     measured(batches=batches, steps=2, rounds=2)
-    assert sorted(set(asked)) == [0, 1, 2, 3, 4, 5]  # two to warm up, then two a round
+    assert sorted(set(asked)) == [0, 1, 2, 3, 4, 5]  # two to warm up, then two per round

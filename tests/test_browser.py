@@ -26,7 +26,7 @@ FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run -
 --disable-background-networking --disable-component-update --virtual-time-budget=20000
 --window-size=1400,900""".split()
 
-# Runs inside the page before anything else, and leaves what it found with the frame around it.
+# Runs in the page before anything else, and leaves its findings in the enclosing document.
 SCRIPT = r"""
 <script>
 const errors = [];
@@ -96,7 +96,7 @@ addEventListener("load", () => {
 
 
 def explanation():
-    """Of the shape that `Translator.explain` gives, long enough to be wide."""
+    """An explanation shaped like those of `Translator.explain`, long enough to be wide."""
     draw = np.random.default_rng(0)
     source = [*(f"▁word{number}" for number in range(24)), "<&>", "</s>"]
     target = [*(f"▁낱말{number}" for number in range(20)), "</s>"]
@@ -109,7 +109,7 @@ def explanation():
     causal = np.tril(weights(2, 3, length[1], length[1]))
     causal /= causal.sum(axis=-1, keepdims=True)
     cross = weights(2, 3, length[1], length[0])
-    cross[1, 1] = 1 / length[0]  # a head that fails
+    cross[1, 1] = 1 / length[0]  # a head that attends to all alike
     return Explanation(
         source="A sentence of many words. " * 6,
         hypotheses=[Hypothesis("낱말이 많은 문장. " * 8, -1.0, -2.0, target[:-1], [], True)] * 2,
@@ -180,7 +180,7 @@ def test_the_page_never_scrolls_sideways(found):
 
 
 def test_everything_can_be_read_in_both_schemes(found):
-    """WCAG 2 AA: 4.5 for text, 3 for lines and areas, of the colours as computed."""
+    """WCAG 2 AA: contrast 4.5 for text, 3 for lines and areas, from the computed colours."""
     assert each(found, "faint") == {}
     assert all(result["texts"] > 50 for result in found.values())
     assert all(found[f"{name}-light-360"]["lines"] > 7 for name in ("report", "comparison"))

@@ -251,7 +251,7 @@ def test_sizes_and_lengths(corpus):
 
 
 def test_translation_is_one_to_one():
-    # Before duplicates are removed, so that the grammar itself is seen to be consistent.
+    # Before duplicates are removed, which shows that the grammar itself is consistent.
     there, back = {}, {}
     for source, target in islice(drawn(seed=1), 40_000):
         assert there.setdefault(source, target) == target
@@ -270,14 +270,14 @@ def test_every_word_is_in_the_training_split(corpus):
         word for split in ("test", "validation") for s, _ in corpus[split] for word in words(s)
     }
     assert asked <= set(trained)
-    # A form of a Korean word may be new, but no more than that.
+    # A few forms of Korean words may be new, but no English word.
     trained = {form for _, target in corpus["train"] for form in words(target)}
     new = [form for _, target in corpus["test"] for form in words(target) if form not in trained]
     assert len(new) < 10
 
 
 def test_every_word_is_seen_often_enough_to_be_learnt(corpus):
-    sentences_with = Counter()  # of phrases of one to three words
+    sentences_with = Counter()  # for phrases of one to three words
     for source, _ in corpus["train"]:
         row = words(source)
         sentences_with.update(

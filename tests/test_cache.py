@@ -1,4 +1,4 @@
-"""Slots of the cache: each beam finds its own past there, and what nobody goes on from is free."""
+"""Slots of the cache: each beam finds its own past; slots that are in no beam's past are free."""
 
 import functools
 
@@ -41,7 +41,7 @@ def pasts(cache):
 
 @functools.cache
 def histories(seed):
-    """Beams to go on from, numbers written, and what each beam should see: for each of T steps."""
+    """For each of T steps: the beams to continue, numbers written, what each beam should see."""
     draw = np.random.default_rng(seed)
     sees, steps = [[frozenset()] * K for _ in range(B)], []
     for index in range(T):

@@ -237,7 +237,7 @@ def test_the_last_and_the_best_are_kept(tmp_path, mode, best):
 
 
 def test_what_was_not_evaluated_goes_when_the_next_is_there(tmp_path):
-    """Nor does it push out one that was, which may be averaged."""
+    """Nor does it push out one that was evaluated, which may be averaged."""
     with Checkpoints(tmp_path, keep_last=2, keep_best=0) as checkpoints:
         for step, metrics in ((1, True), (2, True), (3, False), (4, False)):
             checkpoints.save(make_state(step), {"loss": 1.0} if metrics else None)
@@ -273,7 +273,7 @@ def test_a_metric_that_is_not_evaluated_is_refused(tmp_path):
 
 
 def test_average_is_the_float32_mean_in_the_saved_dtype(tmp_path):
-    # From 256 on bfloat16 has even numbers only: summed in it, or averaged, these give 256.
+    # From 256 on bfloat16 has only even numbers: summed or averaged in it, these give 256.
     values = {1: 256.0, 2: 258.0, 3: 258.0, 4: 260.0}
     save_all(tmp_path, [(make_state(n, value), {"loss": 1.0}) for n, value in values.items()])
     with Checkpoints(tmp_path) as checkpoints:
@@ -318,7 +318,7 @@ def test_a_damaged_checkpoint_is_left_out_of_the_average(tmp_path, capsys):
 
 
 def test_an_average_stays_until_the_next_is_whole(tmp_path, monkeypatch):
-    """However the program ends meanwhile."""
+    """However the program ends in between."""
     save_all(tmp_path, [(make_state(step), {"loss": 1.0}) for step in (1, 2)])
 
     def save(checkpointer, path, **_):
@@ -357,7 +357,7 @@ def test_metrics_that_cannot_be_read_are_set_aside(tmp_path, capsys, text):
 
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, leave_out, swap])
 def test_the_one_before_a_damaged_checkpoint_is_used(tmp_path, capsys, damage):
-    """And that may happen to the same step again."""
+    """The same step may be damaged again."""
     for name in ("damaged-2", "damaged-2.2", "damaged-2.3"):
         states = [replace(make_state(step), params=random_params(step)) for step in (1, 2)]
         save_all(tmp_path, [(state, {"loss": 1.0}) for state in states])
@@ -405,7 +405,7 @@ def test_a_run_that_was_moved_away_is_not_made_anew(tmp_path):
 
 
 def test_notes_of_another_kind(tmp_path):
-    """What is beside the arrays may be damaged too; of another kind it counts for nothing."""
+    """JSON beside the arrays may be damaged too: of another form, it is not relied on."""
     with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
             checkpoints.save(make_state(step), {"loss": float(step)})
@@ -430,7 +430,7 @@ def test_names_with_which_checkpoints_could_not_be_read(tmp_path, monkeypatch, n
     with pytest.raises(UserError, match=said):
         only_trainer(Path(name)).__enter__()
     assert not list(tmp_path.iterdir())
-    if ":" not in name:  # brought here by other means
+    if ":" not in name:  # renamed by other means
         save_params("run", 1, {"a": np.ones(2)})
         Path("run").rename(name)
         with pytest.raises(UserError, match=said):
@@ -517,7 +517,7 @@ def test_the_trainer_saves_in_silence(tmp_path, caplog, capfd):
 
 def test_a_checkpoint_is_found_by_name_or_step(tmp_path):
     save_all(tmp_path, [(make_state(step), {"loss": abs(step - 20.0)}) for step in (10, 20, 30)])
-    (tmp_path / "checkpoints/40.orbax-checkpoint-tmp").mkdir()  # a save that was killed
+    (tmp_path / "checkpoints/40.orbax-checkpoint-tmp").mkdir()  # a save that was interrupted
     for checkpoint, step in {"best": 20, "last": 30, "10": 10, 10: 10, None: 20}.items():
         assert find_checkpoint(tmp_path, checkpoint).name == str(step)
     for checkpoint in ("average", "bset", 15, "40"):
@@ -608,7 +608,7 @@ def test_damaged_parameters_are_not_translated_with(tmp_path, name):
     load_params(tmp_path, name)
     directory = tmp_path / "checkpoints"
     shutil.rmtree(directory / name / "params")
-    shutil.copytree(directory / "1/params", directory / name / "params")  # whole files, of another
+    shutil.copytree(directory / "1/params", directory / name / "params")  # intact, but of step 1
     with pytest.raises(UserError, match="is damaged"):
         load_params(tmp_path, name)
 

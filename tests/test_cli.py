@@ -58,7 +58,7 @@ class Uppercase(Translator):
             if text.startswith("LONG"):
                 return None
             target = [f"▁{word}" for word in text.split()] + ["</s>"]
-            # All of them look at the second word.
+            # All of them attend to the second word.
             return Alignment(["▁x"] * 2 + ["</s>"], target, np.eye(3)[[1] * len(target)])
 
         return [[alignment(hypothesis.text) for hypothesis in each] for each in hypotheses]
@@ -84,10 +84,10 @@ def translator(monkeypatch):
 
 @pytest.fixture
 def run_with(monkeypatch, capfdbinary):
-    """Run `jaxformer translate RUN …` on some input: exit status, standard output and error."""
+    """`jaxformer translate RUN …` on some input; returns status, standard output and error."""
 
     def run_with(text: bytes, *arguments: str):
-        # As under LC_ALL=C, where Python itself would read and write no more than ASCII.
+        # As under LC_ALL=C, where Python itself would read and write only ASCII.
         stdin = io.TextIOWrapper(io.BytesIO(text), encoding="ascii")
         monkeypatch.setattr(sys, "stdin", stdin)
         status = main(["translate", "RUN", "--quiet", *arguments])
@@ -129,7 +129,7 @@ def test_a_program_that_asks_line_by_line_is_answered_line_by_line(translator, m
 
 @pytest.mark.parametrize(("asked", "given"), [(5, 4), (4, 4), (3, 2), (1, 1)])
 def test_no_answer_waits_for_the_next_window(translator, run_with, monkeypatch, asked, given):
-    """Answers are printed two at a time here: what is left of a window would wait for more."""
+    """Answers are printed two at a time here: an odd one left of a window would wait for more."""
     monkeypatch.setattr(module, "_AT_ONCE", 2)
     assert run_with(b"one\n", "--window", str(asked)) == (0, b"ONE\n", "")
     assert translator.options["window"] == given
@@ -202,7 +202,7 @@ def test_how_fast_it_was(translator, monkeypatch, capfd):
     assert main(["translate", "RUN"]) == 0
     output, error = capfd.readouterr()
     assert output == "ONE TWO\n\n"
-    # Three tokens and one, the ends among them.
+    # Three tokens and one, eos included.
     assert error == "2 lines in 2.0 s, compilation included: 1.0 lines/s, 2 tokens/s\n"
 
 
@@ -275,7 +275,7 @@ def test_programs_are_kept_for_the_next_process(tmp_path):
             check=True,
             capture_output=True,
         )
-        # Not those that compile too quickly to be worth it.
+        # Only the search: what compiles quickly is not worth caching.
         files.append(
             {path.name for path in (tmp_path / "jaxformer").glob("*search_continuously*-cache")}
         )
@@ -306,7 +306,7 @@ def test_score(translator, tmp_path, capfd, monkeypatch):
 
 
 def test_score_of_pipes(translator, tmp_path, capfd):
-    """They can be read once, and what they hold is not known before."""
+    """Pipes can be read only once, and their content is not known beforehand."""
 
     def score_of(*texts):
         pipes = [tmp_path / f"{len(list(tmp_path.iterdir()))}.{side}" for side in ("a", "b")]
@@ -352,7 +352,7 @@ def test_impossible_options(translator, run_with, arguments, message):
 
 @pytest.mark.parametrize("name", ["stdin", "stdout"])
 def test_closed_streams_are_said(translator, monkeypatch, capsys, name):
-    monkeypatch.setattr(sys, name, None)  # as Python has it after `<&-` or `>&-`
+    monkeypatch.setattr(sys, name, None)  # as in Python after `<&-` or `>&-`
     assert main(["translate", "RUN"]) == 1
     message = f"error: {name} is closed: connect it to a file, a pipe or a terminal\n"
     assert capsys.readouterr().err == message
@@ -360,7 +360,7 @@ def test_closed_streams_are_said(translator, monkeypatch, capsys, name):
 
 
 def test_a_program_begins_with_all_its_streams():
-    """What is opened later gets no descriptor that somebody writes to; as PID 1 SIGTERM ends it."""
+    """Files opened later get no standard stream's descriptor; SIGTERM ends it even as PID 1."""
     program = """if True:
         import os, signal, sys
         if sys.argv[1] == "1":
@@ -438,7 +438,7 @@ def test_ctrl_c_waits_for_no_search(monkeypatch, status, waits):
 
 
 def test_ctrl_c_leaves_whole_lines(translator, monkeypatch, capfd):
-    """It comes in the middle of a line and takes effect after it."""
+    """It arrives in the middle of a line and takes effect after that line."""
     write = os.write
 
     def slow_write(file, data):
@@ -448,7 +448,7 @@ def test_ctrl_c_leaves_whole_lines(translator, monkeypatch, capfd):
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\nthree\n")))
     monkeypatch.setattr(os, "write", slow_write)
-    # Where the tests run in the background of a shell, Python was told to ignore Ctrl-C.
+    # If a shell runs the tests in the background, Python ignores Ctrl-C.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert main(["translate", "RUN", "--quiet"]) == 130
@@ -463,12 +463,12 @@ def test_a_reader_that_leaves_is_no_error(translator, run_with, monkeypatch):
     with os.fdopen(writer, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
         status, _, error = run_with(b"one\n" * 50_000)
-        assert status == 141  # as the shell calls a process that SIGPIPE ends
+        assert status == 141  # a shell's status for a process ended by SIGPIPE
         assert error == ""
 
 
 def test_the_command_on_a_trained_run(tmp_path_factory, tmp_path):
-    """In a process of its own, elsewhere, on one device, with a locale that is not UTF-8."""
+    """In its own process and another folder, on one device, in a locale that is not UTF-8."""
     run = trained_run(tmp_path_factory)
     lines = ["red dogs sit here", "", "two\u2028cats run", "집에"]
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""Impossible models are refused with one line that helps; the paper's models have its sizes."""
+"""Impossible models are refused with one helpful line; the paper's models have its sizes."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ IMPOSSIBLE = [
 
 @pytest.fixture
 def without_type_checks(monkeypatch):
-    """As users have it: conftest.py's import hook would refuse a wrong Literal first."""
+    """As for users: conftest.py's import hook would refuse a wrong Literal first."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 

@@ -1,4 +1,4 @@
-"""`jaxformer convert`: which export it calls with what, and what it says."""
+"""`jaxformer convert`: which conversion it calls with which options, and what it prints."""
 
 import signal
 
@@ -20,7 +20,7 @@ FUNCTIONS = {
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The conversions that are asked for, which are not made."""
+    """The conversions that are asked for; none of them is run."""
     calls = []
     for module, name in FUNCTIONS.values():
         monkeypatch.setattr(

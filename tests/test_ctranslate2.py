@@ -49,7 +49,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
-    """Export a random model, once: its run and the directory."""
+    """Export a random model once; return its run and the export's directory."""
     done = {}
 
     def export(name, **options):
@@ -65,7 +65,7 @@ def export(tmp_path_factory):
 
 
 def processors(directory):
-    """As a user would load them."""
+    """Load the tokenizers as a user would."""
     names = ["tokenizer.source.model", "tokenizer.target.model"]
     if (directory / "tokenizer.model").exists():
         names = ["tokenizer.model"] * 2
@@ -75,8 +75,8 @@ def processors(directory):
 def scores(directory):
     """Log-probabilities of TARGETS given SENTENCES, by CTranslate2.
 
-    Computed in float32: its sums of 8-bit products are not the same on all CPUs, and saturate on
-    those without instructions for them.
+    Computed in float32: CTranslate2's sums of 8-bit products are not the same on all CPUs, and
+    saturate on those without instructions for them.
     """
     source, target = processors(directory)
     results = ctranslate2.Translator(str(directory), compute_type="float32").score_batch(
@@ -87,7 +87,7 @@ def scores(directory):
 
 
 def expected_scores(run):
-    """The same by our model, in which nothing generates pad and bos."""
+    """The same from our model, which is kept from generating pad and bos."""
     translator = Translator.load(run)
     source = [[*ids, EOS_ID] for ids in translator.source_tokenizer.encode_batch(SENTENCES)]
     target = [[*ids, EOS_ID] for ids in translator.target_tokenizer.encode_batch(TARGETS)]
@@ -108,7 +108,7 @@ def padded(rows):
 
 
 def search(directory, lines, **options):
-    """Search for translations of lines, each with the limits of our `Translator`."""
+    """Search for translations of lines, within the length limits of our `Translator`."""
     translator = ctranslate2.Translator(str(directory))
     results = []
     for pieces in processors(directory)[0].encode(lines, out_type=str):
@@ -133,7 +133,7 @@ def test_log_probabilities_are_ours(export, name):
 
 @pytest.fixture(scope="module", params=["trained", "swiglu_separate"])
 def exported(request, export, tmp_path_factory):
-    """A model whose translations end, and one of separate vocabularies; not all of its do."""
+    """A model whose translations end, and one with separate vocabularies, where not all end."""
     if request.param != "trained":
         return export(request.param)
     run, directory = trained_run(tmp_path_factory), tmp_path_factory.mktemp("trained") / "ct2"
@@ -149,7 +149,7 @@ def test_greedy_translations_are_ours(exported):
 
 
 def test_beam_search_finds_what_ours_finds(exported):
-    """Where the limit cut nothing off: with CTranslate2 that may win over what has ended."""
+    """Unless the limit cut off CTranslate2's best: there it may beat hypotheses that ended."""
     run, directory = exported
     options = {"beam_size": 4, "length_penalty": 1.0}
     ours = Translator.load(run).generate(
@@ -190,7 +190,7 @@ def test_pad_and_bos_are_never_generated(tmp_path):
 
 
 def test_sinusoids_reach_beyond_the_longest_sentence():
-    """Twice as far, as its translation may; and no less than CTranslate2 reads by default."""
+    """Twice as far, as a translation may, and at least as far as CTranslate2 reads by default."""
     params = {"embedding": {"embedding": np.zeros((CONFIG.vocab_size, CONFIG.d_model))}}
     for max_length, at_least in ((32, 1024), (3000, 6000)):
         spec = SimpleNamespace(position_encodings=SimpleNamespace())
@@ -207,7 +207,7 @@ def test_unknown_words_are_unk(export):
 
 
 # ---------------------------------------------------------------------------------------------
-# What cannot be exported, and where not to
+# What cannot be exported, and where it cannot be exported to
 # ---------------------------------------------------------------------------------------------
 
 
@@ -244,7 +244,7 @@ def test_what_is_there_stays(run, tmp_path):
 
 
 def test_an_empty_directory_is_filled(run, tmp_path):
-    """And not replaced: it may be a link, or where something is mounted."""
+    """It is not replaced: it may be a link or a mount point."""
     (tmp_path / "there").mkdir()
     (tmp_path / "ct2").symlink_to("there")
     to_ctranslate2(run, tmp_path / "ct2")

@@ -27,12 +27,12 @@ from jaxformer.top_k import log_normalizer, top_k
 NODES = 1009
 PAPER = gnmt_length_penalty(0.6)
 PENALTIES = [PAPER, gnmt_length_penalty(0.0), gnmt_length_penalty(2.0), power_length_penalty(1.0)]
-# Most tests share these sizes, and so one compiled program: smaller ones come from the limits.
+# Most tests share these sizes and thus one compiled program; length limits give smaller ones.
 B, K, T, V = 3, 2, 7, 5
 
 
 def next_node(node, token, vocab_size=V):
-    """Numbers the prefixes like the nodes of a tree, so that logits may depend on all of one."""
+    """Number prefixes like the nodes of a tree, so that logits may depend on a whole prefix."""
     return (node * vocab_size + token + 1) % NODES
 
 
@@ -77,7 +77,7 @@ def jitted_beam_search(table, limits, penalties, beam_size, max_length):
 
 
 def beam(table, limits=None, beam_size=K, max_length=T, penalty=PAPER):
-    """The penalties are looked up, so that one compiled program serves all of them."""
+    """Penalties are looked up in an array, so that one compiled program serves all of them."""
     limits = limits_of(table, limits, max_length)
     penalties = penalty(np.arange(max_length + 2, dtype=np.float32))
     return jitted_beam_search(table, limits, penalties, beam_size, max_length)
@@ -157,7 +157,7 @@ def assert_bit_equal(left, right):
 
 
 def exhaustive(log_probs, limit, penalty):
-    """All hypotheses, the finished ones first, each part best first."""
+    """All hypotheses, the finished ones first, each group best first."""
     vocab_size = log_probs.shape[-1]
     others = [token for token in range(vocab_size) if token != EOS_ID]
     finished, unfinished = [], []
@@ -175,7 +175,7 @@ def exhaustive(log_probs, limit, penalty):
 
 
 def plain_beam(log_probs, beam_size, limit, penalty, early_stopping=False):
-    """Beam search by the docstring's rules on Python lists, without the rule of the exact stop."""
+    """Beam search on Python lists by its docstring's rules, but for the one that stops exactly."""
     live, finished = [((), 0.0, 0)], []
     for _ in range(limit):
         extensions = [
@@ -253,7 +253,7 @@ def test_ties_go_to_the_lower_beam_the_lower_token_and_the_older_hypothesis():
     assert [tokens for tokens, _ in found] == [(0, 0), (0, 1)]
 
     halves = np.full((B, NODES, V), -np.inf, np.float32)
-    halves[:, 0, [EOS_ID, 3]] = 0  # at once, or one token later for certain
+    halves[:, 0, [EOS_ID, 3]] = 0  # eos at once, or certainly one token later
     halves[:, 1:, EOS_ID] = 0
     found = hypotheses(beam(halves, penalty=gnmt_length_penalty(0.0)), 0)
     assert [tokens for tokens, _ in found] == [(EOS_ID,), (3, EOS_ID)]
@@ -300,7 +300,7 @@ def test_what_the_model_says_after_the_end_changes_nothing():
 
 
 def test_eos_does_not_starve_the_beam():
-    # eos is the likeliest token at once; both beams beside it must still get to their own eos.
+    # eos is the likeliest first token; both other beams must still get to their own eos.
     probs = np.full((B, NODES, V), 1e-6, np.float32)
     probs[:, 0, [EOS_ID, 3, 4]] = 0.4, 0.35, 0.25
     probs[:, [next_node(0, 3), next_node(0, 4)], EOS_ID] = 0.9
@@ -357,8 +357,8 @@ def test_scores_are_float32_for_bfloat16_logits():
 
 
 def test_stops_when_every_sentence_is_done():
-    # From its step `row` on, a row is sure of eos: greedy search is done with the last row after
-    # B steps, and no second beam has to wait for the limit.
+    # From step `row` on, a row is certain of eos: greedy search has finished the last row after
+    # B steps, and no second beam has to run to the limit.
     table = np.zeros((B, 50, V), np.float32)
     for row in range(B):
         table[row, row:, EOS_ID] = 30
@@ -573,7 +573,7 @@ def test_unusable_arguments_are_named(call, message):
 
 
 # ---------------------------------------------------------------------------------------------
-# What may be asked of a sentence
+# What can be asked for each sentence
 # ---------------------------------------------------------------------------------------------
 
 
@@ -625,7 +625,7 @@ def test_the_best_alone_are_the_first_of_all(n_best, early_stopping):
 
 
 def test_the_best_alone_are_sure_sooner():
-    # The end is all but certain at once; to end later costs as much as not to.
+    # eos is all but certain at first; later it is as likely as any other token.
     table = np.zeros((1, 50, V), np.float32)
     table[:, 0, EOS_ID] = 20
     steps = []
@@ -667,7 +667,7 @@ def test_a_prefix_is_as_if_the_model_wanted_nothing_else():
     forced[1, 0, [0, 1, 2, 3]] = -np.inf
     expected = search_with(forced)
     np.testing.assert_array_equal(result.sequences, expected.sequences)
-    # But its log-probabilities are the model's, not 1 for what was forced.
+    # But log-probabilities are the model's: forced tokens do not count as certain.
     log_probs = log_probs_of(table)
     lost = [log_probs[0, 0, 3] + log_probs[0, next_node(0, 3), 4], log_probs[1, 0, 4], 0.0]
     np.testing.assert_allclose(

@@ -1,9 +1,9 @@
-"""What README and guide show works as it is printed: Python as it stands, commands as follows.
+"""What README and guide show works as printed: Python as it stands, commands as follows.
 
-`jaxformer translate|score|inspect|convert` and `python -m train evaluate|report` are run, on a tiny
-run that bears the names of the guide's. Of what takes longer (`fit`, `benchmark`, `plan`,
-StableHLO) the command line is parsed, and data files and topologies that it names are looked for.
-A block that is no command, such as a synopsis, has "notest" after its language.
+`jaxformer translate|score|inspect|convert` and `python -m train evaluate|report` run on a tiny
+model under the names that the guide uses. For what takes longer (`fit`, `benchmark`, `plan`,
+StableHLO), the command line is parsed, and data files and topologies in it are looked up.
+A block that is not a command, such as a synopsis, has "notest" after its language.
 """
 
 import io
@@ -35,16 +35,16 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 OPTIONAL = {"ctranslate2", "sentencepiece", "torch", "transformers"}
 
-# Programs of others: they are not run.
+# Programs of other projects, which are not run.
 OTHERS = {"pip", "python3", "apt-get", "cd", "["}
 
-# Between commands, not within a quoted one.
+# `&&` between commands, not inside quotes.
 AND = re.compile(r"""&&(?=(?:[^"]*"[^"]*")*[^"]*$)""")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where a reader of the guide would be: with runs and files of the names it uses."""
+    """The directory of a reader of the guide, with the runs and files that it names."""
     folder = write_corpus(tmp_path_factory.mktemp("guide"))
     for name in ("quickstart", "multi30k"):
         shutil.copytree(trained_run(tmp_path_factory), folder / "runs" / name)
@@ -84,7 +84,7 @@ def run_line(line, monkeypatch, capfdbinary):
 
 
 def run_command(command, monkeypatch, capfdbinary):
-    """Run a command, or the last of a pipe that begins with echo, with < and > of files."""
+    """Run a command, or the last one in a pipe that begins with echo; < and > name files."""
     text = b""
     *before, command = command.split(" | ")
     words = shlex.split(command, comments=True)
@@ -103,7 +103,7 @@ def run_command(command, monkeypatch, capfdbinary):
         return
     if words[0] == "srun":
         words = words[1:]
-    while re.match(r"[A-Z_]+=", words[0]):  # of the environment
+    while re.match(r"[A-Z_]+=", words[0]):  # environment variables
         words = words[1:]
     program = os.path.basename(words[0])
     if program == "python" and words[1:3] == ["-m", "train"]:
@@ -145,14 +145,14 @@ def run_train(arguments):
 def run_jaxformer(arguments):
     options = jaxformer.cli._parser().parse_args(arguments)
     if arguments[0] == "translate" and generation_options(options):
-        return  # one search is like another, and these are possible
+        return  # one search is like another: that its options are accepted is enough
     if arguments[0] != "convert":
         assert main(arguments) == 0
         return
     needs = {"marian": "safetensors", "ctranslate2": "ctranslate2"}.get(options.to)
     if needs:
         pytest.importorskip(needs)
-        shutil.rmtree(options.destination, ignore_errors=True)  # of another page
+        shutil.rmtree(options.destination, ignore_errors=True)  # left by another page
         assert main(arguments) == 0
 
 
@@ -160,7 +160,7 @@ def run_jaxformer(arguments):
     "page", [page for page in PAGES if page.name != "README.md"], ids=lambda page: page.name
 )
 def test_python(page, folder, monkeypatch):
-    """The blocks of a page are one program."""
+    """The blocks of a page form one program."""
     monkeypatch.chdir(folder)
     names: dict = {}
     for block in blocks(page, "python"):
@@ -171,5 +171,5 @@ def test_python(page, folder, monkeypatch):
                 if made in block and not Path(made).exists():
                     assert main(["convert", "runs/multi30k", made, "--to", to]) == 0
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other packages, about their own affairs
+            warnings.simplefilter("ignore")  # from other packages, not about us
             exec(block, names)

@@ -1,4 +1,4 @@
-"""Dropout keeps the mean, follows its key, and is not there when it has nothing to do."""
+"""Dropout keeps the mean, follows its key, and disappears when it has nothing to do."""
 
 import flax.errors
 import jax
@@ -21,13 +21,13 @@ def test_rate_and_scale(rate):
     # ... what is kept carries exactly its scale, so that the mean is kept ...
     kept = out[out != 0]
     np.testing.assert_allclose(kept, 1 / (1 - expressed), rtol=2e-7)
-    # ... and as many are dropped as ought to be, to 5 standard deviations.
+    # ... and as many are dropped as should be, to 5 standard deviations.
     deviation = (rate * (1 - rate) / out.size) ** 0.5
     assert abs(np.mean(out == 0) - rate) < 5 * deviation
 
 
 def test_elements_are_dropped_independently():
-    """Also the two that one random word decides, which lie half a row apart."""
+    """Even the two that share a random word, which lie half a row apart."""
     dropped = np.asarray(dropout(jnp.ones((1000, 106)), 0.5, KEY) == 0)
     pairs = {
         "same word": (dropped[:, :53], dropped[:, 53:]),
@@ -74,7 +74,7 @@ def test_bfloat16_stays_bfloat16():
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.3])
 def test_bfloat16_keeps_the_mean(rate):
-    """Each element is rounded, but none by the scale's own rounding, which is the same for all."""
+    """Each element is rounded by itself; rounding the scale would shift all of them alike."""
     x = jax.random.uniform(KEY, (1000, 1000), jnp.float32, 1.0, 2.0).astype(jnp.bfloat16)
     out, given = (np.asarray(array, np.float64) for array in (dropout(x, rate, KEY), x))
     kept = out != 0

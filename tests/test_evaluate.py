@@ -1,4 +1,4 @@
-"""Loss and scores of a trained run, against the same by hand."""
+"""Loss and scores of a trained run, compared with the same computed by hand."""
 
 import errno
 import math
@@ -36,7 +36,7 @@ def record(run, split):
 
 
 def test_every_pair_counts_once_however_long_it_is(run, tmp_path):
-    """The rows of 16 positions are too short for some, and the last batch is not full."""
+    """Rows of 16 positions are too short for some pairs, and the last batch is not full."""
     words = list(LEXICON)
     sources = [" ".join((words * 3)[:length]) for length in range(1, 30)] + ["", "red"]
     targets = [" ".join(LEXICON[word] for word in source.split()) for source in sources]
@@ -57,7 +57,7 @@ def test_every_pair_counts_once_however_long_it_is(run, tmp_path):
         runner=DataParallel(),
     )
 
-    # One pair a row, no packing, and log-probabilities of the whole vocabulary.
+    # One pair per row, no packing, and log-probabilities of the whole vocabulary.
     source_ids, labels = (
         np.array([np.pad([*tokenizer.encode(line), 2], (0, 64))[:64] for line in lines])
         for lines in (sources, targets)
@@ -163,7 +163,7 @@ def test_files_need_no_data_of_the_run(run, tmp_path):
 
 
 def test_translations_stand_beside_the_scores_where_both_are_printed(tmp_path, monkeypatch):
-    """As with `--output /dev/stdout > log`: writing in place would begin at the top of the log."""
+    """As with `--output /dev/stdout > log`: writing in place would start at the top of the log."""
     log = tmp_path / "log"
     with log.open("w", encoding="utf-8") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)

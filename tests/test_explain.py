@@ -1,4 +1,4 @@
-"""What a model looked at, against the model; and how that is shown."""
+"""What a model attended to, compared with the model itself; and how that is shown."""
 
 import base64
 import dataclasses
@@ -63,13 +63,13 @@ def test_it_is_the_translation_that_translate_gives(translator, explanation):
     best = explanation.hypotheses[0]
     assert explanation.target_tokens == [*best.tokens, "</s>"]
     assert explanation.decoder_tokens == ["<s>", *best.tokens]
-    # A translation that the length limit cut off has no log-probability of its end.
+    # The log-probability of a translation cut off at the length limit has no part for eos.
     sums = explanation.token_log_probs.sum(), explanation.token_log_probs[:-1].sum()
     assert any(np.isclose(total, best.log_prob, rtol=1e-5) for total in sums)
 
 
 def test_a_drawn_translation_is_explained(translator):
-    """It is the first of those drawn for the first line."""
+    """It is the first sample drawn for the first line."""
     options = {"beam_size": 2, "sampling": True, "temperature": 2.0}
     for seed in (1, 2):
         explanation = translator.explain(LINE, seed=seed, **options)
@@ -144,7 +144,7 @@ def test_what_cannot_be_explained(translator, line, message):
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_weights_that_nobody_asks_for_cost_neither_work_nor_memory(monkeypatch, scan_layers):
-    """And those who ask get one array for all layers, in training as in evaluation."""
+    """When asked for, they come as one array for all layers, in training as in evaluation."""
     config = CONFIG.replace(scan_layers=scan_layers, decoder_layers=1, dropout=0.1 * scan_layers)
     model, params = Transformer(config), jax.tree.map(jnp.asarray, random_params(config))
     source, target = jnp.ones((2, 5), jnp.int32), jnp.ones((2, 7), jnp.int32)
@@ -161,7 +161,7 @@ def test_weights_that_nobody_asks_for_cost_neither_work_nor_memory(monkeypatch, 
         return (found[0].loss, found[1]) if options else (found.loss, None)
 
     def program(**options):
-        def step(params, rng):  # a new one: traced again
+        def step(params, rng):  # a new function is traced anew
             return jax.grad(lambda params: loss(params, rng, **options), has_aux=True)(params)
 
         return jax.jit(step).lower(params, jax.random.key(0)).as_text()
@@ -245,7 +245,7 @@ def test_the_legend_names_its_shades():
 
 
 def test_lines_join_the_words_that_look_at_each_other():
-    """The source above; the more weight, the thicker."""
+    """The source is above; the larger a weight, the thicker its line."""
     source, target = ["one", "much longer", "x"], ["a", "bb"]
     weights = np.array([[0.2, 0.75, 0.05], [0.0, 0.4, 0.6]])
     drawn = alignment_lines(Alignment(source, target, weights))
@@ -291,7 +291,7 @@ def test_a_page_is_complete_in_itself(explanation):
             self.texts += (data,)
 
     reader = Reader()
-    # Full colour is the largest value, whatever it is.
+    # The largest value, whatever it is, has full colour.
     encoding = 3 * explanation.positional_encoding
     explanation = dataclasses.replace(explanation, positional_encoding=encoding)
     written = inspection_page(explanation)
@@ -306,7 +306,7 @@ def test_a_page_is_complete_in_itself(explanation):
     chances = re.findall("<small>(.*?)</small>", written)
     assert chances == [f"{chance:.2f}" for chance in np.exp(explanation.token_log_probs)]
     images = [a for a in reader.addresses if a.startswith("data:image/png;base64,")]
-    # Alignment, legend, encoder, two of the decoder, and positions.
+    # Alignment, legend, encoder, both attentions of the decoder, and positions.
     assert len(images) == 2 + 3 * (1 + 2 + 2) + 1
     pixels = image_of(images[-1])
     np.testing.assert_array_equal(pixels, signed_shades(encoding / np.abs(encoding).max()))
@@ -409,7 +409,7 @@ def test_a_long_sentence_makes_no_larger_picture(tmp_path):
 
 
 def test_pictures_name_pieces_as_they_are(tmp_path):
-    """Also those that matplotlib would take for a formula, or fail at."""
+    """Even those that matplotlib would take for a formula, or fail on."""
     matplotlib = pytest.importorskip("matplotlib")
     queries, keys = ["$$", "$5-$6", r"\$_$"], ["a", "$_$"]
     with matplotlib.rc_context({"svg.fonttype": "none"}):

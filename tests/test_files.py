@@ -1,4 +1,4 @@
-"""Files are written whole, and what cannot be written is known without touching anything."""
+"""Files are written whole, and what cannot be written is recognised without touching anything."""
 
 import errno
 import os
@@ -31,7 +31,7 @@ def test_what_cannot_be_written_is_named(tmp_path, monkeypatch):
             check_writable(path)
         with pytest.raises(UserError, match=f"cannot write {path}: .*; give a new one"):
             write_text(path, "new", advice="give a new one")
-    monkeypatch.setattr(os, "access", lambda *_: False)  # as for others than root
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as for users other than root
     with pytest.raises(UserError, match="Permission denied"):
         check_writable(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "old"

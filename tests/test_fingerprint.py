@@ -1,4 +1,4 @@
-"""Every bit counts, and where the bits lie does not."""
+"""Every bit counts; where the bits lie does not."""
 
 import jax
 import jax.numpy as jnp

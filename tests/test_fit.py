@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(folder):
-    """Dropout and accumulation on: a resumed run must repeat their noise too."""
+    """Dropout and accumulation are on: a resumed run must repeat their noise too."""
     return small_config(
         folder, steps=6, evaluate__every=3, model__dropout=0.1, accumulate=2, data__batch_tokens=256
     )
@@ -61,13 +61,13 @@ def test_the_run_directory_holds_all_that_is_promised(run):
 
 
 def large(compiled):
-    """Programs but those of one operation: keys of the noise, rows of 8 devices, fingerprints."""
+    """Programs of more than one operation: no noise keys, rows of 8 devices or fingerprints."""
     small = ("stage", "unstack", "slice", "_threefry_seed", "_threefry_split", "_sum")
     return [name for name in compiled if name not in {f"jit({name})" for name in small}]
 
 
 def test_a_whole_run_compiles_six_programs(run_and_programs):
-    """State, step, loss, parameters as decoding wants them, and two searches, each once."""
+    """State, step, loss, parameters as decoding needs them, and two searches, each once."""
     programs = large(run_and_programs[1])
     assert "jit(create_state)" in programs
     assert len(programs) <= 6, programs
@@ -203,7 +203,7 @@ def test_a_run_whose_rate_falls_keeps_its_end(folder):
 
 @pytest.mark.slow
 def test_more_devices_than_rows(folder):
-    """One row of 16 positions: seven of eight devices have nothing but an empty row."""
+    """One row of 16 positions: seven of eight devices have only an empty row."""
     few = small_config(folder, run=str(folder / "few"), steps=1, data__batch_tokens=16, log_every=1)
     fit(change(few, data__test=()))
     (record,) = (record for record in read_metrics(folder / "few") if record["split"] == "train")
@@ -268,11 +268,11 @@ def test_learned_positions_must_reach_the_end_of_every_sentence(folder):
     ("history", "metric", "patience", "expected"),
     [
         ([30.0, 31.0, 30.5], "bleu", 2, False),  # 31.0 beat 30.0 within the last two
-        ([31.0, 30.0, 31.0], "bleu", 2, True),  # as good is not better
+        ([31.0, 30.0, 31.0], "bleu", 2, True),  # equal is not better
         ([2.0, 1.9, 1.95, 1.91], "loss", 2, True),
         ([2.0, 1.9, 1.95, 1.89], "loss", 2, False),
         ([2.0, 1.9], "loss", 2, False),  # too early to tell
-        ([1.0, 2.0, 3.0], "loss", 0, False),  # 0 is never
+        ([1.0, 2.0, 3.0], "loss", 0, False),  # 0: never stop
     ],
 )
 def test_patience(history, metric, patience, expected):
@@ -283,7 +283,7 @@ def test_patience(history, metric, patience, expected):
 def test_early_stopping_also_holds_when_the_run_is_started_again(
     config, folder, monkeypatch, capsys
 ):
-    quality = score(["a b c d"], ["a b c d"])  # as good at every step
+    quality = score(["a b c d"], ["a b c d"])  # the same at every step
 
     def evaluate(config, data, params, splits, beam_size):
         return {split: (quality, data.pairs[split]["target"][:]) for split in splits}
@@ -335,7 +335,7 @@ def test_a_report_weighs_each_step_by_its_tokens(monkeypatch):
     def steps():
         nonlocal now
         for loss, tokens, rate in ((1.0, 10.0, 0.1), (3.0, 30.0, 0.2)):
-            now += 1.0  # that a batch is waited for
+            now += 1.0  # waiting for a batch
             step = {"loss": loss, "nll": loss / 2, "tokens": tokens}
             yield step | {"gradient_norm": loss, "learning_rate": rate}
 

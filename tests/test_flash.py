@@ -1,4 +1,4 @@
-"""Attention by the kernels of accelerators: the same as by weights, masks and gradients too."""
+"""Attention by kernels of accelerators equals that by weights, with masks and in gradients."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ B, N, H = 2, 3, 64
 
 
 def segments(length, *rows):
-    """[B, length]: each row lists how long its segments are; what is left is padding."""
+    """[B, length]: each row lists how long its segments are; the rest is padding."""
     ids = [np.repeat(np.arange(1, len(row) + 1), row) for row in rows]
     return jnp.asarray([np.pad(x, (0, length - len(x))) for x in ids], jnp.int32)
 
@@ -42,7 +42,7 @@ def inputs(mask):
 
 
 def with_gradients(attend, arrays, g):
-    """Outputs and the gradients of query, key and value, float32."""
+    """Outputs and the gradients of query, key and value, in float32."""
     out, back = jax.vjp(attend, *arrays)
     return [np.asarray(x, np.float32) for x in (out, *back(g.astype(out.dtype)))]
 
@@ -73,7 +73,7 @@ def test_on_a_tpu(mask):
 
 
 def test_a_mask_of_keys_alone_is_spelled_out_for_cudnn(monkeypatch):
-    """As `padding_mask` gives it, [B, 1, 1, S]; cuDNN's takes none that is to be broadcast."""
+    """`padding_mask` gives [B, 1, 1, S]; cuDNN's kernel takes no mask that must be broadcast."""
     (query, key, value), _ = inputs(MASKS["padding"])
     attend, masks = jax.nn.dot_product_attention, []
 
@@ -95,7 +95,7 @@ def test_a_mask_of_keys_alone_is_spelled_out_for_cudnn(monkeypatch):
     ("capability", "can"), [("9.0", True), ("7.5", False), ("gfx942", False), (None, False)]
 )
 def test_which_gpus_have_cudnns(monkeypatch, capability, can):
-    """One of AMD has another name for what it can, and a CPU none."""
+    """An AMD GPU names its capability in another way, and a CPU has none."""
     device = SimpleNamespace(compute_capability=capability)
     if capability is None:
         (device, *_) = jax.devices()
@@ -105,7 +105,7 @@ def test_which_gpus_have_cudnns(monkeypatch, capability, can):
 
 
 def test_on_several_chips_of_a_tpu_a_plain_jit_does_without(monkeypatch):
-    """What it splits only XLA knows, and it cannot split a kernel."""
+    """Only XLA knows what is split there, and XLA cannot split a kernel."""
     query = jnp.zeros((8, T, N, H), jnp.bfloat16)
     found = []
 
@@ -205,7 +205,7 @@ def test_the_model_uses_them_where_it_can():
         lowered(CONFIG.replace(flash_attention="none")),
         lowered(flash.replace(dtype="float32")),
         lowered(flash.replace(attention_dropout=0.1)),
-        lowered(flash, mutable=["intermediates"]),  # somebody asks for the weights
+        lowered(flash, mutable=["intermediates"]),  # the weights are asked for
     ):
         assert kernel not in program and scores in program
 

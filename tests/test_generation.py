@@ -1,4 +1,4 @@
-"""The search over a Transformer: against the uncached model, alone and in company."""
+"""The search over a Transformer: against the uncached model, alone and beside other sentences."""
 
 import dataclasses
 import functools
@@ -112,7 +112,7 @@ def test_arguments_of_other_shapes(arguments, message, monkeypatch):
 
 
 def test_lengths_are_those_of_the_rule():
-    """Not of float32, in which 1.3 times 90 is 116.99999."""
+    """Not those of float32, in which 1.3 times 90 is 116.99999."""
     options = GenerationConfig(max_length_ratio=1.3, max_length_extra=0, min_length_ratio=0.7)
     ids = jnp.full((2, 90), EOS_ID).at[1, 30:].set(PAD_ID)
     limits = Limits.of(options, 90, 117)
@@ -274,7 +274,7 @@ def test_a_row_of_padding_has_the_empty_translation():
 
 
 def flat_pairs(result, source=SOURCE):
-    """Every hypothesis beside its source, as if it had been given."""
+    """Every hypothesis beside its source, as if it were a given translation."""
     target = result.sequences.reshape(-1, result.sequences.shape[-1])
     return jnp.repeat(source, result.sequences.shape[1], axis=0), target
 
@@ -289,7 +289,7 @@ def test_scores_of_a_given_translation_are_those_of_decoding():
 
 
 def test_scores_have_gradients_beside_padding():
-    # Of the last matrix alone, which costs no backward pass: NaN there is NaN everywhere.
+    # Only that of the last matrix, which costs no backward pass: NaN there is NaN everywhere.
     config = CONFIG.replace(encoder_layers=1, decoder_layers=1, embeddings="separate")
     params, labels = params_of(config), jnp.array([[5, EOS_ID, PAD_ID]])
 
@@ -302,7 +302,7 @@ def test_scores_have_gradients_beside_padding():
 
 
 class _Gate(nn.Module):
-    """A part of one's own, of Flax's parts."""
+    """A user's own part, made of Flax's."""
 
     @nn.compact
     def __call__(self, x, *, deterministic=True):
@@ -340,7 +340,7 @@ def test_a_transformer_with_layers_of_ones_own_is_searched_like_any_other():
 
 
 class _Experts(nn.Module):
-    """Parameters with an axis for the experts, in modules with names that the library uses too."""
+    """Parameters with an axis for the experts, in modules whose names the library uses too."""
 
     @nn.compact
     def __call__(self, x, *, deterministic=True):
@@ -361,7 +361,7 @@ class _ExpertsLayer(DecoderLayer):
 
 
 class _Unseen(nn.Module):
-    """An attention that keeps no weights where they are looked for."""
+    """An attention layer that stores no weights where they are looked for."""
 
     def setup(self):
         self.inner = MultiHeadAttention(CONFIG.num_heads, CONFIG.query_key_dim)
@@ -476,7 +476,7 @@ def test_lengths_follow_the_source():
         min_length_ratio=1.0,
         min_length_extra=2,
     )
-    # One that would like to end at once.
+    # A model that tends to end at once.
     eager = jax.tree.map(jnp.asarray, random_params(CONFIG))
     result = search(options, params=(eager,))
     real = np.sum(np.asarray(SOURCE) != PAD_ID, axis=1)[:, None]
@@ -527,7 +527,7 @@ def test_a_prefix_is_kept_and_counted(sampling):
     log_probs = token_log_probs((CONFIG,), (params_of(),), *flat_pairs(result))
     np.testing.assert_allclose(jnp.sum(log_probs, axis=1), result.log_probs.ravel(), rtol=1e-4)
     free = search(options, **arguments)
-    np.testing.assert_array_equal(result.sequences[2], free.sequences[2])  # by another program
+    np.testing.assert_array_equal(result.sequences[2], free.sequences[2])  # from another program
     np.testing.assert_allclose(result.scores[2], free.scores[2], rtol=1e-5)
 
 
@@ -608,7 +608,7 @@ def test_bfloat16_weights_are_cast_once():
     ],
 )
 def test_impossible_options(monkeypatch, changes, message):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for who imports this
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users
     with pytest.raises(UserError) as raised:
         GenerationConfig(**changes)
     assert str(raised.value) == message
@@ -671,7 +671,7 @@ def test_a_most_of_no_tokens_is_the_empty_translation():
 
 
 def test_a_minimum_above_the_maximum_is_the_maximum():
-    """However much room padding gives: the last token may be eos."""
+    """However much room padding gives; the last token may be eos."""
     options = GenerationConfig(beam_size=1, max_length_extra=0, min_length_ratio=2.0)
     found = search(options)
     padded = jnp.pad(SOURCE, ((0, 0), (0, 24)))

@@ -1,4 +1,4 @@
-"""Many sentences in few rows: begun one after the other, given more room, and none of it shows."""
+"""Many sentences in few rows: started one by one, given more room, with no effect on results."""
 
 import functools
 import threading
@@ -68,7 +68,7 @@ LONG = {"max_length_ratio": 2.0, "max_length_extra": 1, "min_length_ratio": 1.6}
 
 @pytest.fixture
 def shapes(monkeypatch):
-    """Rows a device, length, room and slots of searches, with two sentences for each row."""
+    """Rows per device, length, room and slots of searches, with two sentences for each row."""
     shapes, search = [], module.search_continuously
 
     def spy(*args):
@@ -101,7 +101,7 @@ def shapes(monkeypatch):
 def test_every_sentence_is_as_in_one_large_batch(
     shapes, options, configs, num_devices, with_prefix
 ):
-    """Whether it begins beside others that are under way, or once more with more room."""
+    """Whether it starts beside others that are under way, or starts again with more room."""
     generator = make_generator(*configs, num_devices=num_devices)
     keys = jax.random.split(jax.random.key(5), len(SOURCES)) if options.sampling else None
     prefixes = [[9, 11][: row % 3] for row in range(len(SOURCES))] if with_prefix else None
@@ -130,7 +130,7 @@ def test_searches_that_last_longer_have_more_room(changes, room, slots):
 
 
 def test_beams_that_share_too_little_of_their_past_begin_once_more(shapes, monkeypatch):
-    """And where they are many, all room is given at once the next time."""
+    """If there are many such sentences, all room is given at once the next time."""
     monkeypatch.setattr(module, "_SLOTS_PER_BEAM", 1)
     generator = make_generator()
     expected = results_of_one_batch(OPTIONS)
@@ -144,8 +144,8 @@ def test_beams_that_share_too_little_of_their_past_begin_once_more(shapes, monke
 
 @pytest.mark.parametrize("seed", range(2))
 def test_neither_order_nor_company_changes_a_bit(seed, monkeypatch):
-    """A sentence that begins beside others at their tenth token is one that begins with them."""
-    monkeypatch.setattr(module, "_SLOTS_PER_BEAM", 20)  # or some begin again, in another shape
+    """A sentence that starts at others' tenth token is searched as if it started with them."""
+    monkeypatch.setattr(module, "_SLOTS_PER_BEAM", 20)  # else some start again, in another shape
     order = np.random.default_rng(seed).permutation(len(SOURCES))
     generator = make_generator()
     found = generator.sentences(SOURCES, OPTIONS, batch_tokens=256)
@@ -162,7 +162,7 @@ def test_neither_order_nor_company_changes_a_bit(seed, monkeypatch):
 
 
 def test_beams_too_many_for_the_first_step_alone():
-    """There are fewer than two tokens for each, as `BeamSearch.first` needs."""
+    """The vocabulary lacks the two tokens per beam that `BeamSearch.first` needs."""
     options = GenerationConfig(beam_size=CONFIG.vocab_size // 2 + 1, max_length_extra=2)
     expected = generate((CONFIG,), (params_of(),), np.array([[5, 6, EOS_ID]]), options)
     (found,) = make_generator().sentences([[5, 6, EOS_ID]], options)
@@ -199,7 +199,7 @@ def test_two_searches_at_once_are_one(monkeypatch):
 
     def spy(*args):
         threads.add(threading.get_ident())
-        time.sleep(0.1)  # the other thread's turn
+        time.sleep(0.1)  # let the other thread run
         return search(*args)
 
     monkeypatch.setattr(module, "search_continuously", spy)
@@ -270,7 +270,7 @@ def test_few_shapes_compile_one_program_and_find_the_same():
 
 
 def test_rows_do_not_wait_for_the_longest_sentence():
-    """Of 200 sentences in 32 rows, a tenth of them long."""
+    """With 200 sentences in 32 rows, a tenth of them long."""
     lengths = np.where(np.arange(200) % 10, 4, 16)
     options = GenerationConfig(
         beam_size=1, max_length_ratio=1.0, max_length_extra=0, min_length_ratio=1.0
@@ -322,11 +322,11 @@ def test_a_source_longer_than_learned_positions_is_refused():
 
 
 def test_wide_models_translate_as_many_long_sentences_as_short_ones():
-    """On a CPU, where narrow ones have fewer rows the longer they are, and few with 8 bits."""
+    """On a CPU, where narrow ones have fewer rows the longer the sentences, and few in 8 bits."""
 
     def rows(d_model, beam_size=4, quantized=False):
         config = CONFIG.replace(d_model=d_model, num_heads=2, quantized=quantized)
-        params = quantize(params_of()) if quantized else params_of()  # which nobody looks at
+        params = quantize(params_of()) if quantized else params_of()  # not looked at
         generator, options = Generator(config, params), GenerationConfig(beam_size=beam_size)
         return [generator._tokens_at_once(options, n) // n for n in (8, 32, 128)]
 
@@ -337,7 +337,7 @@ def test_wide_models_translate_as_many_long_sentences_as_short_ones():
 
 
 def test_kernels_that_come_first_find_the_same():
-    """As wide a model as has them come first, and as few rows: 16 of 2 beams."""
+    """The model is wide enough, and its rows few enough, for that: 16 rows of 2 beams."""
     config = CONFIG.replace(d_model=256, num_heads=2, decoder_layers=1)
     options = GenerationConfig(beam_size=2, max_length_extra=4)
     sources = random_sources([15] * 16)

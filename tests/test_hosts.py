@@ -1,4 +1,4 @@
-"""What several processes agree on; tests/test_resume.py starts some."""
+"""What several processes agree on; tests/test_resume.py starts real ones."""
 
 import socket
 import sys
@@ -26,7 +26,7 @@ from train.lock import only_process
 
 @pytest.fixture
 def two(monkeypatch):
-    """This is process 1 of two; tests say what the other one sends."""
+    """Pretend to be process 1 of two; tests say what the other one sends."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(hosts, "meet", lambda name: None)
@@ -102,7 +102,7 @@ def test_what_processes_were_given_is_alike(two, first, message):
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_directory_is_the_same_for_all_or_refused(two, tmp_path, shared):
     def agreed(values):
-        if shared:  # process 0 has left its mark
+        if shared:  # process 0 has left its marker file
             (tmp_path / f".shared-{int(values[0]):x}").touch()
         return values
 

@@ -1,4 +1,4 @@
-"""`python -m train` starts itself again, once, for an allocator with huge pages."""
+"""`python -m train` restarts itself once, for an allocator with huge pages."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Ids of any integers mean what they say, and what is none of them is told in one line."""
+"""Ids of any integer type keep their meaning, and what is no id is reported in one line."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ OPTIONS = GenerationConfig(beam_size=1, max_length_extra=2)
 
 @pytest.fixture(autouse=True)
 def own_checks(monkeypatch):
-    """Those of the types would come first."""
+    """Type checks would come first, so they are off."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
@@ -51,7 +51,7 @@ def test_what_does_not_fit_is_no_id(value):
 
 
 def test_labels_of_few_bits_are_not_another_token():
-    """-1 as int8 is not 255 of 256, nor 36,000 as int16 the id 8,464 of 37,000."""
+    """-1 as int8 is not id 255 of 256, nor is 36,000 as int16 id 8,464 of 37,000."""
     hidden, draw = jnp.ones((1, 4)), np.random.default_rng(0)
     for size, label in ((256, np.int8(-1)), (300, np.int8(-1)), (37_000, np.int16(-29_536))):
         embedding = jnp.asarray(draw.normal(size=(size, 4)), jnp.float32)

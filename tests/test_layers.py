@@ -77,7 +77,7 @@ def test_feed_forward_is_position_wise():
     np.testing.assert_allclose(
         module.apply(variables, x[:, order]), module.apply(variables, x)[:, order], rtol=1e-5
     )
-    # A change at one position stays there.
+    # A change at one position affects no other.
     changed = module.apply(variables, x.at[:, 2].add(1.0)) - module.apply(variables, x)
     np.testing.assert_array_equal(np.any(changed != 0, axis=(0, 2)), np.arange(T) == 2)
 
@@ -89,7 +89,7 @@ def test_feed_forward_dropout_is_on_the_hidden_layer():
     params = variables["params"]
     dropped = module.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(1)})
     hidden = np.maximum(x @ params["hidden"]["kernel"] + params["hidden"]["bias"], 0)
-    # Some choice of kept units, each doubled, explains every output: tried out for one position.
+    # Some choice of kept units, each doubled, must give the output: all are tried at one position.
     choices = np.array(np.meshgrid(*[[0.0, 2.0]] * F)).reshape(F, -1).T
     outputs = (choices * hidden[1, 3]) @ params["output"]["kernel"] + params["output"]["bias"]
     assert np.min(np.max(np.abs(outputs - dropped[1, 3]), axis=-1)) < 1e-4
@@ -104,7 +104,7 @@ def reference_layer_norm(x, scale, bias, epsilon):
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_residual_is_its_formula(norm):
-    """With a large epsilon, so that one in the wrong place shows."""
+    """The epsilon is large, so that one in the wrong place shows."""
     module = Residual(norm, epsilon=0.1)
     x = random(B, T, D)
 
@@ -136,7 +136,7 @@ def test_residual_drops_the_sublayer_and_not_the_stream():
 
 
 def test_layer_norm_is_exact_where_the_mean_is_large():
-    """E[x²] - E[x]² in float32 has no digit left here, nor has any statistic in bfloat16."""
+    """E[x²] - E[x]² in float32 has no correct digit here, nor has any statistic in bfloat16."""
     x = 4096 + random(3, 64)
     module = layer_norm(1e-6, jnp.float32)
     variables = {"params": {"scale": jnp.ones(64), "bias": jnp.zeros(64)}}
@@ -171,7 +171,7 @@ def test_learned_positions_end_at_max_length():
     assert variables["params"]["embedding"].shape == (T, D)
     with pytest.raises(UserError, match=r"6 tokens is longer than max_length=5 .*raise max_length"):
         module.apply(variables, random(B, T + 1, D))
-    # Packed rows may be longer than any position in them; a position past the table is no number.
+    # Packed rows may be longer than any position in them; a position past the table gives NaN.
     positions = jnp.array([[0, 1, 2, 3, 4, 0, 1], [0, 1, 2, 3, 4, 5, 6]])
     out = module.apply(variables, random(B, T + 2, D), positions)
     np.testing.assert_array_equal(np.isnan(out).any(-1), positions >= T)
@@ -237,7 +237,7 @@ def test_logits_of_more_tokens_than_that():
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint32])
 def test_an_id_outside_the_vocabulary_is_no_number(dtype, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it knows no unsigned ids
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it allows no unsigned ids
     module = Embedding(V, D)
     ids = jnp.array([[V - 1, V, 0, 10 * V, -1]]).astype(dtype)
     out = module.apply(random_variables(module, ids), ids)
@@ -254,7 +254,7 @@ def test_an_id_outside_the_vocabulary_is_no_number(dtype, monkeypatch):
     ],
 )
 def test_names_that_nothing_has_are_refused(monkeypatch, module, arguments, message):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for who imports this
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users
     method = "enter" if module is Residual else "__call__"
     with pytest.raises(UserError, match=message):
         module(*arguments).init(jax.random.key(0), jnp.ones((1, 2, 4)), method=method)

@@ -72,7 +72,7 @@ def test_bfloat16_has_the_gradients_of_the_plain_form(shape, features, input_axe
 
 
 def test_bfloat16_multiplies_for_the_gradient_in_the_order_that_is_fast():
-    """The guard of its speed: x before g, and no transposition of what they make."""
+    """This guards its speed: x comes before g, and their product is not transposed."""
     layer = Linear((4, 6), dtype=jnp.bfloat16)
     x = jnp.ones((2, 3, 8), jnp.bfloat16)
     params = layer.init(jax.random.key(1), x)
@@ -103,7 +103,7 @@ def test_bfloat16_has_gradients_of_gradients():
         ("query", (8, 4, 256), (4, 6), 1),
         ("output", (8, 4, 4, 64), (8,), 2),
         ("hidden", (8, 3, 256), (5,), 1),  # 24 rows do not fill a tile of 32
-        ("hidden", (16, 4, 256), (5,), 1),  # 64 rows are not few beside 256 inputs
+        ("hidden", (16, 4, 256), (5,), 1),  # 64 rows are not few for 256 inputs
         ("hidden", (256,), (5,), 1),
     ],
 )
@@ -127,14 +127,14 @@ def test_a_transposed_copy_of_the_kernel_comes_first_for_few_rows(
 
 
 def test_the_kernel_still_comes_first_when_it_is_compiled():
-    """The guard of its speed: XLA turns a transposed product around, unless it is kept from it."""
+    """This guards its speed: XLA turns a transposed product around unless prevented."""
     x, transposed = jnp.ones((32, 256)), jnp.ones((48, 256))
     program = jax.jit(lambda x, w: kernel_first(x, w) + 1).lower(x, transposed).compile().as_text()
     assert "f32[48,32]{1,0} dot(" in program and "f32[32,48]{1,0} dot(" not in program
 
 
 def test_whole_numbers_multiply_exactly():
-    """With 127 as the largest value everywhere, a step is 1 and nothing is rounded."""
+    """With 127 as the largest value everywhere, a quantization step is 1: nothing is rounded."""
     draw = np.random.default_rng(0)
     x, kernel = draw.integers(-127, 128, (6, 40)), draw.integers(-127, 128, (40, 10))
     x[:, 0], kernel[0] = 127, -127
@@ -203,7 +203,7 @@ def test_every_matrix_is_quantized_and_nothing_else():
 
 
 def test_a_model_of_floats_refuses_int8():
-    """Without their scales they are numbers from -127 to 127."""
+    """Without their scales, int8 parameters are numbers from -127 to 127."""
     params = quantize(random_params(CONFIG))
     with pytest.raises(UserError, match="parameters of embedding are int8 and it is not: set"):
         Transformer(CONFIG).apply({"params": params}, SOURCE, TARGET)
@@ -240,7 +240,7 @@ class _DenseLayer(EncoderLayer):
 
 
 def test_matrices_of_parts_of_ones_own_are_not_taken_for_what_they_are_not():
-    """Though they have the same names: steps from -127 to 127 without their scale."""
+    """Though they have the same names, they would use steps from -127 to 127 without a scale."""
     params = Transformer(CONFIG, _DenseLayer).init(jax.random.key(0), SOURCE, TARGET)["params"]
     quantized = Transformer(dataclasses.replace(CONFIG, quantized=True), _DenseLayer)
     with pytest.raises(flax.errors.ScopeParamNotFoundError, match='parameter named "kernel"'):
@@ -266,7 +266,7 @@ def test_translates_like_the_float_model(tmp_path_factory):
     found = list(small.generate(lines, **options))
     same = [ours[0].text == theirs for ours, theirs in zip(found, expected, strict=True)]
     assert np.mean(same) > 0.9
-    # What the search says of its translations is what the model says that is given them.
+    # The search gives its translations the scores that the model gives them afterwards.
     scores = small.score(lines, [hypotheses[0].text for hypotheses in found])
     np.testing.assert_allclose(
         [score.log_prob for score in scores],

@@ -19,7 +19,7 @@ def pieces():
 
 @pytest.fixture(scope="module")
 def coded(pieces):
-    """With a language code among its pieces."""
+    """A tokenizer with a language code among its pieces."""
     words = ["<pad>", "<s>", "</s>", "<unk>", ">>deu<<"]
     words += sorted({piece for piece in pieces.pieces(pieces.encode(TEXT))})
     return VocabularyTokenizer(pieces.model, words)
@@ -49,7 +49,7 @@ def test_parts_begin_with_a_word_and_are_as_long_as_may_be(pieces, limit):
         named = pieces.pieces(following)
         starts = [i for i, piece in enumerate(named) if piece.startswith("▁")]
         assert starts[0] == 0
-        # The next word would have been too much.
+        # The next word would have made the part too long.
         next_word = starts[1] if len(starts) > 1 else len(named)
         assert len(part) + next_word > limit
 

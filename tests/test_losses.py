@@ -38,7 +38,7 @@ def plain(hidden, embedding, labels, label_smoothing):
     [(1, 0.1), (4, 0.0), (8, 0.1), (B * T, 0.3), (1000, 0.1)],
 )
 def test_is_the_plain_cross_entropy(chunk_size, label_smoothing):
-    """For chunks of one token, of some, with a rest, of all, and larger than all."""
+    """With chunks of one token, of several, with a remainder, of all, and of more than all."""
     hidden, embedding, labels = example()
 
     @jax.jit
@@ -60,7 +60,7 @@ def test_is_the_plain_cross_entropy(chunk_size, label_smoothing):
     assert sums.weight == jnp.sum(labels != PAD_ID) == B * T - 4
     np.testing.assert_allclose(gradients[0], expected[0], atol=1e-5)
     np.testing.assert_allclose(gradients[1], expected[1], atol=1e-5)
-    # The value without gradients is another program.
+    # Without gradients the value comes from another program.
     value, _ = fused(hidden, embedding)
     np.testing.assert_allclose(value, loss, rtol=1e-6)
 
@@ -74,7 +74,7 @@ def test_padding_labels_weigh_nothing():
     padding = np.asarray(labels == PAD_ID)
     assert not np.any(np.asarray(d_hidden)[padding])
     assert np.all(np.any(np.asarray(d_hidden)[~padding], axis=-1))
-    # Whatever vector stands there.
+    # The vectors at padding do not matter.
     hidden = jnp.where(padding[..., None], 1e4, hidden)
     (other, other_weight), _ = loss(hidden, embedding, labels)
     assert (other, other_weight) == (value, weight)
@@ -103,7 +103,7 @@ def test_uniform_logits_cost_log_v_however_they_are_smoothed():
 
 
 def test_gradients_of_gradients():
-    """As a penalty on the gradient's norm takes them; forward over reverse it cannot be done."""
+    """As for a penalty on the gradient's norm; forward over reverse is impossible."""
     hidden, embedding, labels = example()
 
     def penalty(loss):
@@ -120,7 +120,7 @@ def test_gradients_of_gradients():
 
 
 def test_gradient_of_a_scaled_loss():
-    """As when it is divided by the tokens of all devices; the report's nll carries none."""
+    """As when it is divided by the tokens of all devices; the reported nll has no gradient."""
     hidden, embedding, labels = example()
 
     @functools.partial(jax.jit, static_argnums=1)
@@ -170,7 +170,7 @@ def test_large_logits_stay_finite():
 
 
 def test_vmap():
-    """Over models: each with its own hidden vectors and softmax matrix."""
+    """Over models, each with its own hidden vectors and softmax matrix."""
     examples = [example(seed) for seed in range(2)]
     labels = examples[0][2]
     hidden, embedding = (jnp.stack(arrays) for arrays in list(zip(*examples, strict=True))[:2])
@@ -226,7 +226,7 @@ def test_a_label_that_is_no_id_is_noticed(label):
 
 @pytest.mark.parametrize("shape", [(2, 5), (4, 4), (4, 2), (2,)])
 def test_labels_that_are_not_one_a_prediction_are_refused(monkeypatch, shape):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for who imports this
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users
     arguments = jnp.ones((2, 4, 8)), jnp.ones((5, 8)), jnp.ones(shape, jnp.int32)
     with pytest.raises(UserError, match=r"labels are .*, predictions \[2, 4\]: give a label for"):
         cross_entropy(*arguments)

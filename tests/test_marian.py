@@ -40,7 +40,7 @@ save_file = pytest.importorskip("safetensors.numpy").save_file
 save_torch = pytest.importorskip("safetensors.torch").save_file
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-torch.set_num_threads(1)  # for models this small, more only wait for one another
+torch.set_num_threads(1)  # for models this small, more threads only wait for one another
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses"),
@@ -79,7 +79,7 @@ def padded(rows, filling=PAD_ID):
 
 
 # ---------------------------------------------------------------------------------------------
-# Models of theirs
+# Their models
 # ---------------------------------------------------------------------------------------------
 
 VARIANTS = {
@@ -101,7 +101,7 @@ VARIANTS = {
 
 
 def opus_files(folder, separate):
-    """Write tokenizers as OPUS-MT's are: ids that are not sentencepiece's, pad the last of them."""
+    """Write tokenizers like OPUS-MT's: ids differ from sentencepiece's, and pad is the last."""
     models = {
         "source": source_model(pad_id=-1, bos_id=-1, eos_id=0, unk_id=1),
         "target": target_model(),  # sentencepiece's own numbering: <unk>, <s>, </s>
@@ -111,7 +111,7 @@ def opus_files(folder, separate):
         (folder / f"{side}.spm").write_bytes(model)
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         names = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
-        # One that the vocabulary has lost.
+        # The vocabulary lacks "x".
         pieces[side] = set(names) - {"<unk>", "<s>", "</s>", "x"}
 
     def vocabulary(pieces):
@@ -132,7 +132,7 @@ def opus_files(folder, separate):
 
 
 def marian(folder, variant):
-    """Write a model trained for a moment: what it says depends on the sentence, and ends."""
+    """Write a model trained just enough for its output to depend on the sentence, and to end."""
     source, target = opus_files(folder, separate=variant == "target")
     torch.manual_seed(0)
     pad_id = target["<pad>"]
@@ -227,7 +227,7 @@ def apply(model, params, source_ids, target_ids):
 
 
 def assert_logits_agree(run, model, source_order, target_order, source, tolerance=1e-4):
-    """On sentences of different lengths, and whatever the decoder has before it."""
+    """On sentences of different lengths, with random inputs to the decoder."""
     config = read_model_config(run)
     source_ids = padded([[*source.encode(line), EOS_ID] for line in SOURCES])
     target_ids = np.random.default_rng(0).integers(EOS_ID, config.vocab_size, (len(SOURCES), 9))
@@ -250,7 +250,7 @@ def test_logits_of_imported_models(case):
 
 
 def generate(model, tokenizer, lines, **options):
-    """Their token ids of each line, without the start and eos."""
+    """Their token ids of each line, without the start token and eos."""
     batch = tokenizer(lines, return_tensors="pt", padding=True)
     with torch.no_grad():
         sequences = model.generate(**batch, **options)
@@ -264,15 +264,15 @@ def generate(model, tokenizer, lines, **options):
 
 @pytest.mark.parametrize("beam_size", [1, 4])
 def test_searches_of_imported_models(case, beam_size):
-    """Rules that differ, and do not matter here.
+    """Some rules of the two searches differ, which does not matter here.
 
-    At the limit theirs is made to end and ours is cut off: such lines are left out, for on some
-    CPUs the model comes out of its training with a word that it repeats. A hypothesis that ends
-    while not among the K best of a step is lost to theirs. Theirs divide by the length with eos, as
+    At the length limit their hypothesis is made to end and ours is cut off. Such lines are left
+    out, because on some CPUs the trained model repeats a word. A hypothesis that ends while not
+    among the K best of a step is lost in their search. They divide by the length including eos, as
     we do.
 
-    Rules that had to be made alike: our log-probabilities are normalised without pad, and we stop
-    when nothing better is in reach, also not by becoming longer.
+    Other rules had to be made alike: our log-probabilities are normalised without pad, and we stop
+    when nothing better is in reach, not even a longer hypothesis.
     """
     lines = [">>deu<< " + line if i % 2 else line for i, line in enumerate(SOURCES)]
     theirs = generate(
@@ -304,7 +304,7 @@ def test_searches_of_imported_models(case, beam_size):
 
 
 def test_an_imported_model_goes_on_to_ctranslate2(case, tmp_path):
-    """With its vocabularies, in which sentencepiece's own numbers are not the ids."""
+    """With its vocabularies, whose ids are not sentencepiece's own."""
     ctranslate2 = pytest.importorskip("ctranslate2")
     to_ctranslate2(case.run, tmp_path / "ct2")
     source, target = load_tokenizers(tmp_path / "ct2")
@@ -336,7 +336,7 @@ TEXTS = [
     "naïve ﬁne ½ Ⅳ",
     "e\u0301 é",
     "a\u200bb\u2028c\u00a0d",
-    "x, fox, six",  # a piece that the vocabulary has lost
+    "x, fox, six",  # a piece that the vocabulary lacks
     ">>deu<< two red dogs",
     ">>deu<<two",
     ">>xyz<< two",
@@ -407,7 +407,7 @@ def test_there_and_back_is_the_same_model(case, tmp_path):
 
 
 def test_files_of_older_versions(shared, tmp_path):
-    """A pickle with every name of a tied tensor, and with what is computed today."""
+    """A pickle with every name of a tied tensor, and with tensors that are computed today."""
     folder = tmp_path / "old"
     shutil.copytree(shared.folder, folder)
     (folder / "model.safetensors").unlink()
@@ -471,7 +471,7 @@ def test_half_precision_files_stay_half_precision(shared, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------
-# Models of ours
+# Our models
 # ---------------------------------------------------------------------------------------------
 
 OURS = TransformerConfig(
@@ -507,7 +507,7 @@ OWN = {
 
 
 def random_run(folder, config, *, small=False):
-    """Write a run of random parameters; all but the logits are small in a `small` one."""
+    """Write a run of random parameters; with `small`, all activations but logits are small."""
     ids = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
     if config.source_vocab_size:
         tokenizers = Tokenizer(source_model(**ids)), Tokenizer(target_model(**ids))
@@ -559,7 +559,7 @@ def test_logits_of_exported_models(name, tmp_path):
 
 
 def test_layer_norm_epsilon_is_made_up_for(tmp_path):
-    """In a residual stream so small that 1e-5 instead of 1e-6 changes everything."""
+    """In a residual stream so small that 1e-5 instead of 1e-6 would change everything."""
     run = random_run(tmp_path / "run", OURS, small=True)
     to_marian(run, tmp_path / "out")
     model = transformers.MarianMTModel.from_pretrained(tmp_path / "out")
@@ -594,7 +594,7 @@ def test_text_in_and_text_out_of_an_exported_run(tmp_path_factory, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------
-# What cannot be
+# What cannot be converted
 # ---------------------------------------------------------------------------------------------
 
 
@@ -651,7 +651,7 @@ def tensors(change):
 
 
 def added(folder):
-    """A token more than the vocabulary has, as `add_tokens` makes it."""
+    """Add a token that the vocabulary lacks, as `add_tokens` does."""
     (folder / "added_tokens.json").write_text('{"<ent>": 60}')
     config(vocab_size=70, decoder_vocab_size=70)(folder)
 

@@ -67,7 +67,7 @@ def test_positions_restart_in_each_segment(lengths):
 
 
 def paper_sinusoid(position, d_model):
-    """The formula of §3.5 as it stands there, one number at a time, in float64."""
+    """The formula of §3.5 as printed there, one number at a time, in float64."""
     encoding = np.zeros(d_model)
     for i in range(d_model // 2):
         encoding[2 * i] = np.sin(position / 10_000 ** (2 * i / d_model))
@@ -100,7 +100,7 @@ def test_sinusoid_of_packed_rows_is_that_of_each_sentence_alone():
 
 @pytest.mark.parametrize("mask", [jnp.zeros((1, 1, 2, 2)), jnp.ones((2, 2), bool)])
 def test_what_is_no_mask_is_refused(monkeypatch, mask):
-    """Numbers to add to the scores would be read the other way round."""
+    """Read as booleans, numbers to add to the scores would mean the opposite."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(UserError, match=r"a mask is .*: give booleans \[B, N, T, S\]"):
         dense_mask(mask, (1, 1, 2, 2))

@@ -1,4 +1,4 @@
-"""Training over a mesh: the same updates, each device with its part, and no collective too many."""
+"""Training over a mesh: the same updates, a part on each device, and no needless collective."""
 
 import re
 
@@ -66,11 +66,11 @@ def test_every_mesh_trains_as_one_device_and_gathers_no_embedding(
     step = make_train_step(MODEL, OPTIMIZER, SCHEDULE)
     state, batch = create(runner), place(runner)
     compiled = runner.parallel_train_step(step).lower(state, batch, KEY).compile()
-    # XLA's word for an array that it gathers whole only to lay it out anew.
+    # XLA's term for an array that it gathers whole only to lay it out anew.
     assert "rematerialization" not in capfd.readouterr().err
     assert one_device[0][1]["loss"] - one_device[-1][1]["loss"] > 0.1
     assert_same_training(run_steps(compiled, state, batch, 5), one_device)
-    # The gradient of a device's own part of it is the most that any of them is sent.
+    # No collective is larger than the gradient of a device's own part of the embedding.
     part = CONFIG.vocab_size // (fsdp * tensor) * CONFIG.d_model
     found = list(collectives(compiled.as_text()))
     assert found
@@ -79,7 +79,7 @@ def test_every_mesh_trains_as_one_device_and_gathers_no_embedding(
 
 
 def collectives(text):
-    """Yield of each collective the elements of its largest result, and the line."""
+    """Yield for each collective the number of elements in its largest result, and the line."""
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     for line in text.splitlines():
         if found := re.search(rf"= (.*?) ({kinds})(-start)?\(", line):
@@ -188,7 +188,7 @@ def test_rules_without_a_mesh_split_nothing():
 
 
 def test_inside_shard_map_rules_are_for_the_axes_that_it_leaves():
-    """Each device works on its sentences by itself; the rules speak of the same axis."""
+    """Each device works on its sentences by itself; the rules name the same axis."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     model, (source, target) = Transformer(CONFIG), jnp.full((2, 8, 5), 7)
     params = model.init(KEY, source[:1], target[:1])

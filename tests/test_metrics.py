@@ -29,7 +29,7 @@ def test_bleu_counted_by_hand():
 
 
 def test_bleu_pools_the_sentences_before_it_divides():
-    # A second sentence, all right: 6+5 of 7+5, 4+4 of 6+4, 2+3 of 5+3, 1+2 of 4+2.
+    # A second sentence, all of it correct: 6+5 of 7+5, 4+4 of 6+4, 2+3 of 5+3, 1+2 of 4+2.
     hypotheses = ["the cat sat on a mat.", "dogs do not sit."]
     references = ["the cat sat on the mat.", "dogs do not sit."]
     score = bleu(hypotheses, references)
@@ -89,7 +89,7 @@ def test_a_record_is_one_line_of_strict_json_readable_at_once(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         values = {"loss": jnp.float32(0.5), "grad_norm": np.inf, "tokens": np.int32(97)}
         writer.write(3, "train", values | {"nll": float("nan"), "note": "안녕"})
-        (line,) = lines(tmp_path)  # before it is closed
+        (line,) = lines(tmp_path)  # before the writer is closed
     record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     seconds = record.pop("time")
     assert 0 <= seconds < 60
@@ -140,7 +140,7 @@ def test_a_half_written_last_line_is_dropped(tmp_path):
     write_steps(tmp_path, 10, 20)
     whole = (tmp_path / "metrics.jsonl").read_bytes()
     record = '{"step": 30, "split": "train", "note": "안'.encode()
-    for torn in (whole + record[:12], whole + record[:-1]):  # the second in mid-character
+    for torn in (whole + record[:12], whole + record[:-1]):  # the second torn inside a character
         (tmp_path / "metrics.jsonl").write_bytes(torn)
         assert steps(tmp_path) == [("train", 10), ("train", 20)]
         write_steps(tmp_path, 30, start_step=20)
@@ -281,7 +281,7 @@ def test_a_file_gets_a_plain_line_for_each_report(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now)
     file = io.StringIO()
     with Progress(8000, 1000, file=file) as progress:
-        now += 60.0  # the first step is compiled: that is left out of the estimate
+        now += 60.0  # compiling the first step: left out of the estimate
         for step in range(1001, 1101):
             progress.update(step, REPORT if step % 50 == 0 else None)
             now += 0.1
@@ -346,7 +346,7 @@ def test_a_terminal_gets_one_live_line_and_messages_above_it(terminal):
     last = written.rpartition("\r")[2]
     assert "1,201/8,000" in last
     assert "loss 4.123  ppl 35.20  12,346 target tokens/s  lr 1.20e-03" in last
-    assert written.count("\n") <= 3  # the message, and the last line when the bar is left
+    assert written.count("\n") <= 3  # the message, and the last line when the bar is closed
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])

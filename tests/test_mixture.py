@@ -35,7 +35,7 @@ SIZES = (90, 200, 90)
 
 @pytest.fixture(scope="module")
 def corpora():
-    """Corpus number c, counted from 1, has tokens of its hundred; a row of it holds two pairs."""
+    """Corpus c, counted from 1, has tokens from 100 c on; each of its rows holds two pairs."""
     made = []
     for number, pairs in enumerate(SIZES, start=1):
         lengths = [(8 + i % 2, 10 + i % 2) for i in range(pairs)]
@@ -46,7 +46,7 @@ def corpora():
 
 
 def corpus_numbers(batch):
-    """Of each row, 0 if it is empty."""
+    """The number of each row's corpus, 0 for an empty row."""
     return batch["labels"][:, 0] // 100
 
 
@@ -77,7 +77,7 @@ def test_each_corpus_goes_through_epochs_of_its_own(corpora):
         assert all(len(set(epoch)) == size for epoch in epochs)  # every pair once
         assert all(set(epoch) == set(epochs[0]) for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs}) == 4  # never in the same order
-    # The first corpus is read as if it were alone; one as long has another order.
+    # The first corpus is read as if it were alone; another of the same size has another order.
     alone = Batches(corpora[:1], 45, seed=3)
     assert [tuple(map(tuple, pair)) for pair in unpack(alone.at(0))] == seen[1][: SIZES[0]]
     assert epoch_order(45, 3, 0, corpus=2).tolist() != epoch_order(45, 3, 0).tolist()
@@ -95,7 +95,7 @@ def test_an_epoch_is_one_of_the_first_corpus(corpora):
 
 @pytest.mark.parametrize(("weights", "rows_per_batch"), [((1, 3, 1), 5), ((5, 1, 1), 40)])
 def test_epochs_are_rows_of_the_first_corpus(corpora, weights, rows_per_batch):
-    """Also where a batch is most of an epoch, and long after the first."""
+    """Even where a batch is most of an epoch, and long after the first epoch."""
     mixture = Batches(corpora, rows_per_batch, weights=weights, seed=3)
     rows = 0
     for step in range(50):

@@ -1,4 +1,4 @@
-"""What a learned vocabulary leaves of text: all of it, in one spelling."""
+"""A learned vocabulary keeps all of a text, in one spelling."""
 
 import unicodedata
 from itertools import pairwise
@@ -50,13 +50,13 @@ def test_spellings_of_a_letter(spellings, letter):
 
 
 def test_rules_are_in_one_order():
-    """Whatever order sets have in a process: what it learned is found again by the rules."""
+    """Whatever order sets have in a process: a cached tokenizer is found again by its rules."""
     for (one, letter), (other, same) in pairwise(_rules()):
         assert letter != same or letter in ("", " ") or one < other
 
 
 def test_no_rule_changes_what_a_text_says():
-    """But for white space and what cannot be seen."""
+    """Except for white space and invisible characters."""
     for line in normalization_rules().splitlines():
         one, other = (
             "".join(chr(int(code, 16)) for code in side.split()) for side in line.split("\t")

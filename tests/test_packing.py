@@ -64,7 +64,7 @@ def test_evaluation_keeps_order_and_every_pair(lengths):
 
 
 def translation_lengths(pairs, seed=0):
-    """Lengths like those of captions: 15 tokens in the mean, the sides alike but not equal."""
+    """Lengths like those of captions: 15 tokens on average, the sides similar but not equal."""
     rng = np.random.default_rng(seed)
     common = rng.normal(2.6, 0.33, pairs)
     sides = np.exp(common + rng.normal(0, 0.12, (2, pairs)))
@@ -84,16 +84,16 @@ def test_target_rows_are_full(target_length):
 
 def test_source_length_follows_the_corpus():
     source, target = translation_lengths(5_000)
-    # Half or twice the tokens, say characters against pieces: the row shrinks or grows with them.
+    # With half or twice the tokens, say for characters instead of pieces, the row follows them.
     assert choose_source_length(source // 2 + 1, target, 64, seed=0) <= 48
     assert choose_source_length(source * 2, target, 64, seed=0) >= 120
-    # Three sentences cannot fill rows, and still get a length that holds them.
+    # Three sentences cannot fill rows, but still get a length that holds them.
     few = choose_source_length(np.array([5, 9, 30]), np.array([6, 6, 6]), 64, seed=0)
     assert 30 <= few <= 48
 
 
 def test_a_few_pages_among_sentences_make_no_row_longer():
-    """They are left out of training for their length; 2 in 5,000 once doubled every row."""
+    """They are too long to be trained on; 2 in 5,000 once doubled the length of every row."""
     source, target = translation_lengths(5_000)
     plain = choose_source_length(source, target, 64, seed=0)
     source, target = np.append(source, [100_000] * 2), np.append(target, [2, 2])
@@ -147,7 +147,7 @@ def test_epochs_take_the_segmentations_in_turns(first, second, rows_per_batch):
         seen = [pair for piece in rows.onward(start, stop) for pair in unpack(piece)]
         assert sorted(seen) == expected[epoch % 2]
         start = stop
-    # Epochs follow each other without a gap: no batch is empty, nor a row of it.
+    # Epochs follow each other without a gap: no batch or row is empty.
     batches = Batches([segmentations], rows_per_batch, seed=3)
     of_batches = [batches.at(step) for step in range(-(-start // rows_per_batch))]
     assert all(batch["labels"].any(axis=1).all() for batch in of_batches)
@@ -218,7 +218,7 @@ def test_a_batch_depends_on_its_step_alone():
     for step in reversed(steps):
         for name, array in resumed.at(step).items():
             np.testing.assert_array_equal(array, forward[step][name])
-    # Epochs differ, and so do seeds.
+    # Epochs differ from each other, and so do seeds.
     first = forward[0]["labels"]
     assert not np.array_equal(first, forward[onward.steps_per_epoch]["labels"])
     other, _ = batches_of(lengths, **options, seed=4)
@@ -226,7 +226,7 @@ def test_a_batch_depends_on_its_step_alone():
 
 
 def test_batches_are_those_of_runs_under_way():
-    """Their order is part of a run directory: a resumed run must see what it would have seen."""
+    """Their order is part of a run: when resumed, it must see what it would have seen."""
     sides = [
         [[4 + (n * i + j) % 90 for j in range(2 + n * i % 13)] + [2] for i in range(400)]
         for n in (5, 7)
@@ -297,7 +297,7 @@ def test_subword_dropout_splits_the_same_text_in_other_ways(text, tokenizers, tm
 
     plain, first, second = ids(0.0, 0), ids(0.5, 0), ids(0.5, 1)
     assert sum(map(len, plain)) < sum(map(len, first)) and first != second
-    assert first == ids(0.5, 0, "another")  # what is lost is made again
+    assert first == ids(0.5, 0, "another")  # what was lost is made again the same
     for split in (plain, first, second):
         assert [tokenizers[1].decode(row) for row in split] == text["target"][:]
 
@@ -332,9 +332,9 @@ def test_corpus_is_encoded_once_per_text_and_tokenizer(text, tokenizers, tmp_pat
 
 
 def test_rows_know_all_segmentations():
-    """The longest sentence of any, the most rows of an epoch, how full all of them are."""
+    """The longest sentence of any, the most rows of an epoch, and how full they all are."""
     packed = []
-    for lengths in ([(3, 3)], [(9, 5), (15, 20), (3, 30)]):  # the last is in no row
+    for lengths in ([(3, 3)], [(9, 5), (15, 20), (3, 30)]):  # the last pair is in no row
         corpus, _ = corpus_of(lengths)
         settings = {"source_length": 19, "target_length": 23, "seed": 3}
         packing = pack(corpus.source.lengths, corpus.target.lengths, **settings)

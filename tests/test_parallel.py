@@ -51,7 +51,7 @@ def test_over_a_mesh_devices_that_share_rows_are_given_the_same():
     for name, x in placed.items():
         assert np.array_equal(x, ROWS[name])
         rows = {shard.device.id: shard.index[0] for shard in x.addressable_shards}
-        # data 2 x fsdp 2 take different rows, the two devices of tensor the same.
+        # data 2 x fsdp 2 take different rows, the two devices along tensor the same.
         assert len({(part.start, part.stop) for part in rows.values()}) == 4
         assert all(rows[device] == rows[device + 1] for device in (0, 2, 4, 6))
 

@@ -31,7 +31,7 @@ CONFIG = TransformerConfig(
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
-    """Programs run once, on a few numbers: optimising them would take longer than all the rest."""
+    """Programs run once, on little data: optimising them would take longer than all the rest."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -74,7 +74,7 @@ def to_torch_names(tree, config):
     def attention(name, ours):
         d_model = config.d_model
         parts = [ours[part] for part in ("query", "key", "value")]
-        # A head is a run of columns of our kernels and of rows of torch's.
+        # A head is a block of columns in our kernels and of rows in torch's.
         out[f"{name}.in_proj_weight"] = np.concatenate(
             [part["kernel"].reshape(d_model, -1).T for part in parts]
         )
@@ -108,7 +108,7 @@ def to_torch_names(tree, config):
 
 
 def torch_transformer(config):
-    """Built from its stacks: by itself, torch puts a norm after post-norm stacks as well."""
+    """Built from its stacks: torch's own model puts a norm after post-norm stacks as well."""
     pre = config.norm == "pre"
     sizes = (config.d_model, config.num_heads, config.d_ff)
     options = {

@@ -36,13 +36,13 @@ def config(tmp_path):
 
 
 def as_if(chip, devices=8):
-    """The devices that are here, with the data sheet of `chip`."""
+    """The devices of this machine, with the data sheet of `chip`."""
     return Machine(f"{chip.name}:test", tuple(jax.devices()[:devices]), chip.memory, chip)
 
 
 @pytest.fixture
 def no_compiles(monkeypatch):
-    """Programs that need 100 bytes, and 2 a row, for each device."""
+    """Programs that need 100 bytes, and 2 per row, on each device."""
 
     def compiled(config, machine, rows, source):
         rows //= len(machine.devices)
@@ -70,7 +70,7 @@ def test_records_of_the_machine_that_is_here(config, tmp_path, capsys):
     assert train["fits"] and train["memory"]["total"] < train["memory_available"]
     parts = set(train["memory"]) - {"total"}
     assert sum(train["memory"][part] for part in parts) == train["memory"]["total"]
-    # Of this machine there is no data sheet.
+    # There is no data sheet for this machine.
     assert "step_seconds" not in train and "largest_batch_tokens" not in train
     assert decode["plan"] == "decode" and decode["step_flops"] > 0 and decode["step_bytes"] > 0
     printed = capsys.readouterr()
@@ -240,11 +240,11 @@ def test_the_sheets_are_of_chips_that_jax_knows():
     kinds = [chip.device_kind for chip in CHIPS]
     assert len(set(names)) == len(names) and len(set(kinds)) == len(kinds)
     for chip in CHIPS:
-        # FLOP a byte of memory and of links: out of this range a figure has a wrong unit.
+        # FLOP per byte of memory and of links: outside these ranges a figure has a wrong unit.
         assert 100 < chip.flops / chip.memory_bandwidth < 700
         assert 700 < chip.flops / chip.interconnect < 4000
         assert chip.source
-    # As the sheets have it: TFLOP/s, memory, GB/s of memory and of links, chips of a pod.
+    # As in the sheets: TFLOP/s, memory, GB/s of memory and of links, chips of a pod.
     assert {
         chip.name: (
             chip.flops / 1e12,
@@ -420,7 +420,7 @@ def test_devices_that_share_matrices_have_the_same_rows(config, no_compiles):
     machine = dataclasses.replace(as_if(V5E), memory=140)
     config = change(config, parallel__strategy="mesh", parallel__tensor=2, data__batch_tokens=32)
     record, *_ = plan(config, [machine])
-    assert record["rows"] == 4 and record["fits"]  # fewer than devices
+    assert record["rows"] == 4 and record["fits"]  # fewer rows than devices
     assert record["largest_batch_tokens"] // 16 in range(20 * 8, 21 * 8)
 
 

@@ -1,4 +1,4 @@
-"""What is read from compiled programs: against figures that can be reckoned by hand."""
+"""What is read from compiled programs, compared with figures worked out by hand."""
 
 import dataclasses
 from functools import partial
@@ -72,7 +72,7 @@ def test_the_planned_program_is_the_one_that_runs(planned, real):
 
 def test_copies_sum_their_gradients_and_nothing_else(planned):
     plan = planned["pmap"]
-    # Beside the gradients: loss, nll and weight.
+    # Besides the gradients: loss, nll and weight.
     (found,) = plan.collectives
     assert found == Collective("all-reduce", plan.parameters + 3 * 4, group=8, times=1)
     assert found.sent == 2 * 7 / 8 * found.bytes
@@ -81,7 +81,7 @@ def test_copies_sum_their_gradients_and_nothing_else(planned):
 def test_parts_are_gathered_in_the_loop_over_the_layers(planned):
     assert planned["mesh"].parameters < planned["pmap"].parameters / 2
     gathers = [one for one in planned["mesh"].collectives if one.kind == "all-gather"]
-    # A layer's hidden/kernel, [16, 24], of which a device has [8, 12]: whole along fsdp.
+    # A layer's hidden/kernel is [16, 24]; a device has [8, 12] and gathers it along fsdp.
     hidden = [one for one in gathers if one.bytes == 16 * 12 * 4]
     assert {one.group for one in hidden} == {2}
     assert 2 in {one.times for one in hidden}
@@ -148,12 +148,12 @@ def test_a_collective_in_a_loop_counts_as_often_as_it_runs(monkeypatch):
     assert (found.kind, found.bytes, found.times) == ("all-reduce", 4000, 5)
     assert found.sent == 5 * 2 * 7 / 8 * 4000
     moved = program.bytes_moved()
-    # A round reads the carry and x, and writes the carry.
+    # An iteration reads the carry and x, and writes the carry.
     assert moved - moved_if_loops_ran_once(program, monkeypatch) >= 4 * 3 * 4000
 
 
-# As the compiler for TPU writes: memory spaces, names instead of numbers of devices, sums of which
-# each device keeps its part, and collectives that begin and end.
+# As the TPU compiler writes it: memory spaces, axis names instead of device numbers, sums of which
+# each device keeps its part, and collectives with a beginning and an end.
 TPU = """HloModule jit_step, is_scheduled=true
 
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -209,7 +209,7 @@ def test_programs_for_tpu_are_read():
     assert program.bytes_moved() == pytest.approx(moved, rel=0.05)
 
 
-# A loop of a TPU's program says in its condition how often it goes round.
+# A loop in a TPU program says in its condition how often it runs.
 LOOP = """HloModule jit_scan, is_scheduled=true
 
 %fewer (t: (s32[], f32[8,128])) -> pred[] {
@@ -237,7 +237,7 @@ ENTRY %main (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
 def test_loops_for_tpu_go_round_as_often_as_their_condition_says():
     for limit, times, endless in (
         ("constant(6)", 6, []),
-        ("get-tuple-element(%t), index=0", 1, ["w"]),  # where that depends on the data, once
+        ("get-tuple-element(%t), index=0", 1, ["w"]),  # depends on the data: counted once
     ):
         program = Program(LOOP.replace("LIMIT", limit))
         assert collectives(program, 8) == [Collective("collective-permute", 8 * 128 * 4, 8, times)]
@@ -285,7 +285,7 @@ ENTRY %main (p0: f32[64,128], p1: s32[64,128]) -> (f32[64], s32[64]) {
 
 def test_fusions_of_several_results_are_counted():
     array, best = 64 * 128 * 4, 2 * 64 * 4
-    # Each reads both arrays and writes the two results; the second writes an array beside them.
+    # Each reads both arrays and writes the two results; the second also writes an array.
     assert Program(SEVERAL).bytes_moved() == 2 * (2 * array + best) + array
 
 
@@ -303,7 +303,7 @@ def test_decoding_reads_the_parameters_and_the_past_at_each_token():
 
 
 def test_flops_of_a_token_are_those_that_xla_counts():
-    """XLA counts the element-wise work too, so the model is wide enough for that to be little."""
+    """XLA also counts element-wise work, so the model is wide enough to make that small."""
     config = TransformerConfig(
         vocab_size=300, d_model=192, d_ff=500, num_heads=4, encoder_layers=1, decoder_layers=1
     )

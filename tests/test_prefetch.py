@@ -1,4 +1,4 @@
-"""Batches made ahead."""
+"""Batches are made ahead of time."""
 
 import threading
 import time

@@ -53,7 +53,7 @@ def test_the_second_start_reads_and_tokenises_nothing(folder, monkeypatch):
     monkeypatch.setattr(tokenizer, "_learn", refuse)
     monkeypatch.setattr(Tokenizer, "encode_batch", refuse)
     assert same_batches(prepare(small_config(folder)).batches, first)
-    # Also in another run directory, of other settings.
+    # Also in another run directory, with other settings.
     other = small_config(folder, run=str(folder / "other"), seed=1)
     assert not same_batches(prepare(other).batches, first)
     # The refusal is real: another vocabulary has to be learned.
@@ -74,7 +74,7 @@ def test_a_changed_file_is_noticed(folder):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Of 17 rows of 16 positions."""
+    """Data in batches of 17 rows of 16 positions."""
     folder = write_corpus(tmp_path_factory.mktemp("corpus"))
     return prepare(small_config(folder, data__batch_tokens=17 * 16 + 3))
 
@@ -99,7 +99,7 @@ def test_hosts_read_their_rows_of_one_batch_and_empty_ones_after_it(data, hosts)
     [(1, 1, 1, 17), (3, 1, 2, 18), (8, 1, 3, 24), (8, 2, 1, 20)],
 )
 def test_batches_know_no_devices(data, folder, monkeypatch, devices, tensor, accumulate, rows):
-    """Rows are completed for those that take rows of their own."""
+    """Rows per step are rounded up for the devices that take rows of their own."""
     here = jax.devices()[:devices]
     monkeypatch.setattr(jax, "devices", lambda: here)
     config = small_config(folder, data__batch_tokens=17 * 16 + 3, accumulate=accumulate)
@@ -111,7 +111,7 @@ def test_batches_know_no_devices(data, folder, monkeypatch, devices, tensor, acc
 
 
 def write_extra(folder):
-    """Twice the validation sentences, in capitals on the source's side."""
+    """Write the validation sentences twice, with the source side in capitals."""
     for language in ("en", "de"):
         text = (folder / f"valid.{language}").read_text() * 2
         (folder / f"back.{language}").write_text(text.upper() if language == "en" else text)
@@ -132,7 +132,7 @@ def test_a_mixture_from_configuration_to_batches(folder):
     )
     run = prepare(mixed)
     assert "RED" not in (folder / "train.en").read_text()
-    assert 3 not in run.source_tokenizer.encode("RED DOGS")  # the vocabulary knows both corpora
+    assert 3 not in run.source_tokenizer.encode("RED DOGS")  # the vocabulary covers both corpora
     capitals = [
         run.source_tokenizer.decode(batch["source_ids"][row][:5]).isupper()
         for batch in map(run.batches.at, range(20))
@@ -168,7 +168,7 @@ def test_without_weights_corpora_end_together(folder):
     seen = [pair for step in range(batches.steps_per_epoch) for pair in unpack(batches.at(step))]
     distinct = {str(pair) for pair in seen}
     assert len(distinct) == 200 + 20  # each of the 20 twice in the extra corpus
-    assert 240 <= len(seen) < 300  # the last batch is full, of the next epoch
+    assert 240 <= len(seen) < 300  # the next epoch fills the last batch
 
 
 def test_extra_files_beside_a_hub_data_set_have_short_names(tmp_path):
@@ -209,7 +209,7 @@ def test_what_is_not_trained_may_change(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             check_same_run(change(config, **changes), run)
-    (run / "checkpoints" / "80").mkdir()  # of which the next step has the whole rate
+    (run / "checkpoints" / "80").mkdir()  # the step after it has the full rate
     check_same_run(change(config, steps=400), run)
     (run / "checkpoints" / "85").mkdir()
     for steps in (90, 400):
@@ -291,7 +291,7 @@ for name in ("few", "many"):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """Four times the pairs: the token ids are 15 MB more, as Python objects three times that."""
+    """Token ids of four times the pairs take 15 MB more; as Python objects, three times that."""
     words = list(LEXICON)
     for name, number in (("few", 20_000), ("many", 80_000)):
         for language, shift in (("en", 0), ("de", 5)):
@@ -314,7 +314,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 
 
 def test_tokenizers_of_a_run_that_failed_are_not_used(folder):
-    prepare(small_config(folder))  # a joint one, and no checkpoint
+    prepare(small_config(folder))  # a joint tokenizer, and no checkpoint
     separate = {"data__joint_vocabulary": False, "model__embeddings": "separate"}
     data = prepare(small_config(folder, model__vocab_size=40, **separate))
     assert data.source_tokenizer.model != data.target_tokenizer.model

@@ -56,8 +56,8 @@ def test_parameter_count_is_table_3s(name):
 
 
 def test_base_has_exactly_the_parameters_that_the_paper_describes():
-    # Four projections a self- or cross-attention, two biased maps a feed-forward network, a scale
-    # and a bias for each LayerNorm; post-norm: none after the stacks. One matrix for all ids.
+    # Four projections per self- or cross-attention, two biased maps per feed-forward network, a
+    # scale and a bias per LayerNorm; post-norm: none after the stacks. One matrix for all ids.
     attention, norm = 4 * 512 * 512, 2 * 512
     feed_forward = 512 * 2048 + 2048 + 2048 * 512 + 512
     encoder_layer = attention + feed_forward + 2 * norm

@@ -1,4 +1,4 @@
-"""What the README shows works as it is printed."""
+"""What the README shows works as printed."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 
 
 def test_library_example_runs(capsys, monkeypatch):
-    shallow = jf.PRESETS["tiny"].replace(encoder_layers=1, decoder_layers=1)  # of the same shapes
+    shallow = jf.PRESETS["tiny"].replace(encoder_layers=1, decoder_layers=1)  # the same shapes
     monkeypatch.setattr(jf, "PRESETS", {"tiny": shallow})
     (block,) = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     assert len([line for line in block.splitlines() if line.strip()]) <= 15

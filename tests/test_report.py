@@ -1,4 +1,4 @@
-"""`python -m train report`: what it says, of what it is given; how it says that something lacks."""
+"""`python -m train report`: what it shows, and how it says that something is missing."""
 
 import itertools
 import json
@@ -87,7 +87,7 @@ def test_all_that_is_promised_is_on_the_page(run, tmp_path, no_pictures):
     assert machine[:3] == ["first", "0", "1 x cpu"]
     *shares, _ = (share for *_, share in rows_of(page, "Parameters"))
     assert sum(float(share.rstrip("%")) for share in shares) == pytest.approx(100, abs=1)
-    # Nothing comes from elsewhere, and nothing runs.
+    # Nothing is loaded from elsewhere, and no script runs.
     assert not re.search(r"<script|https?://|@import", page)
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["index.html"]
 
@@ -125,7 +125,7 @@ def test_runs_are_laid_over_each_other_and_their_configurations_compared(
     run, tmp_path, no_pictures, monkeypatch
 ):
     other = write_recorded_run(tmp_path / "second", optimizer__peak_learning_rate=0.5)
-    monkeypatch.chdir(tmp_path)  # where the page of several runs goes, into none of them
+    monkeypatch.chdir(tmp_path)  # the page of several runs goes here, not into a run
     write_report([run, other])
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     loss = figures(page)["Loss, label-smoothed, nats a token"]
@@ -138,7 +138,7 @@ def test_runs_are_laid_over_each_other_and_their_configurations_compared(
 
 
 def test_curves_show_what_their_names_say(run, tmp_path):
-    """One run has a colour for each curve, several have one each; what is second is dashed."""
+    """One run: a colour per curve; several: a colour per run. The second curve is dashed."""
 
     def looks(chart):
         return [(line.colour, line.dashed) for line in chart.lines]
@@ -187,7 +187,7 @@ def test_where_the_time_went(run):
 
 
 def test_bars_of_time_stand_side_by_side(run, tmp_path):
-    """Of the run that took longest they fill the width, of another what it took of that."""
+    """Those of the longest run fill the width; those of another are in proportion to it."""
     histories = [History(run), History(write_recorded_run(tmp_path / "short", reports=20))]
     drawn = report._time(histories)
     bars = re.findall(r'<rect x="(.*?)" y="(.*?)" width="(.*?)"', drawn)
@@ -203,7 +203,7 @@ def test_bars_of_time_stand_side_by_side(run, tmp_path):
 
 
 def test_what_replaced_a_record_is_drawn_in_its_place(tmp_path):
-    """In the file it stands at the end."""
+    """In the file it comes last."""
     run = write_recorded_run(tmp_path / "run", reports=4)
     first, begun, replaced, *others = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join([first, begun, *others, replaced, ""]))
@@ -311,7 +311,7 @@ def test_ticks_of_a_logarithmic_axis(low, ratio):
     found = ticks(low, low * ratio, log=True)
     assert 1 <= len(found) <= 8
     assert found == sorted(found) and min(found) > 0
-    if ratio > 1e3:  # as far apart as the last is from the end at most
+    if ratio > 1e3:  # the end is no farther from the last tick than ticks are apart
         assert low * ratio / found[-1] < 1.001 * found[1] / found[0]
 
 
@@ -321,7 +321,7 @@ def test_numbers_of_an_axis():
 
 
 STEPS = np.array([100.0, 150.0, 200.0])
-#: The first curve is a straight one where the scale is logarithmic; its middle is the mark's place.
+#: The first curve is straight on a logarithmic scale; the mark is at its middle.
 CHART = Chart(
     "t",
     [

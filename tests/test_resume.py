@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(folder):
-    """Dropout and accumulation on: what is repeated must have the same noise."""
+    """Dropout and accumulation are on: repeated steps must have the same noise."""
     return small_config(folder, steps=6, evaluate__every=3, model__dropout=0.1, accumulate=2)
 
 
@@ -61,7 +61,7 @@ def assert_same_run(run, other):
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
     run, config, folder, monkeypatch, capsys, step
 ):
-    """At an evaluation and after one; what was saved in haste is not averaged."""
+    """At an evaluation and after one; a checkpoint without an evaluation is not averaged."""
     told = change(config, run=str(folder / f"told{step}"), log_every=1)
     flush = Log.flush
 
@@ -154,7 +154,7 @@ def assert_same_losses(run, other, tolerance=1e-4):
 def start(folder, run, *changes, processes=1, devices=8, of_last=()):
     """Start training in `processes` that see each other, with `devices` in all.
 
-    The last of them has more changes, `of_last`.
+    The last process also gets the changes `of_last`.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -187,7 +187,7 @@ def start(folder, run, *changes, processes=1, devices=8, of_last=()):
 
 
 def finish(started, status=0):
-    """Wait for all, and fail with what they printed if one ended otherwise."""
+    """Wait for all; if one ended with another status, fail with its output."""
     outputs = [process.communicate(timeout=500)[0] for process in started]
     for process, output in zip(started, outputs, strict=True):
         assert process.returncode == status, output[-3000:]
@@ -217,7 +217,7 @@ def test_processes_of_a_mesh_train_as_one(folder, losses_of_one, processes):
 def assert_trains_as(expected, run, processes, *changes):
     outputs = finish(start(run.parent, run, *changes, processes=processes))
     assert "try it: jaxformer translate" in outputs[0]
-    # Gloo, which carries the collectives, speaks too, from several threads into one line.
+    # Gloo, which carries the collectives, also prints, from several threads into one line.
     gloo = (
         r"\[Gloo\] Rank |\d| is connected to | peer ranks\. |"
         r"Expected number of connected peer ranks is : "
@@ -264,7 +264,7 @@ def test_of_two_processes_that_differ_neither_trains(folder):
 def test_a_process_that_is_killed_ends_the_others(folder):
     run = folder / "one_killed"
     changes = ["steps=100000", "evaluate__every=100000"]
-    # Of several devices the others would wait for the one that hears of it, until the heartbeat.
+    # One device each: of several, others would wait for the one that notices, until the heartbeat.
     started = start(folder, run, *changes, processes=2, devices=2)
     while last_step(run) < 5 and started[0].poll() is None:
         time.sleep(0.1)
@@ -303,7 +303,7 @@ def test_killed_ten_times_it_ends_with_the_same_bits(folder, processes):
         time.sleep(draw.random())
         victims = started if draw.random() < 0.5 else [draw.choice(started)]
         assert any(process.poll() is None for process in victims), "it ended before ten kills"
-        # Those left over wait for the others in vain.
+        # The survivors would wait for the others in vain.
         for process in dict.fromkeys([*victims, *started]):
             process.kill()
             process.communicate()

@@ -30,7 +30,7 @@ def test_peak_is_the_highest_rate():
     assert int(jnp.argmax(rates)) == 30
     assert float(rates[30]) == pytest.approx(5e-4, rel=1e-6)
     assert np.all(np.diff(rates[1:31]) > 0) and np.all(np.diff(rates[30:]) < 0)
-    # Both forms are one curve at two heights.
+    # Both forms are the same curve at different heights.
     paper = jax.vmap(warmup_inverse_sqrt(d_model=7, warmup_steps=30))(jnp.arange(200))
     np.testing.assert_allclose(rates / 5e-4, paper * (7 * 30) ** 0.5, rtol=1e-5)
 

@@ -18,7 +18,7 @@ from train.config import DataConfig
 from train.data.corpus import encode_corpus
 from train.data.sources import load_split
 
-# What breaks naive readers: separators inside sentences, quotes, words that look like no value.
+# What breaks naive readers: separators inside sentences, quotes, words like missing values.
 PAIRS = [
     ("I go home.", "나는 집에 간다."),
     ("one\u2028line, still", "한\u0085 줄\x0b이다"),
@@ -98,7 +98,7 @@ def test_what_is_no_file_of_text(data, tmp_path):
 
 
 def test_damaged_files_of_the_cache(data, tmp_path):
-    """As a power cut can leave them: noticed, or made again; never taken for another's."""
+    """As after a power cut: they are noticed or made again, and never taken for another's."""
     pieces = tokenizer(60)
     write_text(data, "a.en", "a.ko")
     write_text(data, "b.ko", "b.en")
@@ -132,7 +132,7 @@ def test_absolute_names_need_no_path(data):
 
 
 def test_a_tilde_is_the_home_directory(data, tmp_path, monkeypatch):
-    """In quotes, or in a configuration, no shell puts it there."""
+    """In quotes, or in a configuration file, no shell expands it."""
     monkeypatch.setenv("HOME", str(tmp_path))
     write_text(data, "news.en", "news.ko")
     for path, name in (("~/corpus", "news"), (None, "~/corpus/news"), ("/", "~/corpus/news")):
@@ -167,7 +167,7 @@ def test_tables(data, suffix):
         path.write_text(table_text(suffix.lower()), encoding="utf-8")
     data = replace(data, validation=(path.name,))
     assert pairs_of(load_split(data, "validation")) == PAIRS
-    # The names decide the direction, not the order of the columns.
+    # The names of the columns decide the direction, not their order.
     turned = load_split(replace(data, source="ko", target="en"), "validation")
     assert pairs_of(turned) == [(ko, en) for en, ko in PAIRS]
 
@@ -305,7 +305,7 @@ def check_refused(data, message):
     with pytest.raises(UserError, match=message) as error:
         load_split(data, "train")
     assert "\n" not in str(error.value)
-    # A failed reading leaves nothing behind that a later one could take for the corpus.
+    # A failed read leaves nothing behind that a later one could take for the corpus.
     assert not list(Path(data.cache_dir).glob("*.partial"))
 
 

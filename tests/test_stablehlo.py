@@ -1,4 +1,4 @@
-"""What is exported to StableHLO computes what jaxformer computes, without it."""
+"""Programs exported to StableHLO compute what jaxformer computes, without needing it."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from random_run import CONFIG, SENTENCES, random_params, write_random_run
 SOURCE_LENGTH, BEAMS = 24, 3
 SEARCH = GenerationConfig(beam_size=BEAMS, n_best=2, length_penalty=0.9, max_length_extra=7)
 
-# What a user writes who has only jax, numpy and sentencepiece; prints one translation a line.
+# The program of a user with only jax, numpy and sentencepiece; prints one translation per line.
 PROGRAM = """
 import json, sys
 sys.modules["jaxformer"] = sys.modules["flax"] = None  # importing them fails
@@ -58,7 +58,7 @@ def flat(params):
 
 
 def source_ids(number):
-    """Sentences with eos, the last row nothing but padding."""
+    """Sentences with eos; the last row is nothing but padding."""
     draw = np.random.default_rng(0)
     ids = np.full((number, SOURCE_LENGTH), PAD_ID, np.int32)
     for row in range(number - 1):
@@ -74,7 +74,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def programs(params):
-    """The functions with the batch left open, as `call` runs them."""
+    """The functions with the batch size left open, to be run with `call`."""
     return export_programs(CONFIG, flat(params), SEARCH, None, SOURCE_LENGTH)
 
 
@@ -93,7 +93,7 @@ def test_searches_find_what_ours_find(programs, params, name):
 
 
 def test_steps_score_what_the_model_scores(programs, params):
-    """Three steps of three beams, after two of which all go on from the last one."""
+    """Three steps of three beams; after two of them, all continue from the last beam."""
     ids = source_ids(4)[:-1]
     result = programs["encode"].call(flat(params), source_ids=ids)
     model, variables = Transformer(CONFIG), {"params": params}
@@ -144,13 +144,13 @@ def translate_elsewhere(folder, function):
 
 
 def test_parameters_of_half_precision_are_written_in_full(tmp_path, monkeypatch):
-    """NumPy's files know no bfloat16."""
+    """NumPy's file format has no bfloat16."""
     fake_serialization(monkeypatch)
     monkeypatch.setattr(stablehlo, "export_programs", lambda *_: {})
     params = write_random_run(tmp_path / "run", CONFIG)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     save_params(tmp_path / "run", 2, half)
-    to_stablehlo(tmp_path / "run", tmp_path / "hlo", checkpoint=2)  # no longer than the model's
+    to_stablehlo(tmp_path / "run", tmp_path / "hlo", checkpoint=2)  # S is at most the model's
     written = np.load(tmp_path / "hlo/params.npz")
     np.testing.assert_array_equal(
         written["embedding/embedding"], half["embedding"]["embedding"].astype(np.float32)
@@ -169,7 +169,7 @@ def test_a_process_without_jaxformer_translates_alike(run, tmp_path, batch_size)
 
 
 def fake_serialization(monkeypatch):
-    """Take the place of flatbuffers, which not everyone has: the files hold nothing useful."""
+    """Replace flatbuffers, which may not be installed: the files hold nothing useful."""
     monkeypatch.setitem(sys.modules, "flatbuffers", ModuleType("flatbuffers"))
     monkeypatch.setattr(
         jax.export.Exported, "serialize", lambda self: bytearray(self.mlir_module_serialized)

@@ -52,7 +52,7 @@ RUNNER = DataParallel()
 
 
 def placed(state, batch):
-    """What a step over all devices takes."""
+    """The arguments of a step over all devices."""
     rows = len(batch["labels"])
     place = RUNNER.place(rows, lambda mine: {name: x[mine] for name, x in batch.items()})
     return RUNNER.create(lambda: state), place
@@ -114,7 +114,7 @@ def one_device(one_step, params):
 
 
 def test_three_steps_learn(one_device, params):
-    """What the tolerance of the comparisons must be small against."""
+    """The tolerance of the comparisons must be small against these changes."""
     losses = [metrics["loss"] for _, metrics in one_device]
     assert losses[0] - 0.1 > losses[1] > losses[2] + 0.1
     assert largest_difference(one_device[0][0].params, params) > 0.03
@@ -170,8 +170,8 @@ def test_loss_and_nll_are_means_over_the_real_tokens(model, params, one_device):
 
 
 def test_the_reported_learning_rate_is_the_schedules_and_the_one_applied(one_device, params):
-    """And the gradient is clipped after the division, or the update would be far shorter."""
-    # The formula counts steps from 1, optax from 0: 0 and 1 are both its first step.
+    """And the gradient is clipped after the division, else the update would be far shorter."""
+    # The formula counts steps from 1, optax from 0: counts 0 and 1 both have the rate of step 1.
     assert [metrics["learning_rate"] for _, metrics in one_device] == pytest.approx([0.4, 0.4, 0.8])
     for state, metrics in one_device:
         assert metrics["gradient_norm"] > 1.2 * CLIP_NORM, "it is reported unclipped"
@@ -194,7 +194,7 @@ def test_a_batch_of_padding_changes_nothing(one_step, params):
 
 @pytest.fixture(scope="module")
 def noisy_step():
-    """With dropout, on all devices, the batch of each in two parts."""
+    """With dropout, on all devices, the batch of each device in two parts."""
     model = Transformer(CONFIG.replace(dropout=0.3))
     return RUNNER.parallel_train_step(make_train_step(model, OPTIMIZER, SCHEDULE, accumulate=2))
 
@@ -203,7 +203,7 @@ def test_every_device_part_and_step_has_its_own_noise_and_a_repetition_the_same(
     row = {name: ids[0] for name, ids in packed_rows([[(7, 9)]]).items()}
 
     def loss(device, part, step=0, key=KEY):
-        """Of the same row, in different places."""
+        """Loss of the same row in different places."""
         batch = {name: np.zeros((DEVICES, 2, *ids.shape), np.int32) for name, ids in row.items()}
         for name, ids in row.items():
             batch[name][device, part] = ids
@@ -261,7 +261,7 @@ def first_update(**fields):
 @pytest.mark.parametrize(("clip_norm", "norm"), [(0.0, 13.0), (26.0, 13.0), (6.5, 6.5)])
 def test_adam_is_given_the_clipped_gradient(clip_norm, norm):
     _, state = first_update(clip_norm=clip_norm)
-    # After one step its first moment is (1 - beta1) times what it was given.
+    # After one step Adam's first moment is (1 - beta1) times the gradient that it was given.
     moment = optax.tree_utils.tree_get(state, "mu")
     assert_close(moment, jax.tree.map(lambda g: (1 - 0.9) * g * norm / 13, GRADIENT))
 

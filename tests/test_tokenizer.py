@@ -67,11 +67,11 @@ def test_dropout_of_merges(tokenizer):
     ]
     assert many[0] == many[1] == many[2]
     assert split != tokenizer.encode_batch(texts, dropout=0.3, seed=2)
-    assert len(set(map(tuple, split[::2]))) > 5  # no two sentences are split alike by rule
+    assert len(set(map(tuple, split[::2]))) > 5  # equal sentences are split differently
     assert [tokenizer.decode(ids) for ids in split] == texts
     characters = tokenizer.encode_batch(["the cat"], dropout=1.0, seed=1)[0]
     assert tokenizer.pieces(characters) == list("▁the▁cat")
-    assert tokenizer.encode_batch(texts) == tokenizer.encode_batch(texts)  # none without it
+    assert tokenizer.encode_batch(texts) == tokenizer.encode_batch(texts)  # no dropout by default
 
 
 def test_pieces_spell_the_text(tokenizer):
@@ -99,7 +99,7 @@ def test_separate_vocabularies_know_one_side_each(tmp_path, model_type):
 
 
 def test_of_very_many_sentences_every_nth_pair_is_read(monkeypatch):
-    """From the first to the last, also past what is read at once."""
+    """From the first to the last, even past the rows that are read at once."""
     monkeypatch.setattr(learning, "_MAX_SENTENCES", 10)
     names = [str(row) for row in range(25_001)]
     long = datasets.Dataset.from_dict({"source": names, "target": names})
@@ -170,7 +170,7 @@ def test_model_with_sentencepiece_default_ids_is_refused(tmp_path):
         Tokenizer(model.getvalue())
 
 
-# A vocabulary of its own: pieces that the model lacks, and not all of those that it has.
+# A vocabulary of its own: with pieces that the model lacks, and without some that it has.
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", ">>kor<<", "at", "▁", "▁the", "▁개", "c", "t", "a"]
 
 
@@ -233,7 +233,7 @@ def test_a_run_directory_holds_vocabularies(tmp_path, tokenizer, renumbered):
 
 @pytest.mark.parametrize("rare", ["żółć", "ж " * 3000])
 def test_every_character_of_the_corpus_is_a_piece(tmp_path, rare):
-    """Also one in half a million, and one of a line of thousands of bytes."""
+    """Even one in half a million, and one in a line of thousands of bytes."""
     lines = ["the cat sees the dog"] * 20_000 + [rare]
     corpus = datasets.Dataset.from_dict({"source": lines, "target": lines})
     learned, _ = learn_tokenizers([corpus], tmp_path, vocab_size=30, joint=True)
@@ -296,7 +296,7 @@ def test_tokenizers_of_another_model(tmp_path):
 
 
 def test_dropout_of_merges_is_the_same_in_every_process(tmp_path):
-    """Hosts encode for themselves, and a run may go on where nothing is cached."""
+    """Each host encodes by itself, and a run may be resumed where nothing is cached."""
     tokenizers = learn_tokenizers([PAIRS], tmp_path, vocab_size=90, joint=True)
     lines = PAIRS["source"]
     here = tokenizers[0].encode_batch(lines, dropout=0.3, seed=5)

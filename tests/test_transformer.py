@@ -64,7 +64,7 @@ every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
-    """Programs run once, on a few numbers: optimising them would take longer than all the rest."""
+    """Programs run once, on little data: optimising them would take longer than all the rest."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -93,7 +93,7 @@ def random_sentences(lengths, width, vocab_size, seed=0):
 
 
 def shift_right(labels):
-    """The decoder's input: bos, then the labels but the last."""
+    """The decoder's input: bos, then all labels but the last."""
     ids = np.concatenate([np.full((len(labels), 1), BOS_ID, np.int32), labels[:, :-1]], axis=1)
     return np.where(labels == PAD_ID, PAD_ID, ids)
 
@@ -107,7 +107,7 @@ REAL_TARGET = LABELS != PAD_ID
 
 @contextlib.contextmanager
 def added_to_embeddings(source, target):
-    """Move the vectors that go into the two stacks, whatever the model embeds ids with."""
+    """Add to the vectors that enter the two stacks, however the model embeds ids."""
     extra = {"source_positions": source, "target_positions": target}
 
     def add(next_function, args, kwargs, context):
@@ -132,7 +132,7 @@ def forward(model, params, source_ids, target_ids, source_delta, target_delta):
 def logits_of(
     config, source_ids=SOURCE, target_ids=TARGET, source_delta=None, target_delta=None, params=None
 ):
-    """Always the one compiled program of the configuration, as far as shapes are the same."""
+    """Run the configuration's one compiled program, as long as shapes are the same."""
 
     def none(ids):
         return np.zeros((*ids.shape, config.d_model), np.float32)
@@ -182,7 +182,7 @@ def test_the_second_call_compiles_nothing():
 
 
 def test_parameters_are_drawn_by_a_program_of_one_layer():
-    """However many there are, and though the step is unrolled."""
+    """However many layers there are, and although the step is unrolled."""
 
     def program(num_layers: int) -> str:
         config = _COMMON.replace(encoder_layers=num_layers, decoder_layers=num_layers)
@@ -280,7 +280,7 @@ def test_initialisation():
                 assert not np.any(leaf), path
             case "scale":
                 assert np.all(leaf == 1), path
-            case "kernel":  # drawn anew for every layer, with the variance of its own fan
+            case "kernel":  # drawn anew for each layer, with the variance for its fan
                 assert len(np.unique(leaf)) > 0.99 * leaf.size, path
                 heads = (0, 1) if path[-2].key in ("query", "key", "value") else ()
                 fan_in = 12 if heads else math.prod(leaf.shape[1:-1])
@@ -299,7 +299,7 @@ def test_initialisation():
 
 @pytest.mark.parametrize("layers", [4, 12])
 def test_positions_stay_apart_in_a_new_encoder(layers):
-    """Or the decoder's attention would find nothing to tell them apart by, and learn nothing."""
+    """Otherwise the decoder's attention could not tell them apart, and would learn nothing."""
     config = TransformerConfig(
         vocab_size=500, d_model=64, d_ff=96, num_heads=4, encoder_layers=layers, decoder_layers=1
     )
@@ -317,7 +317,7 @@ def test_positions_stay_apart_in_a_new_encoder(layers):
 
 @every_config
 def test_later_target_tokens_have_no_influence(config):
-    """Sentence b of six equal ones is disturbed at position b: bits before it stay."""
+    """Sentence b of six equal ones is disturbed at position b: no bit before it changes."""
     source_ids, target_ids = np.tile(SOURCE[:1], (T, 1)), np.tile(TARGET[:1], (T, 1))
     disturbance = 10 * np.repeat(np.eye(T, dtype=np.float32)[:, :, None], config.d_model, -1)
     disturbance[:, :, ::2] *= -0.5
@@ -328,7 +328,7 @@ def test_later_target_tokens_have_no_influence(config):
 
 
 def test_later_target_tokens_have_no_gradient():
-    """d logits[t] / d embedding[s] is exactly 0 for s > t, and is not for s <= t."""
+    """d logits[t] / d embedding[s] is exactly 0 for s > t, and not 0 for s <= t."""
     config = CONFIGS["paper"]
     source_ids, target_ids = np.tile(SOURCE[:1], (T, 1)), np.tile(TARGET[:1], (T, 1))
     direction = np.random.default_rng(3).normal(size=(T, T, config.d_model)).astype(np.float32)
@@ -368,7 +368,7 @@ def test_the_rest_of_the_batch_has_no_influence(config):
 
 # Packed rows
 
-# Sentence pairs by row, in their order in it.
+# The sentence pairs of each row, in order.
 ROWS = [[0, 1], [2, 3, 5], [4]]
 
 
@@ -404,7 +404,7 @@ SEGMENTS = {"source_segment_ids": SOURCE_SEGMENTS, "target_segment_ids": TARGET_
 
 @every_config
 def test_packed_pairs_have_the_logits_they_have_alone(config):
-    """For learned positions in a row that is longer than any position in it, too."""
+    """Also with learned positions, in a row that is longer than any position in it."""
     apply = jax.jit(Transformer(config).apply)
     variables = {"params": random_params(config)}
     packed = apply(variables, PACKED_SOURCE, PACKED_TARGET, **SEGMENTS)
@@ -429,13 +429,13 @@ def loss_sums_and_gradients(config, source_ids, target_ids, labels, **segments):
 
 @functools.cache
 def plain_sums_and_gradients():
-    """With a pair of nothing but padding, as fills the last batch of an epoch."""
+    """With a pair of nothing but padding, like those that fill up the last batch of an epoch."""
     ids = (np.pad(rows, ((0, 1), (0, 0))) for rows in (SOURCE, TARGET, LABELS))
     return loss_sums_and_gradients(MODERN, *ids)
 
 
 def without_key_biases(gradients):
-    """Softmax cannot feel a bias of the keys: their gradients are 0, and here rounding errors."""
+    """Softmax ignores a bias of the keys: its exact gradient is 0, here a rounding error."""
     return {
         "/".join(key.key for key in path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
@@ -457,7 +457,7 @@ def test_loss_is_the_cross_entropy_of_the_logits():
 
 
 def test_the_loss_has_all_of_the_output_bias_in_bfloat16_too():
-    """As the logits have: one of 6 would be off by up to 0.016."""
+    """As the logits do: in bfloat16, a bias of 6 would be off by up to 0.016."""
     config = CONFIGS["imported"].replace(label_smoothing=0.0)
     params = random_params(config)
     bias = jnp.linspace(5, 7, config.vocab_size)
@@ -558,7 +558,7 @@ def decode(model, params, source_ids, tokens, beams):
 
 @every_config
 def test_cached_decoding_is_the_full_forward_pass(config):
-    """Two sentences, the beams of each with their own past, which step 3 takes from others."""
+    """Two sentences; each of their beams has its own past, and at step 3 takes over another's."""
     sentences = [1, 4]
     tokens = random_sentences([T] * 2 * K, T, 23, seed=2).reshape(2, K, T)
     tokens[:, :, 0] = BOS_ID
@@ -592,7 +592,7 @@ def test_bfloat16_is_close_to_float32():
     assert logits.dtype == jnp.float32
     exact = logits_of(MODERN)[REAL_TARGET]
     error = np.std(logits[REAL_TARGET] - exact) / np.std(exact)
-    assert 1e-4 < error < 0.03  # it is another computation, and a good one
+    assert 1e-4 < error < 0.03  # a different computation, and a good one
     encode = functools.partial(Transformer(bfloat16).apply, method="encode")
     encoded = jax.eval_shape(encode, {"params": shapes_of(bfloat16)}, SOURCE)
     assert encoded.dtype == jnp.bfloat16
@@ -628,7 +628,7 @@ def test_training_mode():
 
 
 def test_each_rate_is_applied_in_every_place_that_has_it():
-    """Counted by the modules that drop, and what they are given: the sides differ in length."""
+    """Counted by module path and input shape, because the sides differ in length."""
 
     def calls(**rates):
         config = _COMMON.replace(**{"dropout": 0.0, "scan_layers": True, **rates})
@@ -655,7 +655,7 @@ def test_each_rate_is_applied_in_every_place_that_has_it():
 
 
 def test_every_layer_draws_its_own_dropout():
-    """Each layer adds ones, halved in number and doubled: sums are 0, 2 and 4, not 0 and 4."""
+    """Each layer adds ones, half of them dropped, the rest doubled: 0, 2 and 4, not 0 and 4."""
     config = _COMMON.replace(norm="pre", encoder_layers=2, dropout=0.5, scan_layers=True)
     encoder, x = Encoder(config), jnp.zeros((3, S, config.d_model))
     shapes = jax.eval_shape(encoder.init, jax.random.key(0), x)
@@ -708,7 +708,7 @@ def test_no_type_or_rank_is_promoted_silently(name, dtype):
         return sums.loss / sums.weight
 
     def skip_layer_norm(next_function, args, kwargs, context):
-        # Flax's own asks for promotion of bfloat16, to take its statistics in float32.
+        # Flax's own LayerNorm promotes bfloat16, to compute its statistics in float32.
         skip = dtype == "bfloat16" and isinstance(context.module, nn.LayerNorm)
         return args[0] if skip else next_function(*args, **kwargs)
 
@@ -802,7 +802,7 @@ def test_as_an_nnx_module():
 
 
 class _Expert(nn.Module):
-    """A feed-forward network of somebody's own, with a loss, a variable and noise besides."""
+    """A user's own feed-forward network, with an additional loss, a variable and noise."""
 
     @nn.compact
     def __call__(self, x, *, deterministic=True):

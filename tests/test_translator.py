@@ -1,4 +1,4 @@
-"""Strings in, strings out: as many, in order, whatever the input and whatever stands beside it."""
+"""Strings in, strings out: as many, in order, whatever the input and its neighbours."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def translator(run):
-    # One device: the programs of eight take long to compile, and test_generation has them.
+    # One device: programs for eight take long to compile, and test_generation covers them.
     return Translator.load(run, devices=jax.devices()[:1])
 
 
@@ -117,7 +117,7 @@ def beams(translator, lines, alpha):
 
 
 def test_beams_do_not_make_company_matter(translator):
-    # As many rows, or these would be other programs.
+    # With the same number of rows, else these would be different programs.
     assert beams(translator, SENTENCES[3:8], 0.0) == beams(translator, SENTENCES[:8], 0.0)[3:8]
 
 
@@ -236,7 +236,7 @@ def test_a_prefix_that_is_cut_off_is_told(translator, monkeypatch):
         f"line 1: its prefix has {count} pieces and a translation at most 2: cut off there"
     ]
     assert len(best.ids) == 2 and not best.finished
-    # As long as the source, whose end counts.
+    # At most as long as the source, eos included.
     no_result = BeamResult(*np.zeros((4, 0, 0)))
     monkeypatch.setattr(translator._generator, "sentences", lambda *_, **__: [no_result])
     most = len(translator.source_tokenizer.encode("red dogs")) + 1
@@ -248,7 +248,7 @@ def test_a_prefix_that_is_cut_off_is_told(translator, monkeypatch):
 
 
 def test_what_learned_positions_cut_off(tmp_path, monkeypatch):
-    """Of a prefix it is told, and the end that is missing is not looked for beyond them."""
+    """A cut-off prefix is reported, and a missing eos is not looked for beyond the positions."""
     write_random_run(tmp_path / "run", CONFIG.replace(positions="learned", max_length=5))
     translator = Translator.load(tmp_path / "run", devices=jax.devices()[:1])
     said = []
@@ -298,7 +298,7 @@ def test_a_long_line_is_translated_in_parts_with_a_warning(translator, capsys):
     )
     assert len(translations) == 4
     assert translations[0] == translations[3] == greedy(translator, ["red dogs"])[0]
-    # Each part is a line of its own; joined they are the line.
+    # Each part is translated as a line of its own; joined, they are the line.
     ids = translator.source_tokenizer.encode(long)
     parts = [
         translator.source_tokenizer.decode(p) for p in cut(ids, limit, translator.source_tokenizer)
@@ -307,7 +307,7 @@ def test_a_long_line_is_translated_in_parts_with_a_warning(translator, capsys):
     warnings = []
     assert " ".join(greedy(translator, parts, warn=warnings.append)) == translations[2]
     assert warnings == []
-    for options in ({}, {"max_length_ratio": 0.1, "max_length_extra": 0}):  # all of it; cut off
+    for options in ({}, {"max_length_ratio": 0.1, "max_length_extra": 0}):  # complete; cut off
         ((whole,),) = translator.generate([long], beam_size=1, warn=warnings.append, **options)
         each = [part for (part,) in translator.generate(parts, beam_size=1, **options)]
         assert whole.log_prob == pytest.approx(sum(part.log_prob for part in each))
@@ -457,7 +457,7 @@ def test_the_attention_kernel_is_the_machines_own(translator, monkeypatch):
 
     assert [kernel("cudnn"), kernel("auto"), kernel("none")] == ["auto", "auto", "none"]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert kernel("auto") == "none"  # of the CPU, though the machine has another device
+    assert kernel("auto") == "none"  # for the CPU, though the machine has another device
 
 
 def test_samples_depend_on_seed_and_line_alone(translator):
@@ -522,7 +522,7 @@ def test_hypotheses_are_aligned_by_their_own_pieces(translator, monkeypatch):
 
 
 def test_learned_positions_reach_to_the_longest_line(tmp_path):
-    config = CONFIG.replace(positions="learned", max_length=11)  # no multiple of a batch's lengths
+    config = CONFIG.replace(positions="learned", max_length=11)  # no multiple of batches' lengths
     write_random_run(tmp_path, config)
     translator = Translator.load(tmp_path, devices=jax.devices()[:1])
     tokenizer = translator.source_tokenizer
@@ -580,7 +580,7 @@ def test_an_ensemble_of_checkpoints_and_runs(run, translator, monkeypatch):
     mean = np.logaddexp(average.token_log_probs, last.token_log_probs) - np.log(2)
     np.testing.assert_allclose(mixed.token_log_probs, mean, rtol=1e-4)
 
-    # A page shows the same of a translation that was found, beside what the first model looked at.
+    # An explanation has the same for a translation found, with the first model's attention.
     ids = np.array([several.target_tokenizer.encode(SENTENCES[1])])
     found = BeamResult(ids, *np.zeros((2, 1)), np.array([ids.size]))
     monkeypatch.setattr(Translator, "_search", lambda *_: [found])
@@ -631,7 +631,7 @@ def test_a_tokenizer_of_another_model_is_refused(run, tmp_path):
 
 
 def test_a_dtype_that_is_none_is_refused(run, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for who imports this
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users
     with pytest.raises(UserError, match="dtype is 'float8': choose one of float32, bfloat16, int8"):
         Translator.load(run, dtype="float8")
 

@@ -171,7 +171,7 @@ def test_peers_get_every_pair_once_with_little_padding(batches, multiple, most):
 
 
 def test_peers_get_the_pairs_that_our_rows_have(batches):
-    """A pair with a side longer than its row is left out, and so is an empty one."""
+    """A pair with a side longer than its row is left out."""
     corpus, _ = corpus_of([(3, 4), (9, 2), (2, 9), (5, 5)])
     packing = pack(
         corpus.source.lengths, corpus.target.lengths, source_length=8, target_length=6, seed=3

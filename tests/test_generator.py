@@ -227,7 +227,7 @@ def test_what_searches_has_the_settings_of_its_caller(monkeypatch):
 
     monkeypatch.setattr(module, "search_continuously", spy)
     generator, seen = make_generator(), []
-    jax.eval_shape(jax.random.key, 0)  # traced once, it may be asked again
+    jax.eval_shape(jax.random.key, 0)  # cached for the default settings, which do not count here
     options = GenerationConfig(sampling=True)
     with (
         jax.enable_x64(True),

@@ -51,7 +51,7 @@ def test_what_does_not_fit_is_no_id(value):
 
 
 def test_labels_of_few_bits_are_not_another_token():
-    """-1 as int8 is not id 255 of 256, nor is 36,000 as int16 id 8,464 of 37,000."""
+    """-1 as int8 is not id 255 of 256, nor is 36,000 as int16 id 7,464 of 37,000."""
     hidden, draw = jnp.ones((1, 4)), np.random.default_rng(0)
     for size, label in ((256, np.int8(-1)), (300, np.int8(-1)), (37_000, np.int16(-29_536))):
         embedding = jnp.asarray(draw.normal(size=(size, 4)), jnp.float32)

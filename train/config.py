@@ -257,7 +257,7 @@ class TrainConfig:
     steps: int = 100_000
     """optimizer steps"""
     accumulate: int = 1
-    """parts a device splits its batch into, to save memory; only rounding and dropout noise change"""
+    """parts a device splits its batch into, to save memory; rounding and dropout noise change"""
     seed: int = 0
     """random seed of initialisation, data order and dropout"""
     log_every: int = 50

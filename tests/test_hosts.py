@@ -126,7 +126,7 @@ def test_joining_says_that_it_waits_and_counts_devices(two, capsys):
     two.setattr(hosts, "say", lambda text: (print(text), said.set()))
     two.setattr(jax.distributed, "initialize", lambda *_: said.wait(10))
     two.setattr(jax, "devices", lambda: [SimpleNamespace(process_index=i) for i in (0, 0, 1)])
-    with pytest.raises(UserError, match="process 0 has 2 devices and process 1 1: give all as"):
+    with pytest.raises(UserError, match="process 0 has 2 devices and process 1 1: give all the"):
         initialize_hosts(ParallelConfig(coordinator="host:1", processes=2, process=1))
     assert capsys.readouterr().out.startswith("waiting for the other processes at host:1; JAX")
 

@@ -209,7 +209,7 @@ def test_a_model_of_floats_refuses_int8():
         Transformer(CONFIG).apply({"params": params}, SOURCE, TARGET)
     with pytest.raises(UserError, match="the parameters are int8 and the model is not"):
         generate(CONFIG, params, SOURCE)
-    with pytest.raises(UserError, match="no parameters of a Transformer"):
+    with pytest.raises(UserError, match="not the parameters of a Transformer"):
         quantize({"Dense_0": {"kernel": jnp.ones((2, 3))}})
     for small in (params, params["decoder"], unstack_layers(params)):
         with pytest.raises(UserError, match="the parameters are int8 already"):

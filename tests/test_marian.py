@@ -765,7 +765,7 @@ def test_a_place_elsewhere_or_nowhere_is_refused(shared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for place, message in (
         ("s3://bucket/run", "s3://bucket/run"),
-        ("a[b]", r"/a\[b\] has a"),
+        ("a[b]", r"/a\[b\] contains"),
         ("", "empty"),
     ):
         with pytest.raises(UserError, match=message):

@@ -394,7 +394,7 @@ def test_one_clear_line(run, tmp_path, capsys):
         (broken("empty", ""), "is empty: nothing has been trained yet"),
         (broken("torn", good[1][:30]), "is empty"),
         (broken("damaged", f"{good[1]}\n<<<<\n"), "metrics.jsonl:2 is not JSON"),
-        (broken("started", f"{good[0]}\n"), "no record of training yet"),
+        (broken("started", f"{good[0]}\n"), "no training record yet"),
         (broken("other", '{"a": 1}\n'), "has no split, step, time"),
     )
     for path, message in cases:

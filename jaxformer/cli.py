@@ -144,7 +144,7 @@ def _add_score(commands: Any) -> None:
     score.add_argument(
         "--tokens",
         action="store_true",
-        help="print after it a tab and the log-probability of each piece, as PIECE:NUMBER",
+        help="after each number, print a tab and that of each piece, as PIECE:NUMBER",
     )
     score.set_defaults(command=_score, if_memory_ends=_SMALLER)
 

@@ -50,7 +50,7 @@ class Linear(nn.Module):
         if min(outputs, default=1) < 1 or not 1 <= self.input_axes <= x.ndim:
             raise UserError(
                 f"a linear map of {self.input_axes} axes of {list(x.shape)} to {list(outputs)} is "
-                "impossible: give 1 axis or more, and widths of 1 or more"
+                "impossible: give 1 axis or more, no more than there are, and widths of 1 or more"
             )
         shape = x.shape[x.ndim - self.input_axes :] + outputs
         check_matrix(self, "kernel")

@@ -109,7 +109,9 @@ def _attention_maps(
         parts = encoder["self_attention"], decoder["self_attention"], decoder["cross_attention"]
         return AttentionMaps(*(attention["attention_weights"][0] for attention in parts))
     except KeyError:
-        raise UserError("an attention of this model sows no attention_weights to show") from None
+        raise UserError(
+            "an attention of this model sows no attention_weights to show: let it sow them"
+        ) from None
 
 
 def alignment_layer(config: TransformerConfig) -> int:

@@ -127,7 +127,9 @@ def _read(run: Path) -> "pa.Table":
             f"{path} cannot be read: {one_line(error)}; mend or delete the line"
         ) from error
     if missing := {"step", "split", "time"} - set(table.column_names):
-        raise UserError(f"{path} has no {', '.join(sorted(missing))}: training did not write it")
+        raise UserError(
+            f"{path} has no {', '.join(sorted(missing))}: restore the file that training wrote"
+        )
     for name in ("step", "time"):
         if not np.all(np.isfinite(_numbers(table.column(name)))):
             read_metrics(run)  # names the line

@@ -95,7 +95,7 @@ def import_config(
     for field in ("attention_heads", "ffn_dim"):
         encoder, decoder = (settings[f"{stack}_{field}"] for stack in _STACKS)
         if encoder != decoder:
-            refuse(f"encoder_{field}", f"the decoder must have as many, not {decoder}")
+            refuse(f"encoder_{field}", f"that of the decoder must be the same, not {decoder}")
     share, tie = settings["share_encoder_decoder_embeddings"], settings["tie_word_embeddings"]
     if share and not tie:
         refuse(

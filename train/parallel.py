@@ -75,6 +75,15 @@ def make_runner(config: TrainConfig, devices: Sequence[jax.Device] | None = None
     return DataParallel(tuple(devices) if devices else None)
 
 
+def batch_parts(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> int:
+    """Return the number of equal parts of a training batch, over devices and accumulation.
+
+    Raises:
+      UserError: as for `make_runner`.
+    """
+    return make_runner(config, devices).row_parts * config.accumulate
+
+
 def completed(rows: int, parts: int) -> int:
     """Return `rows` rounded up to a multiple of `parts`: empty rows are added at a batch's end."""
     return -(-rows // parts) * parts

@@ -27,7 +27,7 @@ from train.data.sources import load_extra, load_split
 from train.data.tokenizer import learn_tokenizers
 from train.evaluate import check_lengths
 from train.hosts import check_alike, together
-from train.parallel import completed, make_runner
+from train.parallel import batch_parts, completed
 from train.resume import check_same_run, check_same_text
 
 if TYPE_CHECKING:
@@ -91,8 +91,7 @@ def prepare(config: TrainConfig) -> RunData:
                 f"accumulate is {config.accumulate}: give at most {batches.rows_per_batch}, the "
                 "rows of a batch"
             )
-        parts = make_runner(config).row_parts * config.accumulate
-        rows = completed(batches.rows_per_batch, parts)
+        rows = completed(batches.rows_per_batch, batch_parts(config))
     if jax.process_index() == 0:  # last: a refused command must not replace config.json
         write_config(run, config.to_dict())
     return RunData(pairs, *tokenizers, validation, batches, rows)

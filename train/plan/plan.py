@@ -18,7 +18,7 @@ from jaxformer.generation import max_target_length
 from jaxformer.terminal import say
 from train.config import TrainConfig
 from train.costs.flops import decode_step_flops, train_flops
-from train.parallel import completed, make_runner
+from train.parallel import batch_parts, completed
 from train.plan.collectives import Collective
 from train.plan.estimates import largest_fitting, roofline
 from train.plan.machines import Machine
@@ -68,7 +68,7 @@ def plan(
                 rows = _largest_rows_per_part(config, machine, work, record)
                 largest[machine.chip.name] = rows, machine.name
             rows, found_on = largest[machine.chip.name]
-            tokens = rows * _parts(config, machine) * work.target
+            tokens = rows * batch_parts(config, machine.devices) * work.target
             record |= {"largest_batch_tokens": tokens, "largest_found_on": found_on}
         yield record
     for machine in {machine.devices[0].device_kind: machine for machine in machines}.values():
@@ -90,13 +90,8 @@ def work_of(config: TrainConfig, machine: Machine, rows_per_device: int | None) 
                 f"accumulate={config.accumulate}"
             )
         full = rows_per_device * len(machine.devices)
-    rows = completed(full, _parts(config, machine))
+    rows = completed(full, batch_parts(config, machine.devices))
     return Work(full, rows, config.data.source_length or target, target)
-
-
-def _parts(config: TrainConfig, machine: Machine) -> int:
-    """Number of equal parts of a batch; devices that share a matrix have one part together."""
-    return make_runner(config, machine.devices).row_parts * config.accumulate
 
 
 def _train_record(config: TrainConfig, machine: Machine, work: Work) -> dict[str, Any]:
@@ -165,7 +160,7 @@ def _largest_rows_per_part(
     With more of the same devices each would hold the same: only the axis `data` grows, along which
     only the batch is split.
     """
-    parts = _parts(config, machine)
+    parts = batch_parts(config, machine.devices)
 
     def needs(rows_per_part: int) -> float:
         rows = rows_per_part * parts

@@ -120,15 +120,23 @@ def test_a_directory_is_the_same_for_all_or_refused(two, tmp_path, shared):
     assert list(tmp_path.iterdir()) == before
 
 
-def test_joining_says_that_it_waits_and_counts_devices(two, capsys):
+@pytest.mark.parametrize(
+    "place",
+    [
+        "[::1]:1",
+        "a..b:1 (no address is known for 'a..b': has it started, and is the name right?)",
+    ],
+)
+def test_joining_says_that_it_waits_and_counts_devices(two, capsys, place):
     said = threading.Event()
     two.setattr(hosts, "_PATIENCE_S", 0.0)
     two.setattr(hosts, "say", lambda text: (print(text), said.set()))
     two.setattr(jax.distributed, "initialize", lambda *_: said.wait(10))
     two.setattr(jax, "devices", lambda: [SimpleNamespace(process_index=i) for i in (0, 0, 1)])
     with pytest.raises(UserError, match="process 0 has 2 devices and process 1 1: give all the"):
-        initialize_hosts(ParallelConfig(coordinator="host:1", processes=2, process=1))
-    assert capsys.readouterr().out.startswith("waiting for the other processes at host:1; JAX")
+        initialize_hosts(ParallelConfig(coordinator=place.split()[0], processes=2, process=1))
+    told = capsys.readouterr().out
+    assert told == f"waiting for the other processes at {place}; JAX gives up after five minutes\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has names without a file")

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import secrets
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,9 +53,7 @@ def initialize_hosts(config: ParallelConfig) -> None:
     Raises:
       UserError: they cannot be joined, or do not all have the same number of devices.
     """
-    place = f" at {config.coordinator}" if config.coordinator else ""
-    waiting = f"waiting for the other processes{place}; JAX gives up after five minutes"
-    telling = threading.Timer(_PATIENCE_S, say, [waiting])
+    telling = threading.Timer(_PATIENCE_S, _tell_who_is_missing, [config.coordinator])
     telling.start()
     try:
         jax.distributed.initialize(config.coordinator, config.processes, config.process)
@@ -72,6 +71,19 @@ def initialize_hosts(config: ParallelConfig) -> None:
                 f"process 0 has {devices[0]} devices and process {process} {devices[process]}: "
                 "give all the same number"
             )
+
+
+def _tell_who_is_missing(coordinator: str | None) -> None:
+    """Say what is being waited for; a name may be unknown until its machine has started."""
+    place = ""
+    if coordinator is not None:
+        host, _, port = coordinator.rpartition(":")
+        place = f" at {coordinator}"
+        try:
+            socket.getaddrinfo(host.strip("[]"), port)
+        except (OSError, UnicodeError):
+            place += f" (no address is known for {host!r}: has it started, and is the name right?)"
+    say(f"waiting for the other processes{place}; JAX gives up after five minutes")
 
 
 def meet(name: str) -> None:

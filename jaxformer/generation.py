@@ -44,12 +44,12 @@ class Limits(NamedTuple):
     fewest: Int[Array | np.ndarray, "S+1"] | None
 
     @classmethod
-    def of(cls, options: GenerationConfig, source_length: int, most: int) -> "Limits":
-        """Apply the rules of `options` without the rounding of float32, capped at `most`."""
+    def of(cls, options: GenerationConfig, source_length: int, max_length: int) -> "Limits":
+        """Apply the rules of `options` without the rounding of float32, at most `max_length`."""
 
         def each(rule: Callable[[int], int]) -> np.ndarray:
             lengths = range(1, source_length + 1)
-            return np.array([0] + [min(rule(length), most) for length in lengths], np.int32)
+            return np.array([0] + [min(rule(length), max_length) for length in lengths], np.int32)
 
         longest = each(options.max_length)
         asked = options.min_length_ratio or options.min_length_extra
@@ -98,11 +98,11 @@ def generate(
     if keys is not None and keys.shape != (sentences, *_key_shape(keys)):
         raise UserError(f"keys are of shape {keys.shape}: give one for each of {sentences} rows")
     configs = [model.config for model in models]
-    most = max_target_length(configs, options, source_ids.shape[1])
-    method = make_method(options, most)
-    limits = Limits.of(options, source_ids.shape[1], most)
+    max_length = max_target_length(configs, options, source_ids.shape[1])
+    method = make_method(options, max_length)
+    limits = Limits.of(options, source_ids.shape[1], max_length)
     method, limits = jax.device_put((method, limits))  # or a transfer guard would stop them
-    return _generate(models, most, params, method, limits, source_ids, prefix, keys)
+    return _generate(models, max_length, params, method, limits, source_ids, prefix, keys)
 
 
 def _key_shape(keys: Array | np.ndarray) -> tuple[int, ...]:
@@ -176,8 +176,8 @@ def max_target_length(
     return asked if limit is None else min(asked, limit)
 
 
-def make_method(options: GenerationConfig, most: int) -> Method:
-    """The search that `options` ask for, for translations of at most `most` tokens.
+def make_method(options: GenerationConfig, max_length: int) -> Method:
+    """The search that `options` ask for, for translations of at most `max_length` tokens.
 
     It is a pytree: its numbers are arguments of a program, so that one serves all their values.
     """
@@ -194,7 +194,7 @@ def make_method(options: GenerationConfig, most: int) -> Method:
     return BeamSearch(
         options.beam_size,
         n_best=options.n_best,
-        length_penalty=TabledPenalty.of(form(options.length_penalty), bucket(most + 1)),
+        length_penalty=TabledPenalty.of(form(options.length_penalty), bucket(max_length + 1)),
         early_stopping=options.early_stopping,
         no_repeat_ngram_size=options.no_repeat_ngram_size,
         bonus=CoverageBonus(float(options.coverage_penalty)) if options.coverage_penalty else None,

@@ -3,10 +3,10 @@
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ class Generator:
         everywhere = jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
         self._params = decoding_params(self._models, everywhere, self._on_cpu)
 
-    def sentences(
+    def generate(
         self,
         sources: Sequence[Sequence[int]],
         options: GenerationConfig,
@@ -123,101 +123,95 @@ class Generator:
             kind JAX makes by default, a sentence is longer than the learned positions or is not a
             list of ids, or `options` is not a `GenerationConfig`.
         """
-        if not isinstance(options, GenerationConfig):
-            raise UserError(f"options are {options!r}: give a GenerationConfig")
-        if not all(hasattr(ids, "__len__") for ids in sources):
-            raise UserError("sources are not lists of ids: give one list per sentence")
-        lengths, limit = list(map(len, sources)), fewest_positions(self._configs)
-        if limit is not None and max(lengths, default=0) > limit:
-            raise UserError(
-                f"a source has {max(lengths)} tokens and the model {limit} learned positions: "
-                "shorten it"
-            )
+        limit = fewest_positions(self._configs)
+        call = _Call.checked(sources, options, prefixes, keys, limit)
         results: list[Any] = [None] * len(sources)
-        prefix_length = bucket(max(map(len, prefixes or [[]]), default=0))
-        if keys is not None and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
-            if keys.dtype != jax.eval_shape(lambda: jax.random.key(0)).dtype:
-                raise UserError(f"keys are {keys.dtype}: give keys of jax_default_prng_impl")
-            keys = jax.random.key_data(keys)
-        noise = None if keys is None else np.asarray(keys)
-        for name, each in (("prefixes", prefixes), ("keys", noise)):
-            if each is not None and len(each) != len(sources):
-                raise UserError(f"there are {len(each)} {name}: give one for each of the sources")
-        settings = {name: getattr(jax.config, f"jax_{name}") for name in _OF_A_THREAD}
-
-        def search(shape: Shape, chosen: Sequence[int]) -> list[int]:
-            """Search the chosen sentences; return those that need more room."""
-            order = _deal_to_devices(chosen, len(self._devices), _SENTENCES_PER_ROW * shape.rows)
-
-            def in_order(ids: Sequence[Sequence[int]], length: int) -> np.ndarray:
-                return pad([ids[i] if i >= 0 else () for i in order], len(order), length)
-
-            given = (
-                in_order(sources, shape.length),
-                None if prefixes is None else in_order(prefixes, prefix_length),
-                None if noise is None else noise[np.maximum(order, 0)],
-            )
-            counts = np.sum(order.reshape(len(self._devices), -1) >= 0, axis=1, dtype=np.int32)
-            most = max_target_length(self._configs, options, shape.length)
-            method, limits = make_method(options, most), Limits.of(options, shape.length, most)
-            arguments = self._params, method, limits, given, counts
-            with contextlib.ExitStack() as as_the_caller:
-                for name, value in settings.items():
-                    as_the_caller.enter_context(getattr(jax, name)(value))
-                (found, steps, out_of_room), turns = jax.device_get(
-                    search_continuously(self._models, shape, self._mesh, *arguments)
-                )
-            taken = prefill_takes_first_step(self._models, method)  # a step before they get a row
-            more, needed = [], 0
-            for place in np.flatnonzero(order >= 0):
-                index = int(order[place])
-                if out_of_room[place]:
-                    more.append(index)
-                else:
-                    results[index] = jax.tree.map(lambda leaf, place=place: leaf[place], found)
-                    needed += max(0, int(steps[place]) - taken)
-            with self._counting:
-                self.computed_steps += shape.rows * int(turns.sum())
-                self.needed_steps += needed
-            return more
-
         threads = ThreadPoolExecutor(self._at_once)
 
-        def start(chosen: list[int], length: int, all_room: bool) -> list[tuple[int, Future]]:
-            devices = len(self._devices)
-            tokens = batch_tokens
-            if tokens is None:
-                tokens = devices * self._tokens_at_once(options, length)
-            rows = num_rows(len(chosen), tokens, length, devices) // devices
-            block = min(rows, _CPU_BLOCK) if self._on_cpu else rows
-            room_of = self._all_room if all_room else self._usual_room
-            shape = Shape(rows, length, *room_of(options, length), block)
-            parts = -(-len(chosen) // (devices * rows * _SENTENCES_PER_ROW))
-            if len(chosen) > 2 * self._at_once * rows:
-                parts = -(-parts // self._at_once) * self._at_once  # an equal share per thread
-            return [(length, threads.submit(search, shape, chosen[i::parts])) for i in range(parts)]
+        def begin(chosen: list[int], length: int, all_room: bool) -> list[tuple[int, Future]]:
+            shape = self._shape(options, len(chosen), length, batch_tokens, all_room)
+            parts = self._num_parts(len(chosen), shape.rows)
+            return [
+                (length, threads.submit(self._search, call, shape, chosen[part::parts], results))
+                for part in range(parts)
+            ]
 
         try:
             begun, again = [], []
-            kind = jax.tree.structure(make_method(options, most=1))
+            kind = jax.tree.structure(make_method(options, max_length=1))
             few = max(16, self._in_usual_room[kind] // 4)
             all_room = few_shapes or self._begun_again[kind] > few
             if not all_room:
                 with self._counting:
                     self._in_usual_room[kind] += len(sources)
+            lengths = list(map(len, sources))
             for chosen, length in groups(lengths, few_shapes=few_shapes, limit=limit):
-                begun += start(chosen, length, all_room)
+                begun += begin(chosen, length, all_room)
             for length, same in groupby(begun, key=lambda part: part[0]):
                 if more := [index for _, part in same for index in part.result()]:
                     with self._counting:
                         self._begun_again[kind] += len(more)
-                    again += start(more, length, all_room=True)
+                    again += begin(more, length, all_room=True)
             for _, part in again:
                 part.result()
         finally:
             # After an error or Ctrl-C nothing more begins, and nobody waits for what has begun.
             threads.shutdown(wait=False, cancel_futures=True)
         return results
+
+    def _search(
+        self, call: "_Call", shape: Shape, chosen: Sequence[int], results: list[Any]
+    ) -> list[int]:
+        """Search the chosen sentences; return those that need more room, without a result."""
+        order = _deal_to_devices(chosen, len(self._devices), _SENTENCES_PER_ROW * shape.rows)
+        counts = np.sum(order.reshape(len(self._devices), -1) >= 0, axis=1, dtype=np.int32)
+        max_length = max_target_length(self._configs, call.options, shape.length)
+        method = make_method(call.options, max_length)
+        limits = Limits.of(call.options, shape.length, max_length)
+        given = call.in_order(order, shape.length)
+        with call.as_its_thread():
+            (found, steps, out_of_room), turns = jax.device_get(
+                search_continuously(
+                    self._models, shape, self._mesh, self._params, method, limits, given, counts
+                )
+            )
+        taken = prefill_takes_first_step(self._models, method)  # a step before they get a row
+        more, needed = [], 0
+        for place in np.flatnonzero(order >= 0):
+            index = int(order[place])
+            if out_of_room[place]:
+                more.append(index)
+            else:
+                results[index] = jax.tree.map(lambda leaf, place=place: leaf[place], found)
+                needed += max(0, int(steps[place]) - taken)
+        with self._counting:
+            self.computed_steps += shape.rows * int(turns.sum())
+            self.needed_steps += needed
+        return more
+
+    def _shape(
+        self,
+        options: GenerationConfig,
+        number: int,
+        length: int,
+        batch_tokens: int | None,
+        all_room: bool,
+    ) -> Shape:
+        """The program for a number of sentences of one length."""
+        devices = len(self._devices)
+        if batch_tokens is None:
+            batch_tokens = devices * self._tokens_at_once(options, length)
+        rows = num_rows(number, batch_tokens, length, devices) // devices
+        block = min(rows, _CPU_BLOCK) if self._on_cpu else rows
+        room_of = self._all_room if all_room else self._usual_room
+        return Shape(rows, length, *room_of(options, length), block)
+
+    def _num_parts(self, number: int, rows: int) -> int:
+        """How many programs share a number of sentences: each has an equal share of them."""
+        parts = -(-number // (len(self._devices) * rows * _SENTENCES_PER_ROW))
+        if number > 2 * self._at_once * rows:
+            parts = -(-parts // self._at_once) * self._at_once  # as many for each thread
+        return parts
 
     def _tokens_at_once(self, options: GenerationConfig, source_length: int) -> int:
         """How many source positions at once a device is fastest with, as measured."""
@@ -246,6 +240,68 @@ class Generator:
         room = min(room, usual)
         slots = options.num_beams * room  # samples share no past
         return room, min(slots, room + _SLOTS_PER_BEAM * options.beam_size) if searched else slots
+
+
+class _Call(NamedTuple):
+    """What `Generator.generate` was given, checked."""
+
+    options: GenerationConfig
+    sources: Sequence[Sequence[int]]
+    prefixes: Sequence[Sequence[int]] | None
+    keys: np.ndarray | None  # of words
+    settings: dict[str, Any]  # of JAX, in the thread that calls
+
+    @classmethod
+    def checked(
+        cls,
+        sources: Sequence[Sequence[int]],
+        options: GenerationConfig,
+        prefixes: Sequence[Sequence[int]] | None,
+        keys: Array | np.ndarray | None,
+        limit: int | None,
+    ) -> "_Call":
+        """Refuse what `Generator.generate` says, and sources of more than `limit` tokens."""
+        if not isinstance(options, GenerationConfig):
+            raise UserError(f"options are {options!r}: give a GenerationConfig")
+        if not all(hasattr(ids, "__len__") for ids in sources):
+            raise UserError("sources are not lists of ids: give one list per sentence")
+        longest = max(map(len, sources), default=0)
+        if limit is not None and longest > limit:
+            raise UserError(
+                f"a source has {longest} tokens and the model {limit} learned positions: shorten it"
+            )
+        if keys is not None and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+            if keys.dtype != jax.eval_shape(lambda: jax.random.key(0)).dtype:
+                raise UserError(f"keys are {keys.dtype}: give keys of jax_default_prng_impl")
+            keys = jax.random.key_data(keys)
+        words = None if keys is None else np.asarray(keys)
+        for name, each in (("prefixes", prefixes), ("keys", words)):
+            if each is not None and len(each) != len(sources):
+                raise UserError(f"there are {len(each)} {name}: give one for each of the sources")
+        settings = {name: getattr(jax.config, f"jax_{name}") for name in _OF_A_THREAD}
+        return cls(options, sources, prefixes, words, settings)
+
+    def in_order(
+        self, order: np.ndarray, length: int
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Sources, prefixes and keys of the sentences `order` [P], nothing where that is -1."""
+
+        def padded(each: Sequence[Sequence[int]], length: int) -> np.ndarray:
+            return pad([each[index] if index >= 0 else () for index in order], len(order), length)
+
+        prefixes = None
+        if self.prefixes is not None:
+            prefixes = padded(self.prefixes, bucket(max(map(len, self.prefixes), default=0)))
+        keys = None if self.keys is None else self.keys[np.maximum(order, 0)]
+        return padded(self.sources, length), prefixes, keys
+
+    @contextlib.contextmanager
+    def as_its_thread(self) -> Iterator[None]:
+        """Let this thread compute with the settings of the one that called."""
+        with contextlib.ExitStack() as stack:
+            for name, value in self.settings.items():
+                stack.enter_context(getattr(jax, name)(value))
+            yield
 
 
 def devices_or_all(devices: Sequence[jax.Device] | None) -> list[jax.Device]:

@@ -148,7 +148,7 @@ class Translator:
           prefixes: what the translation of each line begins with; the first piece after it may
             continue its last word.
           batch_tokens: source positions at once, over all devices; by default as in
-            `Generator.sentences`.
+            `Generator.generate`.
           few_shapes: compile one program for all lines that are not much shorter than the longest,
             instead of one or two for each doubling of the length.
           window: how many lines are read before the first of them is translated. With 1, each line
@@ -437,7 +437,7 @@ class Translator:
             numbers = np.zeros((bucket(len(noise)), 3), np.uint32)  # each count compiles anew
             numbers[: len(noise)] = np.array(noise, np.int64)
             keys = np.asarray(_keys(*numbers.T))[: len(noise)]
-        return self._generator.sentences(
+        return self._generator.generate(
             sources,
             options,
             batch_tokens=batch_tokens,

@@ -328,7 +328,7 @@ def test_a_transformer_with_layers_of_ones_own_is_searched_like_any_other():
     np.testing.assert_allclose(jnp.sum(log_probs, axis=1), both.log_probs.ravel(), rtol=1e-5)
     sentences = [[token for token in row if token != PAD_ID] for row in SOURCE.tolist()]
     for row, found in enumerate(
-        Generator(model, params, jax.devices()[:1]).sentences(sentences, OPTIONS)
+        Generator(model, params, jax.devices()[:1]).generate(sentences, OPTIONS)
     ):
         np.testing.assert_array_equal(found.sequences[:, :T], result.sequences[row])
         np.testing.assert_allclose(found.log_probs, result.log_probs[row], rtol=1e-5)
@@ -391,7 +391,7 @@ def test_parts_of_ones_own_may_have_other_parameters_and_no_weights_to_show(laye
     log_probs = token_log_probs(model, params, *flat_pairs(result, SOURCE[:1]))
     np.testing.assert_allclose(jnp.sum(log_probs, axis=1), result.log_probs.ravel(), rtol=1e-5)
     sentence = [token for token in SOURCE[0].tolist() if token != PAD_ID]
-    (found,) = Generator(model, params, jax.devices()[:1]).sentences([sentence], OPTIONS)
+    (found,) = Generator(model, params, jax.devices()[:1]).generate([sentence], OPTIONS)
     np.testing.assert_array_equal(found.sequences[:, :T], result.sequences[0])
     if layer is _UnseenLayer:
         with pytest.raises(UserError, match="coverage_penalty needs an attention that sows its"):

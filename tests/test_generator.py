@@ -106,7 +106,7 @@ def test_every_sentence_is_as_in_one_large_batch(
     keys = jax.random.split(jax.random.key(5), len(SOURCES)) if options.sampling else None
     prefixes = [[9, 11][: row % 3] for row in range(len(SOURCES))] if with_prefix else None
     tokens = 16 * 16 * (1 if num_devices == 1 else num_devices // 2)
-    found = generator.sentences(SOURCES, options, batch_tokens=tokens, keys=keys, prefixes=prefixes)
+    found = generator.generate(SOURCES, options, batch_tokens=tokens, keys=keys, prefixes=prefixes)
     expected = results_of_one_batch(options, with_prefix, configs)
     for row, one in enumerate(found):
         assert_same(one, jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), expected))
@@ -135,7 +135,7 @@ def test_beams_that_share_too_little_of_their_past_begin_once_more(shapes, monke
     generator = make_generator()
     expected = results_of_one_batch(OPTIONS)
     for slots in ({23, 60}, {60}):
-        found = generator.sentences(SOURCES, OPTIONS, batch_tokens=256)
+        found = generator.generate(SOURCES, OPTIONS, batch_tokens=256)
         for row, one in enumerate(found):
             assert_same(one, jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), expected))
         assert {shape[3] for shape in shapes} == slots
@@ -148,14 +148,14 @@ def test_neither_order_nor_company_changes_a_bit(seed, monkeypatch):
     monkeypatch.setattr(module, "_SLOTS_PER_BEAM", 20)  # else some start again, in another shape
     order = np.random.default_rng(seed).permutation(len(SOURCES))
     generator = make_generator()
-    found = generator.sentences(SOURCES, OPTIONS, batch_tokens=256)
-    moved = generator.sentences([SOURCES[index] for index in order], OPTIONS, batch_tokens=256)
+    found = generator.generate(SOURCES, OPTIONS, batch_tokens=256)
+    moved = generator.generate([SOURCES[index] for index in order], OPTIONS, batch_tokens=256)
     for place, index in enumerate(order):
         assert_bit_equal(moved[place], found[index])
     some = [index for index in order if index % 3][:40]
     for index, one in zip(
         some,
-        generator.sentences([SOURCES[i] for i in some], OPTIONS, batch_tokens=256),
+        generator.generate([SOURCES[i] for i in some], OPTIONS, batch_tokens=256),
         strict=True,
     ):
         assert_bit_equal(one, found[index])
@@ -165,7 +165,7 @@ def test_beams_too_many_for_the_first_step_alone():
     """The vocabulary lacks the two tokens per beam that `BeamSearch.first` needs."""
     options = GenerationConfig(beam_size=CONFIG.vocab_size // 2 + 1, max_length_extra=2)
     expected = generate((CONFIG,), (params_of(),), np.array([[5, 6, EOS_ID]]), options)
-    (found,) = make_generator().sentences([[5, 6, EOS_ID]], options)
+    (found,) = make_generator().generate([[5, 6, EOS_ID]], options)
     assert_same(found, jax.tree.map(lambda leaf: np.asarray(leaf[0]), expected))
 
 
@@ -182,7 +182,7 @@ def test_other_numbers_compile_nothing(every):
     def search(numbers):
         options = GenerationConfig(beam_size=3, max_length_extra=4, **numbers)
         keys = jax.random.split(jax.random.key(0), 4) if options.sampling else None
-        found = generator.sentences(SOURCES[:4], options, keys=keys, few_shapes=True)
+        found = generator.generate(SOURCES[:4], options, keys=keys, few_shapes=True)
         return [one.sequences.tolist() for one in found]
 
     first = search(every[0])
@@ -203,11 +203,11 @@ def test_two_searches_at_once_are_one(monkeypatch):
         return search(*args)
 
     monkeypatch.setattr(module, "search_continuously", spy)
-    at_once = generator.sentences(SOURCES, OPTIONS, batch_tokens=256)
+    at_once = generator.generate(SOURCES, OPTIONS, batch_tokens=256)
     assert len(threads) == 2
     monkeypatch.setattr(generator, "_at_once", 1)
     for ours, alone in zip(
-        at_once, generator.sentences(SOURCES, OPTIONS, batch_tokens=256), strict=True
+        at_once, generator.generate(SOURCES, OPTIONS, batch_tokens=256), strict=True
     ):
         assert_bit_equal(ours, alone)
 
@@ -236,24 +236,24 @@ def test_what_searches_has_the_settings_of_its_caller(monkeypatch):
         pytest.raises(UserError, match="seen"),
     ):
         keys = jax.random.split(jax.random.key(0), len(SOURCES))
-        generator.sentences(SOURCES, options, keys=keys)
+        generator.generate(SOURCES, options, keys=keys)
     assert set(seen) == {(True, "rbg", False)} != {settings()}
 
 
 def test_other_devices_encode_as_many_as_there_are_rows():
     generator = make_generator()
-    expected = generator.sentences(SOURCES, OPTIONS, batch_tokens=256)
+    expected = generator.generate(SOURCES, OPTIONS, batch_tokens=256)
     generator._on_cpu = False
     for one, other in zip(
-        generator.sentences(SOURCES, OPTIONS, batch_tokens=256), expected, strict=True
+        generator.generate(SOURCES, OPTIONS, batch_tokens=256), expected, strict=True
     ):
         assert_same(one, other)
 
 
 def test_a_second_time_compiles_nothing():
-    make_generator().sentences(SOURCES, OPTIONS, batch_tokens=256)
+    make_generator().generate(SOURCES, OPTIONS, batch_tokens=256)
     with count_compiles() as compiled:
-        make_generator().sentences(SOURCES[::-1], OPTIONS, batch_tokens=256)
+        make_generator().generate(SOURCES[::-1], OPTIONS, batch_tokens=256)
     assert compiled == []
 
 
@@ -263,7 +263,7 @@ def test_few_shapes_compile_one_program_and_find_the_same():
     rows = [row for row, source in enumerate(SOURCES) if len(source) >= 5]
     sources = [SOURCES[row] for row in rows] + random_sources([20, 30, 40] * 10)
     with count_compiles() as compiled:
-        found = generator.sentences(sources, OPTIONS, batch_tokens=64 * 48, few_shapes=True)
+        found = generator.generate(sources, OPTIONS, batch_tokens=64 * 48, few_shapes=True)
     assert len(compiled) == 1
     for row, one in zip(rows, found, strict=False):
         assert_same(one, jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), expected))
@@ -276,7 +276,7 @@ def test_rows_do_not_wait_for_the_longest_sentence():
         beam_size=1, max_length_ratio=1.0, max_length_extra=0, min_length_ratio=1.0
     )
     generator = make_generator()
-    generator.sentences(random_sources(lengths), options, batch_tokens=512)
+    generator.generate(random_sources(lengths), options, batch_tokens=512)
     assert generator.needed_steps == lengths.sum()
     assert generator.needed_steps / generator.computed_steps > 0.7
 
@@ -284,7 +284,7 @@ def test_rows_do_not_wait_for_the_longest_sentence():
 def test_steps_that_are_not_needed_are_counted():
     options = GenerationConfig(beam_size=2, max_length_ratio=1.0, max_length_extra=0)
     generator = make_generator()
-    generator.sentences(random_sources([8, 4, 2]), options)
+    generator.generate(random_sources([8, 4, 2]), options)
     steps = generator.computed_steps // 4
     assert generator.computed_steps == 4 * steps and 0 < steps <= 8
     assert steps <= generator.needed_steps <= min(8, steps) + 4 + 2
@@ -293,14 +293,14 @@ def test_steps_that_are_not_needed_are_counted():
 def test_a_translation_of_no_tokens_needs_no_steps():
     options = GenerationConfig(beam_size=2, max_length_ratio=0.0, max_length_extra=0)
     generator = make_generator()
-    (found,) = generator.sentences(random_sources([4]), options)
+    (found,) = generator.generate(random_sources([4]), options)
     assert not found.lengths.any() and generator.needed_steps == 0
 
 
 def test_keys_of_another_kind_are_refused():
     keys = jax.random.split(jax.random.key(0, impl="rbg"), 1)
     with pytest.raises(UserError, match="give keys of jax_default_prng_impl"):
-        make_generator().sentences(SOURCES[:1], GenerationConfig(sampling=True), keys=keys)
+        make_generator().generate(SOURCES[:1], GenerationConfig(sampling=True), keys=keys)
 
 
 @pytest.mark.parametrize("few_shapes", [False, True])
@@ -309,7 +309,7 @@ def test_padding_stays_within_learned_positions(few_shapes):
     options = GenerationConfig(beam_size=2)
     generator = make_generator(config)
     source = [5, 6, 7, 8, 5, 6, 7, 8, EOS_ID]
-    (found,) = generator.sentences([source], options, few_shapes=few_shapes)
+    (found,) = generator.generate([source], options, few_shapes=few_shapes)
     assert found.sequences.shape == (2, 9)
     alone = generate((config,), (params_of(config),), np.array([source]), options)
     np.testing.assert_array_equal(found.sequences, alone.sequences[0])
@@ -318,7 +318,7 @@ def test_padding_stays_within_learned_positions(few_shapes):
 def test_a_source_longer_than_learned_positions_is_refused():
     generator = make_generator(CONFIG.replace(positions="learned", max_length=9))
     with pytest.raises(UserError, match="a source has 10 tokens and the model 9 learned positions"):
-        generator.sentences([[5] * 9 + [EOS_ID]], OPTIONS)
+        generator.generate([[5] * 9 + [EOS_ID]], OPTIONS)
 
 
 def test_wide_models_translate_as_many_long_sentences_as_short_ones():
@@ -341,7 +341,7 @@ def test_kernels_that_come_first_find_the_same():
     config = CONFIG.replace(d_model=256, num_heads=2, decoder_layers=1)
     options = GenerationConfig(beam_size=2, max_length_extra=4)
     sources = random_sources([15] * 16)
-    found = make_generator(config).sentences(sources, options, batch_tokens=256)
+    found = make_generator(config).generate(sources, options, batch_tokens=256)
     expected = generate((config,), (params_of(config),), np.array(sources), options)
     for row, result in enumerate(found):
         assert_same(result, jax.tree.map(lambda leaf, row=row: leaf[row], expected))

@@ -73,11 +73,11 @@ WRONG = {
     "prefix are a list": lambda: generate(
         CONFIG, params_of(), np.array([[4, 2]]), OPTIONS, prefix=[[5]]
     ),
-    "the tokens of a sentence are float64": lambda: Generator(CONFIG, params_of()).sentences(
+    "the tokens of a sentence are float64": lambda: Generator(CONFIG, params_of()).generate(
         [[4.5, 2.0]], OPTIONS
     ),
-    "sources are not lists of ids": lambda: Generator(CONFIG, params_of()).sentences([4], OPTIONS),
-    "give a GenerationConfig": lambda: Generator(CONFIG, params_of()).sentences([[4]], {}),
+    "sources are not lists of ids": lambda: Generator(CONFIG, params_of()).generate([4], OPTIONS),
+    "give a GenerationConfig": lambda: Generator(CONFIG, params_of()).generate([[4]], {}),
     "devices is empty": lambda: Generator(CONFIG, params_of(), devices=[]),
     "or has one twice": lambda: Generator(CONFIG, params_of(), devices=2 * jax.devices()[:1]),
     "target_ids are float32": lambda: Transformer(CONFIG).init(

@@ -149,11 +149,11 @@ def test_windows_do_not_show(translator):
 def test_the_noise_of_a_line_follows_from_its_number_in_the_stream(translator, monkeypatch):
     drawn, no_result = [], BeamResult(*np.zeros((4, 0, 0)))
 
-    def sentences(sources, options, *, keys, **given):
+    def generate(sources, options, *, keys, **given):
         drawn.append(np.asarray(jax.random.key_data(keys)))
         return [no_result] * len(sources)
 
-    monkeypatch.setattr(translator._generator, "sentences", sentences)
+    monkeypatch.setattr(translator._generator, "generate", generate)
     long = " ".join(itertools.islice(itertools.cycle(LEXICON), 70))
     lines = [*SENTENCES[:11], long]
     options = {"sampling": True, "seed": 3, "warn": lambda _: None}
@@ -238,7 +238,7 @@ def test_a_prefix_that_is_cut_off_is_told(translator, monkeypatch):
     assert len(best.ids) == 2 and not best.finished
     # At most as long as the source, eos included.
     no_result = BeamResult(*np.zeros((4, 0, 0)))
-    monkeypatch.setattr(translator._generator, "sentences", lambda *_, **__: [no_result])
+    monkeypatch.setattr(translator._generator, "generate", lambda *_, **__: [no_result])
     most = len(translator.source_tokenizer.encode("red dogs")) + 1
     options |= {"max_length_ratio": 1.0, "max_length_extra": 0}
     list(translator.generate(["red dogs"], prefixes=["rote Hunde rote Hunde"], **options))
@@ -259,7 +259,7 @@ def test_what_learned_positions_cut_off(tmp_path, monkeypatch):
     assert len(best.ids) == 5 and not best.finished
     assert translator.align_hypotheses(["red"], found) == [[None]]
     cut_off = BeamResult(np.array([best.ids]), *np.zeros((2, 1)), np.array([5]))
-    monkeypatch.setattr(translator._generator, "sentences", lambda *_, **__: [cut_off])
+    monkeypatch.setattr(translator._generator, "generate", lambda *_, **__: [cut_off])
     monkeypatch.setattr(module, "token_log_probs", lambda *_: np.zeros((1, 5)))
     monkeypatch.setattr(module, "attention_maps", lambda *_: [np.zeros((2, 1, 3, 5, 5))] * 3)
     explanation = translator.explain("red")
@@ -328,11 +328,11 @@ def test_a_prefix_is_of_the_first_part_and_no_member_gets_more_than_it_takes(
     )
     given = {}
 
-    def sentences(sources, options, *, prefixes, **others):
+    def generate(sources, options, *, prefixes, **others):
         given.update(sources=sources, prefixes=prefixes)
         return [BeamResult(*np.zeros((4, 0, 0)))] * len(sources)
 
-    monkeypatch.setattr(pair._generator, "sentences", sentences)
+    monkeypatch.setattr(pair._generator, "generate", generate)
     long = " ".join(itertools.islice(itertools.cycle(LEXICON), 70))
     list(pair.generate(["red", long], prefixes=["", "rote"], warn=lambda _: None))
     assert max(map(len, given["sources"])) == 8
@@ -361,11 +361,11 @@ def test_the_same_shapes_compile_nothing_again(translator):
 def test_options_reach_the_search(translator, monkeypatch):
     searched = []
 
-    def sentences(sources, options, **given):
+    def generate(sources, options, **given):
         searched.append(options)
         return []
 
-    monkeypatch.setattr(translator._generator, "sentences", sentences)
+    monkeypatch.setattr(translator._generator, "generate", generate)
     translator.translate([""])
     translator.translate([""], beam_size=7, length_penalty=1.0, length_penalty_form="power")
     assert searched == [
@@ -413,7 +413,7 @@ def test_noise_of_any_number_of_lines_is_one_program(translator, monkeypatch):
         given.append(keys)
         raise UserError("seen")
 
-    monkeypatch.setattr(Generator, "sentences", spy)
+    monkeypatch.setattr(Generator, "generate", spy)
     for number in (3, 7):
         with count_compiles() as compiled, pytest.raises(UserError, match="seen"):
             translator.translate(["red dogs"] * number, sampling=True)

@@ -62,7 +62,7 @@ class DecodeBenchmark:
       length: tokens of random sentences and of their translations.
       beam_size, length_penalty: as for `Translator.generate`; the penalty is length^alpha, and a
         sentence ends with its K-th finished hypothesis, for both engines.
-      batch_tokens: source positions we translate at once; by default as in `Generator.sentences`.
+      batch_tokens: source positions we translate at once; by default as in `Generator.generate`.
       dtypes: our precisions.
       one_by_one: translate each sentence alone, and report milliseconds a sentence.
       peer: "ctranslate2", "transformers" or None.

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from jaxformer.errors import UserError
 from jaxformer.generation_config import GenerationConfig, PenaltyForm
@@ -27,6 +27,14 @@ _SAMPLING = {
     "top_p": "of sampling: draw only from the best pieces that together have probability N",
 }
 _TYPES = {"top_k": int, "top_p": float}
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells of a wrong option as of any other error: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with status 2."""
+        self.exit(2, f"error: {message}: see {self.prog} --help\n")
 
 
 def add_search(group: Any, *, sampling: bool = False) -> None:

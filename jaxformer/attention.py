@@ -22,6 +22,9 @@ def attention_weights(
     """softmax(Q Kᵀ / √d_k) of equation 1, in float32 whatever the dtype of the inputs.
 
     A query that may attend to nothing gets weights of zero, not NaN and not uniform weights.
+
+    Raises:
+      UserError: `mask` is not a mask, as for `dense_mask`.
     """
     batch_size, length, num_heads, _ = query.shape
     mask = dense_mask(mask, (batch_size, num_heads, length, key.shape[1]))
@@ -59,6 +62,9 @@ def dot_product_attention(
 
     Returns:
       Weighted sums of the values in `value`'s dtype; zeros for a query with nothing to attend to.
+
+    Raises:
+      UserError: `mask` is not a mask, as for `dense_mask`, or `flash` is not possible here.
     """
     kernel = flash_kernel(flash, query, key, value, mask)
     if kernel is not None:

@@ -32,13 +32,21 @@ LengthPenalty = Callable[[Any], Any]
 
 
 def gnmt_length_penalty(alpha: float) -> LengthPenalty:
-    """((5 + length) / 6) ** alpha: Wu et al. (2016), eq. 14. The paper's §6.1 uses alpha = 0.6."""
+    """((5 + length) / 6) ** alpha: Wu et al. (2016), eq. 14. The paper's §6.1 uses alpha = 0.6.
+
+    Raises:
+      UserError: alpha is below 0.
+    """
     require(alpha >= 0, "alpha", alpha, "give 0 (no penalty) or more")
     return jax.tree_util.Partial(_gnmt, alpha)
 
 
 def power_length_penalty(alpha: float) -> LengthPenalty:
-    """Length ** alpha, as in fairseq and Marian; alpha = 1 scores by mean log-probability."""
+    """Length ** alpha, as in fairseq and Marian; alpha = 1 scores by mean log-probability.
+
+    Raises:
+      UserError: alpha is below 0.
+    """
     require(alpha >= 0, "alpha", alpha, "give 0 (no penalty) or more")
     return jax.tree_util.Partial(_power, alpha)
 

@@ -10,7 +10,7 @@ from itertools import chain, islice, repeat, tee, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, get_args
 
-from jaxformer.arguments import add_search, generation_options
+from jaxformer.arguments import Parser, add_search, generation_options
 from jaxformer.batching import in_windows
 from jaxformer.compilation import keep_compiled_programs
 from jaxformer.config import Precision
@@ -65,9 +65,7 @@ def command() -> NoReturn:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jaxformer", description="Use trained encoder-decoder Transformers."
-    )
+    parser = Parser(prog="jaxformer", description="Use trained encoder-decoder Transformers.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_translate(commands)
     _add_score(commands)

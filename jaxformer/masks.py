@@ -12,7 +12,11 @@ from jaxformer.ids import as_ids
 
 
 def padding_mask(ids: Int[Array, "B S"]) -> Bool[Array, "B 1 1 S"]:
-    """Every query may attend to every key that is not padding."""
+    """Every query may attend to every key that is not padding.
+
+    Raises:
+      UserError: `ids` is not an array of integers.
+    """
     return (as_ids(ids) != PAD_ID)[:, None, None, :]
 
 
@@ -28,6 +32,9 @@ def segment_mask(
 
     With the target's ids on both sides it is the segment mask of packed self-attention; with the
     target's and the source's, of packed encoder-decoder attention.
+
+    Raises:
+      UserError: the ids are not arrays of integers.
     """
     query = as_ids(query_segment_ids, "query_segment_ids")[:, None, :, None]
     key = as_ids(key_segment_ids, "key_segment_ids")[:, None, None, :]

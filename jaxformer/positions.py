@@ -44,6 +44,9 @@ def sinusoid(
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Position of each token inside its own segment of a packed row.
 
+    Raises:
+      UserError: `segment_ids` is not an array of integers.
+
     >>> segment_positions(jnp.array([[1, 1, 1, 2, 2, 0]])).tolist()
     [[0, 1, 2, 0, 1, 0]]
     """

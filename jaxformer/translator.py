@@ -123,6 +123,9 @@ class Translator:
         """Translate lines as they come, a window at a time: input may be of any size.
 
         Yields one translation for each line, in order; see `translate` for the options.
+
+        Raises:
+          UserError: as for `generate`.
         """
         if "n_best" in options:
             raise UserError("n_best is 1 here: call generate for more")

@@ -407,12 +407,22 @@ def test_no_run(run_with, tmp_path, monkeypatch):
     assert "RUN is not a run directory: it has no config.json" in run_with(b"one\n")[2]
 
 
-@pytest.mark.parametrize("arguments", [[], ["translate"], ["translate", "RUN", "--beam", "many"]])
-def test_usage(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ("", "the following arguments are required: COMMAND: see jaxformer --help"),
+        ("translate", "the following arguments are required: RUN: see jaxformer translate --help"),
+        (
+            "translate RUN --beam-size many",
+            "argument --beam-size: invalid int value: 'many': see jaxformer translate --help",
+        ),
+    ],
+)
+def test_usage(arguments, error, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(arguments)
+        main(arguments.split())
     assert stop.value.code == 2
-    assert "usage: jaxformer" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: {error}\n"
 
 
 def test_interrupting_is_no_error_of_the_program(translator, run_with, monkeypatch):

@@ -85,6 +85,9 @@ WRONG = {
     ),
     "labels are a list": lambda: cross_entropy(jnp.ones((1, 4)), jnp.ones((9, 4)), [1]),
     "labels are a list: give an array": lambda: shift_right([[4, 2]]),
+    r"labels are \(1, 2\) and segment_ids \(1, 3\)": lambda: shift_right(
+        jnp.ones((1, 2), int), jnp.ones((1, 3), int)
+    ),
     "ids are a list": lambda: padding_mask([[4, 2]]),
     "segment_ids are a list": lambda: segment_positions([[1, 1]]),
     "key_segment_ids are float32": lambda: segment_mask(jnp.ones((1, 2), int), jnp.ones((1, 2))),

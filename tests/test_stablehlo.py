@@ -88,8 +88,11 @@ def test_searches_find_what_ours_find(programs, params, name):
         ids = source_ids(number)
         found = search(flat(params), source_ids=ids)
         expected = generate((CONFIG,), (params,), ids, options)
-        np.testing.assert_array_equal(found["sequences"], expected.sequences)
-        np.testing.assert_allclose(found["scores"], expected.scores, rtol=1e-5)
+        assert found.keys() == set(expected._fields)
+        for exact in ("sequences", "lengths"):
+            np.testing.assert_array_equal(found[exact], getattr(expected, exact))
+        for close in ("scores", "log_probs"):
+            np.testing.assert_allclose(found[close], getattr(expected, close), rtol=1e-5)
 
 
 def test_steps_score_what_the_model_scores(programs, params):
@@ -189,6 +192,8 @@ def test_the_directory_says_what_it_holds(run, tmp_path, monkeypatch):
     assert functions["beam_search"] == {
         "inputs": ids,
         "outputs": {
+            "lengths": {"shape": ["batch", BEAMS], "dtype": "int32"},
+            "log_probs": {"shape": ["batch", BEAMS], "dtype": "float32"},
             "scores": {"shape": ["batch", BEAMS], "dtype": "float32"},
             "sequences": {"shape": ["batch", BEAMS, SOURCE_LENGTH + 50], "dtype": "int32"},
         },

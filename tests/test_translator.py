@@ -36,7 +36,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def translator(run):
-    # One device: programs for eight take long to compile, and test_generation covers them.
+    # One device: programs for eight take long to compile, and test_generator covers them.
     return Translator.load(run, devices=jax.devices()[:1])
 
 

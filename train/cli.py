@@ -16,6 +16,7 @@ from typing import Any, NoReturn, get_args
 
 import jax
 
+from jaxformer.arguments import Parser
 from jaxformer.compilation import keep_compiled_programs
 from jaxformer.config import Precision
 from jaxformer.errors import UserError, memory_errors
@@ -102,7 +103,7 @@ def _check_temporary_directory() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m train", description="Train and evaluate translation Transformers."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -131,6 +131,7 @@ def _train(config: TrainConfig, run: Path) -> None:
             writer.write(start, "start", describe_machine(jax.devices()))
             log = Log(writer, progress, batches, data.rows_per_step)
             history = _validation_history(run, metric, start)
+            signatures_shown = False
             evaluate_every = evaluate.every or batches.steps_per_epoch
             steps = range(start, config.steps)
 
@@ -140,6 +141,7 @@ def _train(config: TrainConfig, run: Path) -> None:
 
             def validate(params: Any, done: int) -> dict[str, float]:
                 """Score the validation split; record and show its scores; return process 0's."""
+                nonlocal signatures_shown
                 began = time.monotonic()
                 losses = validation_loss(params)
                 check_finite("validation loss", losses["loss"], done)
@@ -153,7 +155,8 @@ def _train(config: TrainConfig, run: Path) -> None:
                     f"chrF {quality.chrf.value:.2f}  exact match {quality.exact_match:.1%}  "
                     f"({time.monotonic() - began:.1f} s)"
                 )
-                if not history:
+                if not signatures_shown:
+                    signatures_shown = True
                     for name in (quality.bleu, quality.chrf):
                         progress.message(f"here {name.name} is {name.signature}")
                 numbers = losses | {"bleu": quality.bleu.value, "chrf": quality.chrf.value}

@@ -172,8 +172,8 @@ def export_programs(
 
     def searching(options: GenerationConfig) -> Any:
         def program(params, source_ids):
-            result = generate((config,), (unflatten_dict(params, sep="/"),), source_ids, options)
-            return {"sequences": result.sequences, "scores": result.scores}
+            members = (unflatten_dict(params, sep="/"),)
+            return generate((config,), members, source_ids, options)._asdict()
 
         return program
 

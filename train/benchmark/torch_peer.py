@@ -12,6 +12,7 @@ from jaxformer.errors import UserError
 from jaxformer.positions import sinusoid
 from train.benchmark.peaks import forget_process_peak, process_peak
 from train.benchmark.turns import Turn, take_turn
+from train.machine import cores
 
 
 def torch_turn(
@@ -20,8 +21,7 @@ def torch_turn(
     """Return a function that takes steps over `batches`, on a GPU if there is one.
 
     Adam, dropout where the model has it, label smoothing, tied embeddings, post- or pre-norm as in
-    `config`; bfloat16 by autocast, attention by `scaled_dot_product_attention`, threads as PyTorch
-    chooses.
+    `config`; bfloat16 by autocast, attention by `scaled_dot_product_attention`, a thread per core.
 
     Args:
       kind: "train" or "forward", the latter without gradients and dropout.
@@ -36,6 +36,7 @@ def torch_turn(
 
     if config.activation not in ("relu", "gelu") or config.embeddings != "shared":
         raise UserError("the PyTorch peer has relu or gelu, and tied embeddings: use such a model")
+    torch.set_num_threads(cores())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, which is XLA's default there

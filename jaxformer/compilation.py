@@ -1,6 +1,7 @@
 """Compiled programs that outlive the process."""
 
 import os
+import stat
 import warnings
 from pathlib import Path
 
@@ -11,7 +12,7 @@ def keep_compiled_programs() -> None:
     """Keep what XLA compiles in ~/.cache/jaxformer, so that the next process need not compile it.
 
     JAX_COMPILATION_CACHE_DIR names another directory; JAX_ENABLE_COMPILATION_CACHE=0 turns this
-    off. Nothing is kept where nothing can be written.
+    off. Nothing is kept where nothing can be written, nor read where others could put programs.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
@@ -20,9 +21,12 @@ def keep_compiled_programs() -> None:
         folder = caches / "jaxformer"
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            status = folder.stat()
         except OSError:
             return
         if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            return
+        if status.st_uid != os.geteuid() or status.st_mode & stat.S_IWOTH:
             return
         # JAX warns about programs of another user that we may not read.
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")

@@ -98,7 +98,7 @@ def read_config(run: str | Path) -> dict[str, Any]:
         )
     if version != CONFIG_VERSION:
         raise UserError(
-            f"{path} has version {version}, this jaxformer reads version {CONFIG_VERSION}: "
+            f"{path} has version {version!r}, this jaxformer reads version {CONFIG_VERSION}: "
             "use the jaxformer that trained the model"
         )
     return config

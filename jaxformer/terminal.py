@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import shlex
 import signal
 import sys
@@ -68,10 +69,19 @@ def check_open(*names: str) -> None:
             raise UserError(f"{name} is closed: connect it to a file, a pipe or a terminal")
 
 
+def visible(text: str) -> str:
+    r"""Escape control characters, except "\n" and "\t": text of files must not steer a terminal.
+
+    >>> print(visible("red \x1b[31mdogs"))
+    red \x1b[31mdogs
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
+
+
 def say(text: str) -> None:
     """Print a line on standard error. It is not part of the result: a full disk stops nothing."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(visible(text), file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:

@@ -110,7 +110,8 @@ class VocabularyTokenizer(Tokenizer):
         """
         try:
             pieces = json.loads(_read(vocabulary))
-        except ValueError as error:
+            json.dumps(pieces, ensure_ascii=False).encode()  # half a character has no UTF-8
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{vocabulary} is not valid JSON: {error}; restore the file") from error
         if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
             raise UserError(f"{vocabulary} is not a JSON list of strings: restore the file")

@@ -454,7 +454,8 @@ class Translator:
         for ids, score, log_prob, length in zip(*result, strict=True):
             if np.isfinite(log_prob):
                 tokens = [int(token) for token in ids[:length] if token != EOS_ID]
-                text = self.target_tokenizer.decode(tokens)
+                # One line, also with a foreign tokenizer that has pieces for the ends of lines.
+                text = self.target_tokenizer.decode(tokens).replace("\n", " ")
                 pieces = self.target_tokenizer.pieces(tokens)
                 finished = bool(length) and int(ids[length - 1]) == EOS_ID
                 hypotheses.append(

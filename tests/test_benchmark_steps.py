@@ -259,6 +259,17 @@ def test_torch_does_the_same_work(peer, kind, dtype):
     )
 
 
+def test_peers_have_dtypes_of_their_own():
+    """A peer of one dtype is measured once, whatever ours is."""
+    dtypes = {"dtypes": ("float32",), "peer_dtypes": ("float32", "bfloat16")}
+    ours, *theirs = measured("forward", peers=("flax-plain",), rounds=1, **dtypes)
+    assert ours["dtype"] == "float32"
+    assert [(each["engine"], each["dtype"]) for each in theirs] == [
+        ("flax-plain", "float32"),
+        ("flax-plain", "bfloat16"),
+    ]
+
+
 def test_plain_flax_has_the_same_parameters():
     ids = jnp.ones((1, 2), jnp.int32)
 

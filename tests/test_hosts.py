@@ -121,20 +121,25 @@ def test_a_directory_is_the_same_for_all_or_refused(two, tmp_path, shared):
 
 
 @pytest.mark.parametrize(
-    "place",
+    ("place", "from_environment"),
     [
-        "[::1]:1",
-        "a..b:1 (no address is known for 'a..b': has it started, and is the name right?)",
+        ("[::1]:1", False),
+        ("a..b:1 (no address is known for 'a..b': has it started, and is the name right?)", True),
     ],
 )
-def test_joining_says_that_it_waits_and_counts_devices(two, capsys, place):
+def test_joining_says_that_it_waits_and_counts_devices(two, capsys, place, from_environment):
     said = threading.Event()
     two.setattr(hosts, "_PATIENCE_S", 0.0)
     two.setattr(hosts, "say", lambda text: (print(text), said.set()))
     two.setattr(jax.distributed, "initialize", lambda *_: said.wait(10))
     two.setattr(jax, "devices", lambda: [SimpleNamespace(process_index=i) for i in (0, 0, 1)])
+    where, config = place.split()[0], ParallelConfig()
+    if from_environment:
+        two.setenv("JAX_COORDINATOR_ADDRESS", where)
+    else:
+        config = ParallelConfig(coordinator=where, processes=2, process=1)
     with pytest.raises(UserError, match="process 0 has 2 devices and process 1 1: give all the"):
-        initialize_hosts(ParallelConfig(coordinator=place.split()[0], processes=2, process=1))
+        initialize_hosts(config)
     told = capsys.readouterr().out
     assert told == f"waiting for the other processes at {place}; JAX gives up after five minutes\n"
 

@@ -53,7 +53,8 @@ def initialize_hosts(config: ParallelConfig) -> None:
     Raises:
       UserError: they cannot be joined, or do not all have the same number of devices.
     """
-    telling = threading.Timer(_PATIENCE_S, _tell_who_is_missing, [config.coordinator])
+    coordinator = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")  # as in JAX
+    telling = threading.Timer(_PATIENCE_S, _tell_who_is_missing, [coordinator])
     telling.start()
     try:
         jax.distributed.initialize(config.coordinator, config.processes, config.process)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from jaxformer.errors import UserError
-from jaxformer.files import writing
+from jaxformer.files import write_text, writing
 from jaxformer.run_directory import METRICS_FILE
 
 
@@ -135,9 +135,7 @@ class MetricsWriter:
         if self._file is not None:
             self._file.close()
         records = filter(wanted, read_metrics(self._path.parent))
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(map(_line, records)), encoding="utf-8")
-        partial.replace(self._path)
+        write_text(self._path, "".join(map(_line, records)))
         self._file = self._path.open("a", buffering=1, encoding="utf-8")
 
 

@@ -181,7 +181,7 @@ class MeshParallel:
     """`jax.jit` over a mesh of data × fsdp × tensor: XLA splits one program over all devices.
 
     Parameters and optimizer state are created, kept and updated in parts, as `train.mesh` says.
-    Dropout's noise is that of a single device, however many there are.
+    Dropout's noise is the same however many devices the mesh has.
     """
 
     mesh: Mesh

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Self, TextIO
 
-from jaxformer.terminal import say
+from jaxformer.terminal import say, visible
 
 if TYPE_CHECKING:
     import rich.progress
@@ -80,7 +80,8 @@ class Progress:
             print("  ".join(filter(None, (done, eta, self._shown))), file=self._file, flush=True)
 
     def message(self, text: str) -> None:
-        """Print `text` as it is, above the bar if there is one."""
+        """Print `text`, above the bar if there is one."""
+        text = visible(text)
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         elif self._active:

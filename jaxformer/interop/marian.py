@@ -168,7 +168,10 @@ def to_marian(run: str | Path, directory: str | Path, checkpoint: str | int | No
         tensors = {name: np.ascontiguousarray(x, section["dtype"]) for name, x in tensors.items()}
         try:
             # Transformers refuses the file without the format.
-            save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+            weights = partial / "model.safetensors"
+            save_file(tensors, weights, metadata={"format": "pt"})
+            # Safetensors lets nobody else read it; what applies is the umask, as for other files.
+            weights.chmod((partial / "vocab.json").stat().st_mode)
         except SafetensorError as error:
             raise UserError(
                 f"cannot write {directory}: {one_line(error)}; choose another directory"

@@ -47,10 +47,11 @@ The parameters are an argument, not constants: four functions share one copy, th
 their size, and another checkpoint of the same model needs no new export.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -200,15 +201,28 @@ def export_programs(
     source_ids = jax.ShapeDtypeStruct((batch, source_length), jnp.int32)
     beams = jax.ShapeDtypeStruct((batch, search.beam_size), jnp.int32)
     greedy = dataclasses.replace(search, beam_size=1, n_best=1)
-    programs = {
-        "beam_search": lower(searching(search), source_ids=source_ids),
-        "greedy_search": lower(searching(greedy), source_ids=source_ids),
-    }
-    max_length = _outputs(programs["beam_search"])["sequences"].shape[2]
-    programs["encode"] = lower(encode, source_ids=source_ids)
-    cache = _outputs(programs["encode"])["cache"]
-    programs["decode_step"] = lower(decode_step, cache=cache, tokens=beams, beams=beams)
+    with _without_folders():
+        programs = {
+            "beam_search": lower(searching(search), source_ids=source_ids),
+            "greedy_search": lower(searching(greedy), source_ids=source_ids),
+        }
+        max_length = _outputs(programs["beam_search"])["sequences"].shape[2]
+        programs["encode"] = lower(encode, source_ids=source_ids)
+        cache = _outputs(programs["encode"])["cache"]
+        programs["decode_step"] = lower(decode_step, cache=cache, tokens=beams, beams=beams)
     return programs
+
+
+@contextlib.contextmanager
+def _without_folders() -> Iterator[None]:
+    """Let programs name the source files they come from without the folders of this machine."""
+    setting = "jax_hlo_source_file_canonicalization_regex"
+    before = getattr(jax.config, setting)
+    jax.config.update(setting, ".*/")
+    try:
+        yield
+    finally:
+        jax.config.update(setting, before)
 
 
 def _flat(tree: Any) -> dict[str, Any]:

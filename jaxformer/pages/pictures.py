@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import io
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxformer.errors import UserError
-from jaxformer.files import check_writable, writing
+from jaxformer.files import check_writable, write_bytes
 from jaxformer.results import Explanation
 from jaxformer.terminal import say, warn
 
@@ -59,9 +60,9 @@ def picture(path: Path, width: float, height: float, text: str = "") -> Iterator
     with rc_context({"font.family": fonts_for(text)[0], "font.size": 8}):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=110)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=110, format=path.suffix[1:])
+        write_bytes(path, drawn.getvalue())
 
 
 def fonts_for(text: str) -> tuple[list[str], str]:

@@ -74,6 +74,9 @@ def _add_steps(kinds: Any, kind: str, what: str) -> None:
     steps.add_argument(
         "--peer", nargs="+", default=(), metavar="PEER", help=f"engines to compare with: {peers}"
     )
+    steps.add_argument(
+        "--peer-dtype", type=list_of(str), default=(), help="dtypes of the peers; default: ours"
+    )
     steps.add_argument("--profile", metavar="DIR", help="write a trace for TensorBoard or Perfetto")
     steps.add_argument("--plot", metavar="FILE.png", help="draw the sweep")
     steps.add_argument("--output", metavar="FILE", help="append the results, as JSON lines")
@@ -212,6 +215,7 @@ def _step_benchmark(
         steps=options.steps,
         rounds=options.rounds,
         peers=tuple(options.peer),
+        peer_dtypes=options.peer_dtype,
         profile=options.profile,
     )
 

@@ -41,6 +41,7 @@ from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from train.benchmark.compiles import count_compiles
+from train.benchmark.peaks import separate_devices
 from train.benchmark.processes import in_a_process
 from train.benchmark.turns import Translate, summary
 from train.data.files import read_lines
@@ -112,6 +113,10 @@ def benchmark_decode(settings: DecodeBenchmark) -> Iterator[dict[str, Any]]:
         )
     if settings.peer is not None:
         engine_version(settings.peer)
+        if (devices := separate_devices(jax.local_devices())) > 1:
+            raise UserError(
+                f"a peer uses one device and we would use {devices}: set CUDA_VISIBLE_DEVICES=0"
+            )
     GenerationConfig.of(_options(settings))
     if settings.profile is not None:
         check_writable(Path(settings.profile) / "trace")

@@ -33,7 +33,8 @@ def decode_table(records: Records) -> str:
             )
         )
     return (
-        f"{aligned(rows)}\n\n{_versions(records)}\n"
+        f"{aligned(rows)}\n\n{records[0]['machine']['devices']} of {_machine(records[0])}\n"
+        f"{_versions(records)}\n"
         "needed: share of the rows and steps computed that was for sentences not yet done"
     )
 
@@ -111,13 +112,11 @@ def steps_table(records: Records) -> str:
             )
     # The last record has the best peaks: other work may have lowered earlier ones.
     ours_alone = [record for record in records if "mfu" in record]
-    last, machine = ours_alone[-1], ours_alone[-1]["machine"]
+    last = ours_alone[-1]
     measured = {record["dtype"]: record["matmul_peak_flops"] for record in ours_alone}
     peaks = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, peak in measured.items())
     footer = (
-        f"{machine['device']}, {machine['cores']} cores; "
-        f"Python {machine['python']}, jax {machine['jax']}, jaxlib {machine['jaxlib']}, "
-        f"flax {machine['flax']}; XLA_FLAGS={machine['xla_flags']!r}, {machine['prng']} noise\n"
+        f"{_machine(last)}, {last['machine']['prng']} noise\n"
         f"{_versions(records)}\n"
         f"measured peak, a device: {peaks}, {last['memory_bandwidth'] / 1e9:,.1f} GB/s\n"
         "faster by: how many times the tokens/s of this line ours are, median of the turns\n"
@@ -127,6 +126,15 @@ def steps_table(records: Records) -> str:
         "GFLOP: by XLA, which counts once what a loop repeats, such as chunks of the loss"
     )
     return "\n\n".join((aligned(rows), aligned(programs), footer))
+
+
+def _machine(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    return (
+        f"{machine['device']}, {machine['cores']} cores; "
+        f"Python {machine['python']}, jax {machine['jax']}, jaxlib {machine['jaxlib']}, "
+        f"flax {machine['flax']}; XLA_FLAGS={machine['xla_flags']!r}"
+    )
 
 
 def _versions(records: Records) -> str:

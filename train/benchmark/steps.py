@@ -59,6 +59,7 @@ class StepBenchmark:
       steps: number of steps in a turn.
       rounds: turns of each engine, after one to warm up.
       peers: engines in `PEERS` to measure beside ours in every case.
+      peer_dtypes: those they compute in; none means that of our case. Marian's is float32.
       profile: folder for a trace of one turn of ours, for TensorBoard or Perfetto.
     """
 
@@ -74,6 +75,7 @@ class StepBenchmark:
     steps: int = 5
     rounds: int = 3
     peers: tuple[str, ...] = ()
+    peer_dtypes: tuple[DType, ...] = ()
     profile: str | None = None
 
 
@@ -193,29 +195,35 @@ def _cases(settings: StepBenchmark) -> Iterator[Case]:
 def _measure(
     settings: StepBenchmark, case: Case, at_best: Callable[[str], tuple[float, float]]
 ) -> Iterator[dict[str, Any]]:
-    engines: dict[str, Callable[[int], Turn]] = {}
+    engines: dict[tuple[str, str], Callable[[int], Turn]] = {}
     with contextlib.ExitStack() as processes:
         scratch = processes.enter_context(tempfile.TemporaryDirectory())
-        for peer in settings.peers:
-            engines[peer] = processes.enter_context(_peer(peer, settings, case, scratch))
+        dtypes = settings.peer_dtypes or (case.model.dtype,)
+        for peer, dtype in itertools.product(settings.peers, dtypes):
+            kind = "float32" if peer == "marian" else dtype
+            if (peer, kind) not in engines:
+                theirs = dataclasses.replace(case, model=case.model.replace(dtype=kind))
+                turn = processes.enter_context(_peer(peer, settings, theirs, scratch))
+                engines[peer, kind] = turn
         with count_compiles() as programs:
             ours = OurStep(settings.kind, settings.config, case, settings.batches)
             compiled = ours.compile()
             ours.turn(2)
         for turn in engines.values():
             turn(2)
-        engines = {"jaxformer": ours.turn} | engines
-        turns: dict[str, list[Turn]] = {name: [] for name in engines}
+        us = "jaxformer", case.model.dtype
+        engines = {us: ours.turn} | engines
+        turns: dict[tuple[str, str], list[Turn]] = {engine: [] for engine in engines}
         for _ in range(settings.rounds):
-            for name, turn in engines.items():
-                turns[name].append(turn(settings.steps))
+            for engine, turn in engines.items():
+                turns[engine].append(turn(settings.steps))
     devices = separate_devices(jax.local_devices()[: case.devices])
     peak, bandwidth = at_best(case.model.dtype)
     if settings.profile is not None:
         with jax.profiler.trace(settings.profile):
             ours.turn(settings.steps)
     flops = case.flops(settings.kind)
-    for name, measured in turns.items():
+    for (name, computed), measured in turns.items():
         seconds = [second for turn in measured for second in turn.seconds]
         tokens, positions = (
             sum(itertools.chain.from_iterable(getattr(turn, field) for turn in measured))
@@ -223,7 +231,7 @@ def _measure(
         )
         ratios = [
             _rate(ours_turn) / _rate(theirs)
-            for ours_turn, theirs in zip(turns["jaxformer"], measured, strict=True)
+            for ours_turn, theirs in zip(turns[us], measured, strict=True)
         ]
         # A peer's batches of a corpus have shapes of their own, and more than one.
         same_rows = settings.batches is None or name == "jaxformer"
@@ -236,7 +244,7 @@ def _measure(
             "source_length": case.source if same_rows else None,
             "target_length": case.target if same_rows else None,
             "vocab_size": case.model.vocab_size,
-            "dtype": "float32" if name == "marian" else case.model.dtype,
+            "dtype": computed,
             "step_seconds": summary(seconds),
             "target_tokens_per_step": tokens / len(seconds),
             "target_tokens_per_second": tokens / sum(seconds),

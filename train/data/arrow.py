@@ -45,9 +45,11 @@ def cache_folder(cache_dir: str | Path | None) -> Path:
 @contextlib.contextmanager
 def reading_cache(path: Path) -> Iterator[None]:
     """Raise `UserError` if a cache file is not what was written."""
+    import pyarrow as pa
+
     try:
         yield
-    except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise UserError(
             f"{path} is damaged ({reason(error)}): delete it to have it made again"
         ) from error
@@ -97,6 +99,9 @@ def locate_lists(path: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
       The byte at which each list begins, int64 [rows], and its number of items, int32 [rows].
+
+    Raises:
+      ValueError: a list is not in the file.
     """
     import pyarrow as pa
 
@@ -107,4 +112,7 @@ def locate_lists(path: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
         first = chunk.values.buffers()[1].address - file.address
         starts.append(first + 4 * offsets[:-1].astype(np.int64))
         lengths.append(np.diff(offsets))
-    return np.concatenate(starts), np.concatenate(lengths)
+    begin, length = np.concatenate(starts), np.concatenate(lengths)
+    if np.any((begin < 0) | (length < 0) | (begin + 4 * length.astype(np.int64) > file.size)):
+        raise ValueError("the file ends before its last list")
+    return begin, length

@@ -233,17 +233,23 @@ def test_what_standard_error_does_not_take_ends_nothing(monkeypatch):
     warn("somebody may want to know")
 
 
-@pytest.mark.parametrize("locked", [False, True])
-def test_where_no_program_can_be_kept_none_is(monkeypatch, tmp_path, locked):
-    (tmp_path / "cache").touch()
+@pytest.mark.parametrize("why", ["", "no folder", "locked", "open to all", "of another user"])
+def test_where_no_program_can_be_kept_or_trusted_none_is(monkeypatch, tmp_path, why):
+    (tmp_path / "file").touch()
+    (tmp_path / "jaxformer").mkdir()
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ("" if locked else "cache")))
-    if locked:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ("file" if why == "no folder" else "")))
+    if why == "locked":
         monkeypatch.setattr(os, "access", lambda *_: False)
-    updated = []
-    monkeypatch.setattr(jax.config, "update", lambda *setting: updated.append(setting))
+    if why == "open to all":
+        (tmp_path / "jaxformer").chmod(0o777)
+    if why == "of another user":
+        monkeypatch.setattr(os, "geteuid", lambda: -1)
+    updated = {}
+    monkeypatch.setattr(jax.config, "update", updated.__setitem__)
     keep_compiled_programs()
-    assert not updated
+    kept = updated.get("jax_compilation_cache_dir")
+    assert kept == (None if why else str(tmp_path / "jaxformer"))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ StableHLO), the command line is parsed, and data files and topologies in it are 
 A block that is not a command, such as a synopsis, has "notest" after its language.
 """
 
+import doctest
+import importlib
 import io
 import os
 import re
@@ -173,3 +175,13 @@ def test_python(page, folder, monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # from other packages, not about us
             exec(block, names)
+
+
+EXAMPLES = [path for path in (ROOT / "jaxformer").rglob("*.py") if ">>> " in path.read_text()]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_in_docstrings(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    failed, tried = doctest.testmod(importlib.import_module(name))
+    assert tried and not failed

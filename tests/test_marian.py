@@ -401,6 +401,8 @@ def assert_same_model(one, other):
 def test_there_and_back_is_the_same_model(case, tmp_path):
     to_marian(case.run, tmp_path / "back")
     assert_same_model(tmp_path / "back", case.folder)
+    weights, settings = (tmp_path / "back" / name for name in ("model.safetensors", "config.json"))
+    assert weights.stat().st_mode == settings.stat().st_mode
     model = transformers.MarianMTModel.from_pretrained(tmp_path / "back")
     for name, tensor in case.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name

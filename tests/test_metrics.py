@@ -178,6 +178,7 @@ def test_other_processes_write_nothing(tmp_path):
 
 
 def test_no_directory_to_write_to(tmp_path):
+    (tmp_path / "nowhere").touch()
     with pytest.raises(UserError, match=r"cannot write .*nowhere"):
         MetricsWriter(tmp_path / "nowhere")
 

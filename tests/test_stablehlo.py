@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import jax
@@ -76,6 +77,14 @@ def params():
 def programs(params):
     """The functions with the batch size left open, to be run with `call`."""
     return export_programs(CONFIG, flat(params), SEARCH, None, SOURCE_LENGTH)
+
+
+def test_programs_name_no_folder_of_this_machine(programs):
+    import jaxformer
+
+    for program in programs.values():
+        assert str(Path(jaxformer.__file__).parent).encode() not in program.serialize()
+        assert b"transformer.py" in program.serialize()
 
 
 @pytest.mark.parametrize("name", ["beam_search", "greedy_search"])

@@ -285,6 +285,14 @@ def test_what_stops_the_reading_is_not_called_sentencepieces_error(tmp_path, mon
         learn_tokenizers([PAIRS], tmp_path, vocab_size=90, joint=True)
 
 
+@pytest.mark.parametrize("content", ["[" * 100_000, r'["\ud800"]'])
+def test_a_vocabulary_that_is_no_list_of_texts(tmp_path, content):
+    path = tmp_path / "vocabulary.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"vocabulary\.json is not valid JSON: .*; restore the"):
+        VocabularyTokenizer.load_pair(tmp_path / "tokenizer.model", path)
+
+
 def test_tokenizers_of_another_model(tmp_path):
     learn_tokenizers([PAIRS], tmp_path, vocab_size=90, joint=True)
     load_tokenizers(tmp_path, TransformerConfig(vocab_size=90))

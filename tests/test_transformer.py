@@ -61,6 +61,9 @@ CONFIGS = {
 MODERN = CONFIGS["modern"]
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
+TYPES = CONFIGS | {"bfloat16": CONFIGS["modern"].replace(dtype="bfloat16")}
+every_type = pytest.mark.parametrize("config", TYPES.values(), ids=TYPES)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
@@ -145,6 +148,10 @@ def logits_of(
         none(source_ids) if source_delta is None else source_delta,
         none(target_ids) if target_delta is None else target_delta,
     )
+
+
+def tolerance_of(config):
+    return 2e-5 if config.dtype == "float32" else 2e-2
 
 
 def assert_close(actual, expected, tolerance=2e-5):
@@ -315,7 +322,7 @@ def test_positions_stay_apart_in_a_new_encoder(layers):
 # What may influence what
 
 
-@every_config
+@every_type
 def test_later_target_tokens_have_no_influence(config):
     """Sentence b of six equal ones is disturbed at position b: no bit before it changes."""
     source_ids, target_ids = np.tile(SOURCE[:1], (T, 1)), np.tile(TARGET[:1], (T, 1))
@@ -342,7 +349,7 @@ def test_later_target_tokens_have_no_gradient():
     np.testing.assert_array_equal(influenced, np.triu(np.ones((T, T), bool)))
 
 
-@every_config
+@every_type
 def test_padding_has_no_influence_whatever_it_holds(config):
     disturbance = np.full((B, S, config.d_model), 10, np.float32)
     disturbance[:, :, ::2] *= -0.5
@@ -402,14 +409,14 @@ PACKED_LABELS, _ = pack(LABELS, TARGET_LENGTHS, 11)
 SEGMENTS = {"source_segment_ids": SOURCE_SEGMENTS, "target_segment_ids": TARGET_SEGMENTS}
 
 
-@every_config
+@every_type
 def test_packed_pairs_have_the_logits_they_have_alone(config):
     """Also with learned positions, in a row that is longer than any position in it."""
     apply = jax.jit(Transformer(config).apply)
     variables = {"params": random_params(config)}
     packed = apply(variables, PACKED_SOURCE, PACKED_TARGET, **SEGMENTS)
     assert np.all(np.isfinite(packed))
-    assert_close(unpack(packed), logits_of(config)[REAL_TARGET])
+    assert_close(unpack(packed), logits_of(config)[REAL_TARGET], tolerance_of(config))
 
 
 def loss_sums_and_gradients(config, source_ids, target_ids, labels, **segments):
@@ -556,7 +563,7 @@ def decode(model, params, source_ids, tokens, beams):
     return logits, cache.index
 
 
-@every_config
+@every_type
 def test_cached_decoding_is_the_full_forward_pass(config):
     """Two sentences; each of their beams has its own past, and at step 3 takes over another's."""
     sentences = [1, 4]
@@ -580,10 +587,11 @@ def test_cached_decoding_is_the_full_forward_pass(config):
             logits.shape
         )
 
-    assert_close(logits[:, :, :3], full(tokens)[:, :, :3])
+    tolerance = tolerance_of(config)
+    assert_close(logits[:, :, :3], full(tokens)[:, :, :3], tolerance)
     past = np.take_along_axis(tokens[:, :, :3], beams[3][:, :, None], axis=1)
     reordered = np.concatenate([past, tokens[:, :, 3:]], axis=-1)
-    assert_close(logits[:, :, 3:], full(reordered)[:, :, 3:])
+    assert_close(logits[:, :, 3:], full(reordered)[:, :, 3:], tolerance)
 
 
 def test_bfloat16_is_close_to_float32():

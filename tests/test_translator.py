@@ -225,6 +225,11 @@ def test_arguments_that_mean_nothing(translator, options, message, monkeypatch):
         translator.translate(["red dogs"], **options)
 
 
+def test_a_translation_is_one_line_whatever_the_pieces_are(translator, monkeypatch):
+    monkeypatch.setattr(translator.target_tokenizer, "decode", lambda _: "rote\nHunde")
+    assert translator.translate(["red dogs"], beam_size=1) == ["rote Hunde"]
+
+
 def test_a_prefix_that_is_cut_off_is_told(translator, monkeypatch):
     said = []
     options = {"max_length_ratio": 0.0, "max_length_extra": 2, "warn": said.append}

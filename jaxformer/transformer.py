@@ -53,10 +53,10 @@ class Transformer(nn.Module):
         logits = model.apply({"params": params}, source_ids, target_ids)
 
     Ids are int32, [B, S] and [B, T]; 0 is padding. `target_ids` is the decoder's input: the target
-    shifted right, beginning with bos. Rows may hold several sentence pairs ("packed") if segment
-    ids say which token belongs to which pair: 1, 2, … and 0 for padding; positions then restart
-    and no attention crosses from one pair to another. With `deterministic=False` dropout is on and
-    `apply` needs `rngs={"dropout": key}`.
+    shifted right, beginning with bos: see `shift_right`. Rows may hold several sentence pairs
+    ("packed") if segment ids say which token belongs to which pair: 1, 2, … and 0 for padding;
+    positions then restart and no attention crosses from one pair to another. With
+    `deterministic=False` dropout is on and `apply` needs `rngs={"dropout": key}`.
 
     Attributes:
       config: the hyper-parameters.

@@ -32,8 +32,9 @@ def decode_table(records: Records) -> str:
                 _cell(record["compile_seconds"], ".1f"),
             )
         )
+    devices = records[0]["machine"]["devices"]
     return (
-        f"{aligned(rows)}\n\n{records[0]['machine']['devices']} of {_machine(records[0])}\n"
+        f"{aligned(rows)}\n\n{devices} device{'s' * (devices > 1)}: {_machine(records[0])}\n"
         f"{_versions(records)}\n"
         "needed: share of the rows and steps computed that was for sentences not yet done"
     )

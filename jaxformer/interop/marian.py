@@ -142,6 +142,8 @@ def to_marian(run: str | Path, directory: str | Path, checkpoint: str | int | No
     check_expressible(config, Path(run) / CONFIG_FILE)
     source, target = load_tokenizers(run, config)
     section = read_config(run).get("marian") or own_section(config, source, target)
+    if not isinstance(section, dict):
+        raise UserError(f'"marian" of {Path(run) / CONFIG_FILE} is no object: convert it again')
     special_ids, tokenizer_config = section["special_ids"], section["tokenizer_config"] or {}
     orders = {}
     for side, size in (

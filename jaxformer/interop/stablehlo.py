@@ -5,7 +5,7 @@
 The directory holds
 
 - `beam_search.bin` and `greedy_search.bin`: source_ids [B, S] -> sequences [B, M, T], where M is
-  `n_best` or K, and scores;
+  `n_best` or K, and scores, log_probs and lengths, each [B, M];
 - `encode.bin`, then `decode_step.bin` for each token: the same in steps, for your own search;
 - `params.npz`: the parameters, each function's first argument; all others are passed by name;
 - `manifest.json`: every function's inputs and outputs, and the special ids;

@@ -15,7 +15,7 @@ from jaxformer.batching import in_windows
 from jaxformer.compilation import keep_compiled_programs
 from jaxformer.config import Precision
 from jaxformer.convert import add_convert
-from jaxformer.errors import UserError, memory_errors
+from jaxformer.errors import UserError, machine_errors
 from jaxformer.files import lines_of
 from jaxformer.pages.inspection import add_inspect
 from jaxformer.results import Alignment
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        with memory_errors(options.if_memory_ends):
+        with machine_errors(options.if_memory_ends):
             options.command(options)
     except UserError as error:
         say(f"error: {error}")

@@ -28,7 +28,7 @@ def keep_compiled_programs() -> None:
             return
         if status.st_uid != os.geteuid() or status.st_mode & stat.S_IWOTH:
             return
-        # JAX warns about programs of another user that we may not read.
-        warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
+        # JAX warns about programs of another user that we may not read, and of a full disk.
+        warnings.filterwarnings("ignore", "Error (read|writ)ing persistent compilation cache entry")
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,6 +1,7 @@
 """The one exception that users are meant to read."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 
@@ -39,16 +40,43 @@ def reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def memory_errors(advice: str) -> Iterator[None]:
-    """Raise `UserError`, with advice, if a device or this machine runs out of memory."""
+def machine_errors(advice: str) -> Iterator[None]:
+    """Raise `UserError` if the machine lacks memory, a device or its working directory.
+
+    Args:
+      advice: what to do about memory.
+    """
     try:
         yield
     except MemoryError as error:
         said = str(error) or "no more available"
         raise UserError(f"too little memory: {said}; {advice}") from error
-    except RuntimeError as error:  # such as `jax.errors.JaxRuntimeError`
+    except (RuntimeError, AssertionError) as error:  # such as `jax.errors.JaxRuntimeError`
         said = one_line(error)
-        if not said.startswith("RESOURCE_EXHAUSTED"):
-            raise
-        said = said.removeprefix("RESOURCE_EXHAUSTED: ")[:200]
-        raise UserError(f"too little memory on the device: {said}; {advice}") from error
+        if said.startswith("RESOURCE_EXHAUSTED"):
+            said = said.removeprefix("RESOURCE_EXHAUSTED: ")[:200]
+            raise UserError(f"too little memory on the device: {said}; {advice}") from error
+        _check_devices()
+        raise
+    except FileNotFoundError:
+        _check_working_directory()
+        raise
+
+
+def _check_devices() -> None:
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter without a word
+        asked = jax.config.values["jax_platforms"] or ""
+        raise UserError(
+            f"JAX finds no device with JAX_PLATFORMS={asked}: unset it, or install what JAX needs"
+        ) from error
+
+
+def _check_working_directory() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the working directory has been deleted: change to another") from error

@@ -27,10 +27,10 @@ def lines_of(file: Iterable[bytes], name: str | Path) -> Iterator[str]:
     inside sentences, and shift one side of the corpus against the other.
 
     Raises:
-      UserError: a line is not UTF-8, or the first one shows that the file is UTF-16; the message
-        says where, with `name` for the file.
+      UserError: a line cannot be read or is not UTF-8, or the first one shows that the file is
+        UTF-16; the message says where, with `name` for the file.
     """
-    for number, raw in enumerate(file, start=1):
+    for number, raw in enumerate(_readable(file, name), start=1):
         if number == 1:
             raw = raw.removeprefix(codecs.BOM_UTF8)
         try:
@@ -46,6 +46,13 @@ def lines_of(file: Iterable[bytes], name: str | Path) -> Iterator[str]:
         if number == 1 and 3 * raw.count(0) >= len(raw) > 0:  # every other byte of Latin text
             raise UserError(f"{name} is UTF-16, it seems: convert it, for example with iconv")
         yield line.removesuffix("\n").removesuffix("\r")
+
+
+def _readable(file: Iterable[bytes], name: str | Path) -> Iterator[bytes]:
+    try:
+        yield from file
+    except OSError as error:  # such as standard input under `nohup`
+        raise UserError(f"cannot read {name}: {error.strerror}; give another file") from error
 
 
 @contextlib.contextmanager

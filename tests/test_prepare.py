@@ -231,7 +231,7 @@ def test_what_is_no_run_is_left_alone(folder, tmp_path):
 def test_a_cache_that_cannot_be_written(tmp_path):
     schema = pa.schema({"number": pa.int32()})
     (tmp_path / "x.lock").mkdir()
-    with pytest.raises(UserError, match=r"cannot write .*x\.arrow: .*; make room, or set data"):
+    with pytest.raises(UserError, match=r"cannot write .*x\.arrow: .*; make room, or set HF"):
         write_arrow(tmp_path / "x.arrow", schema, [{"number": [1]}])
 
 

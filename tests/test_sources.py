@@ -273,7 +273,7 @@ def test_a_cache_that_cannot_be_used_is_not_a_fault_of_the_data(data, tmp_path, 
         replace(nowhere, train=("t.parquet",)),
         replace(nowhere, train=("train",), dataset=data.path),
     ):
-        with pytest.raises(UserError, match=r"cannot make the cache folder .*; set data.cache_dir"):
+        with pytest.raises(UserError, match=r"cannot make the cache folder .*; set HF_DATA"):
             load_split(wanted, "train")
 
     def full(*_, **__):

@@ -19,7 +19,7 @@ import jax
 from jaxformer.arguments import Parser
 from jaxformer.compilation import keep_compiled_programs
 from jaxformer.config import Precision
-from jaxformer.errors import UserError, memory_errors
+from jaxformer.errors import UserError, machine_errors
 from jaxformer.files import check_writable, write_lines
 from jaxformer.generation_config import PenaltyForm
 from jaxformer.terminal import begin_program, check_open, drop_output, say
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_temporary_directory()
         if isinstance(sys.stdout, io.TextIOWrapper):  # letters that it lacks must not end a run
             sys.stdout.reconfigure(errors="backslashreplace")
-        with memory_errors("ask for less at once, or use a device with more"):
+        with machine_errors("ask for less at once, or use a device with more"):
             options.command(options, overrides)
         sys.stdout.flush()
     except UserError as error:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxformer.checkpoints import find_checkpoint, load_params
-from jaxformer.errors import UserError, memory_errors
+from jaxformer.errors import UserError, machine_errors
 from jaxformer.terminal import as_argument, warn
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
@@ -63,7 +63,7 @@ def fit(config: TrainConfig) -> Path:
     run = Path(config.run)
     with (
         ExitStack() as held,
-        memory_errors(
+        machine_errors(
             "lower data.batch_tokens or, to train the same, raise accumulate or set model.remat"
         ),
         noticing_lost_processes(),

@@ -177,7 +177,9 @@ def _inspect(options: argparse.Namespace) -> None:
     try:
         options.sentence.encode()
     except UnicodeEncodeError as error:  # the shell gave bytes that are not UTF-8
-        raise UserError(f"SENTENCE is not UTF-8 at letter {error.start + 1}: correct it") from error
+        raise UserError(
+            f"SENTENCE is not UTF-8 at letter {error.start + 1}: correct it, or use a UTF-8 locale"
+        ) from error
     check_writable(Path(options.output, "index.html"))
     keep_compiled_programs()
     translator = Translator.load(options.run, options.checkpoint)

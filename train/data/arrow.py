@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Part of every cache file's name: a change in what the files hold must change it.
 CACHE_VERSION = 1
 
-ADVICE = "make room, or set data.cache_dir"
+ADVICE = "make room, or set HF_DATASETS_CACHE or, to train, data.cache_dir"
 
 
 def cache_folder(cache_dir: str | Path | None) -> Path:
@@ -36,8 +36,8 @@ def cache_folder(cache_dir: str | Path | None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make the cache folder {folder}: {error.strerror}; set data.cache_dir, or "
-            "HF_DATASETS_CACHE in the environment"
+            f"cannot make the cache folder {folder}: {error.strerror}; set HF_DATASETS_CACHE in "
+            "the environment or, to train, data.cache_dir"
         ) from error
     return folder
 

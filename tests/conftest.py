@@ -83,12 +83,19 @@ def one_program_a_search():
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that matplotlib writes during a test, by file name."""
-    figure = pytest.importorskip("matplotlib.figure")
-    found, write = {}, figure.Figure.savefig
+    from jaxformer.pages import pictures
 
-    def keep(self, path, **options):
-        found[path.name] = self
-        write(self, path, **options)
+    figure = pytest.importorskip("matplotlib.figure")
+    found, last, draw, write = {}, [], figure.Figure.savefig, pictures.write_bytes
+
+    def keep(self, file, **options):
+        last.append(self)
+        draw(self, file, **options)
+
+    def name(path, content):
+        found[path.name] = last.pop()
+        write(path, content)
 
     monkeypatch.setattr(figure.Figure, "savefig", keep)
+    monkeypatch.setattr(pictures, "write_bytes", name)
     return found

@@ -81,6 +81,13 @@ def one_program_a_search():
 
 
 @pytest.fixture
+def known_yardsticks(monkeypatch):
+    """100 GFLOP/s and 10 GB/s, not measured: large matrices take seconds on simulated devices."""
+    monkeypatch.setattr("train.benchmark.peaks.matmul_peak", lambda *_: 1e11)
+    monkeypatch.setattr("train.benchmark.peaks.memory_bandwidth", lambda *_: 1e10)
+
+
+@pytest.fixture
 def drawn(monkeypatch):
     """The figures that matplotlib writes during a test, by file name."""
     from jaxformer.pages import pictures

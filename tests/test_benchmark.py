@@ -10,11 +10,12 @@ from jaxformer.errors import UserError
 from random_run import CONFIG
 from small_run import sentence_pairs, trained_run
 from train.benchmark import decode
-from train.benchmark.decode import DecodeBenchmark, benchmark_decode
+from train.benchmark.decode import DecodeBenchmark, Round, benchmark_decode, check_decode
 from train.benchmark.report import decode_table
 from train.cli import main
+from train.costs.flops import search_flops
 
-pytestmark = pytest.mark.usefixtures("one_program_a_search")
+pytestmark = pytest.mark.usefixtures("one_program_a_search", "known_yardsticks")
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +43,21 @@ def test_table_and_records(run, source, tmp_path, capsys):
         "--rounds",
         "2",
     ]
-    arguments += ["--beam-size", "2", "--batch-tokens", "128", "--dtypes", "float32", "bfloat16"]
+    arguments += ["--beam-size", "2", "--batch-tokens", "128", "--dtype", "float32,bfloat16"]
     assert main([*arguments, "--output", str(output)]) == 0
     header, first, second, *_ = capsys.readouterr().out.splitlines()
-    assert "sentences/s" in header and "jaxformer float32 is faster by" in header
-    assert first.startswith("jaxformer float32") and "1.00x (1.00 to 1.00)" in first
-    assert second.startswith("jaxformer bfloat16")
+    assert "sentences/s" in header and "MFU" in header
+    assert first.split()[1:3] == ["jaxformer", "float32"] and "1.00x (1.00 to 1.00)" in first
+    assert second.split()[1:3] == ["jaxformer", "bfloat16"]
     for line in output.read_text().splitlines():
         record = json.loads(line)
         assert record["sentences"] == 6 and len(record["seconds"]) == 2
-        assert record["tokens"] > 6 * 2
-        rate = record["tokens"] / record["seconds_median"]
-        assert record["tokens_per_second"] == pytest.approx(rate)
+        assert record["target_tokens"] > 6 * 2
+        rate = record["target_tokens"] / record["seconds_median"]
+        assert record["target_tokens_per_second"] == pytest.approx(rate)
+        flops = record["mfu"] * 1e11 * record["seconds_median"]
+        assert flops == pytest.approx(record["model_flops"])
+        assert record["peak_memory_bytes"] > 1e7
         assert record["settings"]["beam_size"] == 2 and record["machine"]["cores"] > 0
         assert record["seconds_p10"] <= record["seconds_median"] <= record["seconds_p90"]
         assert record["compile_seconds"] > 0 and record["compiled_programs"] >= 1
@@ -78,32 +82,83 @@ def test_the_peer_says_the_same(run, source, peer, one_by_one):
             rounds=1,
         )
     )
-    assert (ours["engine"], theirs["engine"]) == ("jaxformer float32", f"{peer} float32")
+    assert (ours["engine"], theirs["engine"]) == ("jaxformer", peer)
     assert theirs["version"] == f"{peer} {version(peer)}"
     assert theirs["same_as_first"] == 1.0
-    assert theirs["tokens"] == ours["tokens"]
+    assert theirs["target_tokens"] == ours["target_tokens"]
+    assert theirs["peak_memory_bytes"] > 1e7 and "mfu" not in theirs
 
 
 def test_transformers_has_no_int8(run, source):
     pytest.importorskip("transformers")
-    settings = DecodeBenchmark(run, source, peer="transformers", peer_types=("int8",), rounds=1)
+    settings = DecodeBenchmark(run, source, peer="transformers", peer_dtypes=("int8",), rounds=1)
     with pytest.raises(UserError, match="Transformers does not compute in int8: float32, bfloat16"):
         list(benchmark_decode(settings))
 
 
-def test_a_preset_has_random_words_and_translations_of_one_length(monkeypatch):
-    monkeypatch.setattr(decode, "PRESETS", {"toy": CONFIG})
+def test_random_parameters_have_random_words_and_translations_of_one_length():
     (record,) = benchmark_decode(
-        DecodeBenchmark("toy", vocab_size=40, sentences=5, length=6, beam_size=2, rounds=1)
+        DecodeBenchmark(
+            "toy", model=CONFIG, sentences=5, length=6, beam_size=2, devices=2, rounds=1
+        )
     )
-    assert record["sentences"] == 5
-    assert record["tokens"] == 5 * 6  # one token per step
-    for changes, message in (
+    assert (record["sentences"], record["devices"]) == (5, 2)
+    assert record["target_tokens"] == 5 * 6  # one token per step
+    assert record["model_flops"] == 5 * search_flops(CONFIG, 6, 6, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"length": 1}, "--length is 1: give at least 2"),
-        ({"source": "x"}, "toy is a preset, which knows no words: leave out --source"),
-    ):
-        with pytest.raises(UserError, match=message):
-            list(benchmark_decode(DecodeBenchmark("toy", **changes)))
+        ({"source": "x"}, "toy has random parameters, which know no words: leave out --source"),
+        ({"model": CONFIG.replace(vocab_size=7)}, "--vocab-size is 7: give at least 8"),
+        ({"devices": 9}, "9 devices are asked for, 8 are here: give 1 to 8"),
+        ({"devices": 0}, "--devices is 0: give at least 1"),
+        ({"dtypes": ("int8", "int8")}, r"--dtype has \('int8', 'int8'\): give each once"),
+    ],
+)
+def test_wrong_arguments_for_random_parameters(changes, message):
+    with pytest.raises(UserError, match=message):
+        check_decode(DecodeBenchmark(**{"run": "toy", "model": CONFIG} | changes))
+
+
+def test_a_sweep_measures_every_combination_and_is_drawn(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    configuration, picture, output = (tmp_path / name for name in ("toy.py", "a.png", "a.jsonl"))
+    configuration.write_text(
+        "from jaxformer.config import TransformerConfig\n"
+        "from train.config import TrainConfig\n"
+        f"config = TrainConfig(model={CONFIG!r})\n"
+    )
+    arguments = f"benchmark decode {configuration} --sentences 3 --rounds 1 --vocab-size 40"
+    arguments += f" --beam-size 1,2 --length 3,5 --devices 1 --output {output}"
+    arguments += f" --model.decoder-layers 1 --plot {picture}"
+    assert main(arguments.split()) == 0
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    cases = [(record["target_length"], record["beam_size"]) for record in records]
+    assert cases == [(3, 1), (3, 2), (5, 1), (5, 2)]
+    assert {record["vocab_size"] for record in records} == {40}
+    assert {record["settings"]["model"]["decoder_layers"] for record in records} == {1}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count(str(configuration)) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("base --plot x.png", "nothing to draw: give --beam-size, --length, --vocab-size, "),
+        ("bose", "no configuration 'bose': did you mean base?"),
+        ("runs/none --source README.md", "runs/none"),
+        ("runs/none --length 9", "--length is for random parameters, and runs/none is a run"),
+        ("runs/none --model.d-model 9", "unknown argument --model.d-model"),
+        ("tiny --model.d-modle 9", "no field --model.d_modle: did you mean --model.d-model?"),
+        ("tiny --dtypes int8", "no field --dtypes: did you mean --dtype?"),
+    ],
+)
+def test_wrong_command_lines(arguments, message, capsys):
+    assert main(["benchmark", "decode", *arguments.split()]) == 1
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -111,13 +166,13 @@ def test_a_preset_has_random_words_and_translations_of_one_length(monkeypatch):
     [
         (
             {},
-            "needs --source FILE, the sentences to translate; without it give a preset: tiny, base",
+            "needs --source FILE, the sentences to translate; without it give a preset or a conf",
         ),
         ({"source": "nowhere"}, "cannot read nowhere"),
         ({"rounds": 0}, "--rounds is 0: give at least 1"),
         ({"sentences": -1}, "--sentences is -1: give at least 0"),
         ({"batch_tokens": 0}, "--batch-tokens is 0: give at least 1"),
-        ({"peer_batches": (32, 0)}, r"--peer-batches are \(32, 0\): give at least 1"),
+        ({"peer_batches": (32, 0)}, r"--peer-batch is \(32, 0\): give at least 1"),
         ({"source": "/dev/null"}, "/dev/null has no sentence"),
         ({"source": "/dev/null", "profile": "/proc/x"}, "cannot write /proc/x/trace"),
     ],
@@ -130,7 +185,7 @@ def test_wrong_arguments(run, changes, message):
 def test_the_figures_of_engines_of_known_speed():
     def engine(*seconds):
         took = iter(seconds)
-        return lambda lines: (list(lines), next(took))
+        return lambda lines: Round(list(lines), next(took), 2**20)
 
     tokenizer = SimpleNamespace(encode_batch=lambda lines: [line.split() for line in lines])
 
@@ -138,19 +193,23 @@ def test_the_figures_of_engines_of_known_speed():
     computed_and_needed = iter([(100, 50)] * 2 + [(300, 200)] * 2)
 
     class Ours:
-        target_tokenizer = tokenizer
+        source_tokenizer = target_tokenizer = tokenizer
+        config = CONFIG
         steps = property(lambda _: next(computed_and_needed))
 
     engines = {
-        "jaxformer float32": engine(9.0, 1.0, 2.0, 4.0),
-        "jaxformer bfloat16": engine(9.0, 3.0, 2.0, 2.0),
+        ("jaxformer", "float32"): engine(9.0, 1.0, 2.0, 4.0),
+        ("jaxformer", "bfloat16"): engine(9.0, 3.0, 2.0, 2.0),
     }
-    settings = DecodeBenchmark("run", rounds=3)
+    settings = DecodeBenchmark("run", rounds=3, devices=2)
     translators = dict.fromkeys(engines, Ours())
     first, second = decode._measure(engines, ["a b", "c"], settings, translators, None)
-    assert first["tokens"] == 5  # with eos
+    assert first["target_tokens"] == 5  # with eos
+    # Twice as many simulated devices share the same cores.
+    flops = search_flops(CONFIG, 3, 3, 4) + search_flops(CONFIG, 2, 2, 4)
+    assert first["mfu"] == pytest.approx(flops / 2.0 / 1e11)
     assert (first["seconds_median"], first["compile_seconds"]) == (2.0, 7.0)
-    assert (first["sentences_per_second"], first["tokens_per_second"]) == (1.0, 2.5)
+    assert (first["sentences_per_second"], first["target_tokens_per_second"]) == (1.0, 2.5)
     assert first["milliseconds_per_sentence"] == 1000.0
     assert first["needed_share"] == 0.75
     # Its time as a multiple of our first engine's, round by round.
@@ -158,6 +217,7 @@ def test_the_figures_of_engines_of_known_speed():
     assert ratios == (1.0, 0.5, 3.0)
     table = decode_table([first, second])
     assert "1,000.00 (600.00 to 1,800.00)" in table and "1.00x (0.50 to 3.00)" in table
+    assert "1 MiB" in table
 
 
 def test_one_by_one_is_one_by_one():

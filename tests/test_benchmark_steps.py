@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformer.config import TransformerConfig
+from jaxformer.config import PRESETS, TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.transformer import Transformer
 from random_corpus import corpus_of
@@ -32,7 +32,7 @@ from train.benchmark.turns import Turn, summary
 from train.benchmark.work import padded_batches
 from train.cli import main
 from train.config import ParallelConfig, TrainConfig
-from train.costs.flops import forward_flops, train_flops
+from train.costs.flops import decode_step_flops, forward_flops, search_flops, train_flops
 from train.data.batches import Batches
 from train.data.packing import pack
 from train.prepare import prepare
@@ -44,11 +44,7 @@ CONFIGURATION = TrainConfig(model=MODEL)
 PARAMS = jax.eval_shape(Transformer(MODEL).init, jax.random.key(0), *[jnp.ones((1, 2), int)] * 2)
 
 
-@pytest.fixture(autouse=True)
-def small_yardsticks(monkeypatch):
-    """Not measured: large matrices take seconds on simulated devices."""
-    monkeypatch.setattr("train.benchmark.steps.matmul_peak", lambda *_: 1e11)
-    monkeypatch.setattr("train.benchmark.steps.memory_bandwidth", lambda *_: 1e10)
+pytestmark = pytest.mark.usefixtures("known_yardsticks")
 
 
 def measured(kind="train", config=CONFIGURATION, **changes):
@@ -70,6 +66,18 @@ def test_flops_are_those_that_xla_counts(changes):
     assert flops == pytest.approx(counted, rel=0.03)
     assert flops < counted
     assert train_flops(config, 2, 20, 30) == 3 * flops
+
+
+def test_flops_of_a_search():
+    """Those of a forward pass for the first token, then of one step after the other."""
+    config = PRESETS["tiny"].replace(vocab_size=1000)
+    first = forward_flops(config, 1, 11, 1)
+    steps = sum(decode_step_flops(config, 1, 4, 11, slots) for slots in range(2, 8))
+    assert search_flops(config, 11, 1, 4) == first
+    assert search_flops(config, 11, 7, 4) == first + steps
+    # Greedy, it is a forward pass without the half of the scores that the mask hides.
+    hidden = 2 * config.decoder_layers * 2 * config.d_model * (7 * 6 // 2)
+    assert search_flops(config, 11, 7, 1) == forward_flops(config, 1, 11, 7) - hidden
 
 
 def test_flops_of_the_base_model():
@@ -488,7 +496,7 @@ def test_a_sweep_is_drawn(tmp_path):
             "batch": rows,
             "target_length": 8,
             "vocab_size": vocabulary,
-            "machine": {"devices": 1},
+            "devices": 1,
             "target_tokens_per_second": 100.0 * rows,
             "mfu": 0.1 * rows,
         }
@@ -508,6 +516,20 @@ def test_yardsticks(monkeypatch):
     assert matmul_peak("float32", device) > 1e9
     monkeypatch.setattr(peaks, "_best_seconds", lambda *_: 2.0)
     assert memory_bandwidth(device) == 2**28
+    assert matmul_peak("int8", device) == 2048**3
+
+
+def test_a_yardstick_keeps_the_best(monkeypatch):
+    flops, speeds = iter([3.0, 1.0, 4.0, 2.0]), iter([5.0, 6.0])
+    monkeypatch.setattr(peaks, "matmul_peak", lambda *_: next(flops))
+    monkeypatch.setattr(peaks, "memory_bandwidth", lambda *_: next(speeds))
+    yardstick = peaks.Yardstick(jax.devices()[0])
+    assert [yardstick.matmul("float32") for _ in range(3)] == [3.0, 3.0, 4.0]
+    assert yardstick.matmul("int8") == 2.0
+    assert (yardstick.bandwidth(), yardstick.bandwidth()) == (5.0, 6.0)
+
+
+def test_the_statistics_of_turns():
     assert summary([3.0]) == {"median": 3.0, "p10": 3.0, "p90": 3.0}
     assert summary(list(range(11))) == {"median": 5, "p10": 1.0, "p90": 9.0}
 

@@ -5,15 +5,18 @@ import dataclasses
 import itertools
 import os
 import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxformer.config import PRESETS
+from jaxformer.config import PRESETS, TransformerConfig
 from jaxformer.errors import UserError
 from jaxformer.terminal import ShowDefaults
 from train.arguments import list_of, load_config, override, refuse
 from train.config import TrainConfig
+from train.records import Records, collect, keep_records
 
 if TYPE_CHECKING:
+    from train.benchmark.decode import DecodeBenchmark
     from train.benchmark.steps import StepBenchmark
 
 
@@ -77,9 +80,7 @@ def _add_steps(kinds: Any, kind: str, what: str) -> None:
     steps.add_argument(
         "--peer-dtype", type=list_of(str), default=(), help="dtypes of the peers; default: ours"
     )
-    steps.add_argument("--profile", metavar="DIR", help="write a trace for TensorBoard or Perfetto")
-    steps.add_argument("--plot", metavar="FILE.png", help="draw the sweep")
-    steps.add_argument("--output", metavar="FILE", help="append the results, as JSON lines")
+    _add_outputs(steps)
     steps.set_defaults(command=_benchmark_steps, kind=kind, corpus=False)
 
 
@@ -88,11 +89,16 @@ def _add_decode(kinds: Any) -> None:
         "decode",
         help="translation, beside another engine with the same weights",
         description="Measure sentences and tokens a second, compilation apart, beside another "
-        "engine with the same weights, which has a process of its own and takes turns with ours.",
+        "engine with the same weights, which has a process of its own and takes turns with ours. "
+        "Lists, as in --beam-size 1,4, measure every combination. --section.field VALUE changes "
+        "any field of a preset or a configuration.",
         formatter_class=ShowDefaults,
     )
     decode.add_argument(
-        "run", metavar="RUN", help="directory that training wrote, or a preset such as base"
+        "run",
+        metavar="RUN",
+        help="directory that training wrote, or a preset or configuration such as base, whose "
+        "parameters are then random",
     )
     decode.add_argument(
         "--source", metavar="FILE", help="text file to translate, needed with a run"
@@ -100,50 +106,70 @@ def _add_decode(kinds: Any) -> None:
     decode.add_argument(
         "--sentences", type=int, default=0, help="at most; 0 is the whole file, or 128 random ones"
     )
-    decode.add_argument("--vocab-size", type=int, default=32_000, help="pieces, with a preset")
+    numbers = list_of(int)
     decode.add_argument(
-        "--length", type=int, default=25, help="tokens of a sentence, with a preset"
+        "--vocab-size",
+        type=numbers,
+        default=(),
+        help="pieces in the vocabulary, without a run; default: that of the preset",
     )
     decode.add_argument(
-        "--beam-size", type=int, default=4, help="number of beams; 1 is greedy search"
+        "--length",
+        type=numbers,
+        default=(),
+        help="tokens of a sentence, without a run; default: 25",
+    )
+    decode.add_argument(
+        "--beam-size",
+        type=numbers,
+        default="4",
+        help="number of beams; 1 is greedy search",
     )
     decode.add_argument(
         "--length-penalty", type=float, default=1.0, help="alpha of the penalty length^alpha"
     )
     decode.add_argument(
         "--batch-tokens",
-        type=int,
+        type=numbers,
+        default=(),
         metavar="N",
-        help="source positions translated at once, over all devices; by default 4096 per device, "
+        help="source positions translated at once, over all devices; default: 4096 per device, "
         "fewer on a CPU",
     )
     decode.add_argument(
-        "--dtypes",
-        nargs="+",
-        default=["float32"],
-        help="precisions of jaxformer: float32, bfloat16, int8",
+        "--devices", type=numbers, default=(), help="how many take part; default: all"
+    )
+    decode.add_argument(
+        "--dtype",
+        type=list_of(str),
+        default="float32",
+        help="precisions of jaxformer: float32,bfloat16,int8",
     )
     decode.add_argument("--one-by-one", action="store_true", help="translate each sentence alone")
     decode.add_argument("--peer", choices=("ctranslate2", "transformers"), help="the other engine")
     decode.add_argument(
-        "--peer-types",
-        nargs="+",
-        default=["float32"],
-        help="compute types of the peer, such as float32 and int8",
+        "--peer-dtype",
+        type=list_of(str),
+        default="float32",
+        help="types the peer computes in, such as float32,int8",
     )
     decode.add_argument(
-        "--peer-batches",
-        type=int,
-        nargs="+",
-        default=[32, 128],
+        "--peer-batch",
+        type=numbers,
+        default="32,128",
         help="sentences that the peer takes at once; the fastest of these counts",
     )
     decode.add_argument("--rounds", type=int, default=5, help="measurements of each engine")
-    decode.add_argument(
+    _add_outputs(decode)
+    decode.set_defaults(command=_benchmark_decode, kind="decode")
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--profile", metavar="DIR", help="write a trace for TensorBoard or Perfetto"
     )
-    decode.add_argument("--output", metavar="FILE", help="append the results, as JSON lines")
-    decode.set_defaults(command=_benchmark_decode)
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the sweep")
+    parser.add_argument("--output", metavar="FILE", help="append the results, as JSON lines")
 
 
 def _leave_memory_to_peers() -> None:
@@ -151,20 +177,47 @@ def _leave_memory_to_peers() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
+def _check_plot(options: argparse.Namespace, sweep: Sequence[str]) -> None:
+    """Raise `UserError` if a picture is asked for, and none of the named options has a list."""
+    if options.plot is None:
+        return
+    from jaxformer.pages.pictures import check_picture
+
+    if max(len(set(getattr(options, name))) for name in sweep) < 2:
+        names = [f"--{name.replace('_', '-')}" for name in sweep]
+        raise UserError(f"nothing to draw: give {', '.join(names[:-1])} or {names[-1]} a list")
+    check_picture(options.plot)
+
+
+def _report(
+    options: argparse.Namespace,
+    measured: Iterable[Iterator[dict[str, Any]]],
+    table: Callable[[Records], str],
+) -> None:
+    """Measure, write, print and draw."""
+    from train.benchmark.report import plot
+
+    each = itertools.chain.from_iterable(measured)
+    records = collect(keep_records(options.output, each), table)
+    if options.plot is not None:
+        plot(options.plot, records)
+
+
+def _configuration(options: argparse.Namespace, name: str, overrides: list[str]) -> TrainConfig:
+    preset = name in PRESETS
+    config = TrainConfig(model=PRESETS[name]) if preset else load_config(name, also=PRESETS)
+    return override(
+        config, overrides, f"python -m train benchmark {options.kind}", own=vars(options)
+    )
+
+
 def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.peer:
         _leave_memory_to_peers()
-    from jaxformer.pages.pictures import check_picture
-    from train.benchmark.report import NOTHING_TO_DRAW, plot, steps_table
-    from train.records import collect, keep_records
-
-    if options.plot is not None:
-        swept = options.batch, options.length, options.vocab_size, options.devices
-        if max(len(set(values)) for values in swept) < 2:
-            raise UserError(NOTHING_TO_DRAW)
-        check_picture(options.plot)
+    _check_plot(options, ("batch", "length", "vocab_size", "devices"))
     import jax
 
+    from train.benchmark.report import steps_table
     from train.benchmark.steps import benchmark_steps, check_steps
 
     # Programs from the cache would make compiling look free.
@@ -172,10 +225,7 @@ def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
     benchmarks = [_step_benchmark(options, name, overrides) for name in options.config]
     for benchmark in benchmarks:  # reject what is impossible before anything is measured
         check_steps(benchmark)
-    measured = itertools.chain.from_iterable(map(benchmark_steps, benchmarks))
-    records = collect(keep_records(options.output, measured), steps_table)
-    if options.plot is not None:
-        plot(options.plot, records)
+    _report(options, map(benchmark_steps, benchmarks), steps_table)
 
 
 def _step_benchmark(
@@ -183,11 +233,7 @@ def _step_benchmark(
 ) -> "StepBenchmark":
     from train.benchmark.steps import StepBenchmark
 
-    config = (
-        TrainConfig(model=PRESETS[name]) if name in PRESETS else load_config(name, also=PRESETS)
-    )
-    prog = f"python -m train benchmark {options.kind}"
-    config = override(config, overrides, prog, own=vars(options))
+    config = _configuration(options, name, overrides)
     batches = None
     if options.corpus:
         if options.batch or options.length or options.vocab_size:
@@ -221,15 +267,70 @@ def _step_benchmark(
 
 
 def _benchmark_decode(options: argparse.Namespace, overrides: list[str]) -> None:
-    refuse(overrides, "benchmark decode")
     if options.peer is not None:
         _leave_memory_to_peers()
-    from train.benchmark.decode import DecodeBenchmark, benchmark_decode
+    sweep = ("beam_size", "length", "vocab_size", "batch_tokens", "devices")
+    _check_plot(options, sweep)
+    from train.benchmark.decode import benchmark_decode, check_decode
     from train.benchmark.report import decode_table
-    from train.records import collect, keep_records
 
-    names = [field.name for field in dataclasses.fields(DecodeBenchmark)]
-    values = {name: getattr(options, name) for name in names}
-    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    measured = benchmark_decode(DecodeBenchmark(**values | lists))
-    collect(keep_records(options.output, measured), decode_table)
+    benchmarks = _decode_benchmarks(options, overrides)
+    for benchmark in benchmarks:  # reject what is impossible before anything is measured
+        check_decode(benchmark)
+    _report(options, map(benchmark_decode, benchmarks), decode_table)
+
+
+def _decode_benchmarks(
+    options: argparse.Namespace, overrides: list[str]
+) -> list["DecodeBenchmark"]:
+    from train.benchmark.decode import DecodeBenchmark
+
+    models: list[TransformerConfig | None] = [None]
+    if _is_run(options.run):
+        refuse(overrides, "benchmark decode")
+        for name in ("vocab_size", "length"):
+            if getattr(options, name):
+                raise UserError(
+                    f"--{name.replace('_', '-')} is for random parameters, and {options.run} is a "
+                    "run: leave it out, or give a preset or a configuration"
+                )
+    else:
+        model = _configuration(options, options.run, overrides).model
+        # The made-up words are those of both sides.
+        models = [
+            model.replace(vocab_size=vocab_size, source_vocab_size=None)
+            for vocab_size in options.vocab_size or (model.vocab_size,)
+        ]
+    fixed = {
+        name: getattr(options, name)
+        for name in ("run", "source", "sentences", "length_penalty", "one_by_one", "peer")
+    }
+    return [
+        DecodeBenchmark(
+            **fixed,
+            model=model,
+            length=length,
+            beam_size=beam_size,
+            batch_tokens=batch_tokens,
+            devices=devices,
+            dtypes=options.dtype,
+            peer_dtypes=options.peer_dtype,
+            peer_batches=options.peer_batch,
+            rounds=options.rounds,
+            profile=options.profile,
+        )
+        for model, length, beam_size, batch_tokens, devices in itertools.product(
+            models,
+            options.length or (25,),
+            options.beam_size,
+            options.batch_tokens or (None,),
+            options.devices or (None,),
+        )
+    ]
+
+
+def _is_run(name: str) -> bool:
+    """Whether RUN means a directory, not a preset, a configuration or a misspelling of these."""
+    if name in PRESETS or name.endswith(".py"):
+        return False
+    return os.path.isdir(name) or os.sep in name

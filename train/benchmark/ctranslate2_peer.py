@@ -5,8 +5,16 @@ from functools import partial
 
 from jaxformer.interop.ctranslate2 import to_ctranslate2
 from jaxformer.run_directory import load_tokenizers
+from train.benchmark.peaks import process_peak
 from train.benchmark.turns import Translate
 from train.machine import cores
+
+
+def ctranslate2_peak() -> int | None:
+    """Most bytes in use; it does not tell those of a GPU."""
+    import ctranslate2
+
+    return None if ctranslate2.get_cuda_device_count() else process_peak()
 
 
 def ctranslate2_candidates(

@@ -2,6 +2,7 @@
 
     python -m train benchmark decode runs/multi30k --source test.en --beam-size 5 --peer ctranslate2
     python -m train benchmark decode base --vocab-size 32000 --length 25 --peer ctranslate2
+    python -m train benchmark decode tiny --beam-size 1,4,8 --length 25,50 --plot decoding.png
 
 Strings in, strings out, on both sides. The engines take turns, so that other work of the machine
 disturbs them alike, and their ratio compares neighbouring rounds. Loading, compiling and one round
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,7 +29,6 @@ from jaxformer.config import (
     BOS_ID,
     EOS_ID,
     PAD_ID,
-    PRESETS,
     UNK_ID,
     Precision,
     TransformerConfig,
@@ -41,13 +41,29 @@ from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
 from train.benchmark.compiles import count_compiles
-from train.benchmark.peaks import separate_devices
+from train.benchmark.peaks import (
+    Yardstick,
+    forget_process_peak,
+    peak_memory,
+    separate_devices,
+)
 from train.benchmark.processes import in_a_process
 from train.benchmark.turns import Translate, summary
+from train.costs.flops import search_flops
 from train.data.files import read_lines
 from train.machine import describe_machine, engine_version
 
-Engine = Callable[[Sequence[str]], tuple[list[str], float]]  # translations and seconds
+
+class Round(NamedTuple):
+    """What an engine did with all sentences once."""
+
+    translations: list[str]
+    seconds: float
+    peak_memory: int | None  # most bytes in use, where the engine can tell
+
+
+Engine = Callable[[Sequence[str]], Round]
+EngineName = tuple[str, str]  # with the type it computes in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +71,19 @@ class DecodeBenchmark:
     """What is measured.
 
     Attributes:
-      run: a run directory, or the name of a preset: its parameters are then random, and so are
-        the sentences.
-      source: text file with the sentences; needed with a run directory.
-      sentences: how many, at most; 0 is all of the file.
-      vocab_size: of a preset.
+      run: a run directory, or what `model` is called.
+      source: text file with the sentences, needed with a run.
+      model: what to measure with random parameters and random sentences, instead of a run.
+      sentences: how many, at most; 0 is all of the file, or 128 random ones.
       length: tokens of random sentences and of their translations.
       beam_size, length_penalty: as for `Translator.generate`; the penalty is length^alpha, and a
         sentence ends with its K-th finished hypothesis, for both engines.
       batch_tokens: source positions we translate at once; by default as in `Generator.generate`.
+      devices: how many take part; by default all.
       dtypes: our precisions.
       one_by_one: translate each sentence alone, and report milliseconds a sentence.
       peer: "ctranslate2", "transformers" or None.
-      peer_types: its compute types, such as float32 and int8.
+      peer_dtypes: the types it computes in, such as float32 and int8.
       peer_batches: sentences it translates at once; the fastest is found as it warms up, for
         CTranslate2 also whether one worker on all cores or one worker per core is faster.
       rounds: measurements of each engine.
@@ -76,16 +92,17 @@ class DecodeBenchmark:
 
     run: str
     source: str | None = None
+    model: TransformerConfig | None = None
     sentences: int = 0
-    vocab_size: int = 32_000
     length: int = 25
     beam_size: int = 4
     length_penalty: float = 1.0
     batch_tokens: int | None = None
+    devices: int | None = None
     dtypes: tuple[Precision, ...] = ("float32",)
     one_by_one: bool = False
     peer: str | None = None
-    peer_types: tuple[str, ...] = ("float32",)
+    peer_dtypes: tuple[str, ...] = ("float32",)
     peer_batches: tuple[int, ...] = (32, 128)
     rounds: int = 5
     profile: str | None = None
@@ -97,54 +114,83 @@ def benchmark_decode(settings: DecodeBenchmark) -> Iterator[dict[str, Any]]:
     Raises:
       UserError: the run, the file or the peer cannot be used.
     """
-    at_least = {"rounds": 1, "sentences": 0, "batch_tokens": 1, "beam_size": 1}
-    if settings.run in PRESETS:
-        # One token of a source is its eos; of a vocabulary four are special.
-        at_least |= {"length": 2, "vocab_size": 8}
+    check_decode(settings)
+    with tempfile.TemporaryDirectory() as scratch:
+        run, model, fixed = settings.run, settings.model, None
+        if model is not None:
+            run, fixed = f"{scratch}/run", settings.length
+            # Otherwise longer lines would be translated in parts, and each part to `length` tokens.
+            model = model.replace(max_length=max(model.max_length, settings.length))
+            _write_random_run(Path(run), model)
+            lines = _random_lines(model, settings.sentences or 128, settings.length)
+        else:
+            lines = _read_lines(settings)
+        translators: dict[EngineName, Translator] = {
+            ("jaxformer", dtype): Translator.load(run, dtype=dtype, devices=_devices(settings))
+            for dtype in settings.dtypes
+        }
+        engines: dict[EngineName, Engine] = {
+            name: _engine(_ours(translator, settings), partial(peak_memory, _devices(settings)))
+            for name, translator in translators.items()
+        }
+        with contextlib.ExitStack() as processes:
+            if settings.peer is not None:
+                for kind in settings.peer_dtypes:
+                    engines[settings.peer, kind] = processes.enter_context(
+                        in_a_process(_peer, settings, run, kind, scratch, fixed)
+                    )
+            yield from _measure(engines, lines, settings, translators, fixed)
+
+
+def check_decode(settings: DecodeBenchmark) -> None:
+    """Raise `UserError` where `benchmark_decode` would before it measures anything."""
+    at_least = {"rounds": 1, "sentences": 0, "batch_tokens": 1, "beam_size": 1, "devices": 1}
+    if settings.model is not None:
+        at_least |= {"length": 2}  # one token of a source is its eos
     for name, least in at_least.items():
         value = getattr(settings, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}: give at least {least}")
     if min(settings.peer_batches, default=0) < 1:
-        raise UserError(f"--peer-batches are {settings.peer_batches}: give at least 1")
-    if settings.run in PRESETS and settings.source is not None:
+        raise UserError(f"--peer-batch is {settings.peer_batches}: give at least 1")
+    for name in ("dtypes", "peer_dtypes"):
+        if len(set(kinds := getattr(settings, name))) < len(kinds):
+            raise UserError(f"--{name.replace('_', '-')[:-1]} has {kinds}: give each once")
+    if settings.model is not None:
+        if settings.source is not None:
+            raise UserError(
+                f"{settings.run} has random parameters, which know no words: leave out --source, "
+                "or give a run directory"
+            )
+        if settings.model.vocab_size < 8:  # four are special
+            raise UserError(f"--vocab-size is {settings.model.vocab_size}: give at least 8")
+    available = jax.local_device_count()
+    if settings.devices is not None and settings.devices > available:
         raise UserError(
-            f"{settings.run} is a preset, which knows no words: leave out --source, or give a run"
+            f"{settings.devices} devices are asked for, {available} are here: give 1 to {available}"
         )
     if settings.peer is not None:
         engine_version(settings.peer)
-        if (devices := separate_devices(jax.local_devices())) > 1:
-            raise UserError(
-                f"a peer uses one device and we would use {devices}: set CUDA_VISIBLE_DEVICES=0"
-            )
+        if (devices := separate_devices(_devices(settings))) > 1:
+            raise UserError(f"a peer uses one device and we would use {devices}: give --devices 1")
     GenerationConfig.of(_options(settings))
     if settings.profile is not None:
         check_writable(Path(settings.profile) / "trace")
-    with tempfile.TemporaryDirectory() as scratch:
-        run, fixed = settings.run, None
-        if settings.run in PRESETS:
-            run, fixed = f"{scratch}/run", settings.length
-            config = PRESETS[settings.run].replace(vocab_size=settings.vocab_size)
-            # Otherwise longer lines would be translated in parts, and each part to `length` tokens.
-            config = config.replace(max_length=max(config.max_length, settings.length))
-            _write_random_run(Path(run), config)
-            lines = _random_lines(config, settings.sentences or 128, settings.length)
-        else:
-            lines = _read_lines(settings)
-        translators = {
-            f"jaxformer {dtype}": Translator.load(run, dtype=dtype) for dtype in settings.dtypes
-        }
-        engines: dict[str, Engine] = {
-            name: partial(_timed, _ours(translator, settings))
-            for name, translator in translators.items()
-        }
-        with contextlib.ExitStack() as processes:
-            if settings.peer is not None:
-                for kind in dict.fromkeys(settings.peer_types):
-                    engines[f"{settings.peer} {kind}"] = processes.enter_context(
-                        in_a_process(_peer, settings, run, kind, scratch, fixed)
-                    )
-            yield from _measure(engines, lines, settings, translators, fixed)
+
+
+def _devices(settings: DecodeBenchmark) -> list[jax.Device]:
+    return jax.local_devices()[: settings.devices]
+
+
+def _engine(translate: Translate, peak: Callable[[], int | None]) -> Engine:
+    """Return a function that translates, and reads the clock and `peak`, bytes in use."""
+
+    def take_round(lines: Sequence[str]) -> Round:
+        forget_process_peak()
+        translations, seconds = _timed(translate, lines)
+        return Round(translations, seconds, peak())
+
+    return take_round
 
 
 def _timed(translate: Translate, lines: Sequence[str]) -> tuple[list[str], float]:
@@ -153,63 +199,95 @@ def _timed(translate: Translate, lines: Sequence[str]) -> tuple[list[str], float
 
 
 def _measure(
-    engines: dict[str, Engine],
+    engines: dict[EngineName, Engine],
     lines: list[str],
     settings: DecodeBenchmark,
-    translators: dict[str, Translator],
+    translators: dict[EngineName, Translator],
     fixed: int | None,
 ) -> Iterator[dict[str, Any]]:
-    outputs, first_seconds, programs = {}, {}, {}
+    devices = _devices(settings)
+    yardstick = Yardstick(devices[0])
+    for dtype in settings.dtypes:
+        yardstick.matmul(dtype)
+    first_seconds, programs = {}, {}
     for name, engine in engines.items():
         with count_compiles() as programs[name]:
-            outputs[name], first_seconds[name] = engine(lines)
+            first_seconds[name] = engine(lines).seconds
     # A translator learns in its first round whether its caches have to grow.
     warmed_up = {name: translator.steps for name, translator in translators.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    rounds: dict[EngineName, list[Round]] = {name: [] for name in engines}
     for _ in range(settings.rounds):
         for name, engine in engines.items():
-            outputs[name], took = engine(lines)
-            seconds[name].append(took)
+            rounds[name].append(engine(lines))
     first = next(iter(engines))
     if settings.profile is not None:
         with jax.profiler.trace(settings.profile):
             engines[first](lines)
-    tokenizer = translators[first].target_tokenizer
-    for name in engines:
+    config, source, target = (
+        getattr(translators[first], name)
+        for name in ("config", "source_tokenizer", "target_tokenizer")
+    )
+    for name, taken in rounds.items():
         ours = translators.get(name)
-        spread = summary(seconds[name])
+        seconds = [each.seconds for each in taken]
+        spread = summary(seconds)
         median = spread["median"]
+        translations = taken[-1].translations
         if fixed is None:
-            tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch(outputs[name]))
+            sources, targets = (
+                [len(ids) + 1 for ids in tokenizer.encode_batch(texts)]
+                for tokenizer, texts in ((source, lines), (target, translations))
+            )
         else:  # whatever text an engine decodes them to
-            tokens = fixed * len(lines)
-        pairs = zip(seconds[name], seconds[first], strict=True)
-        ratios = [this / best for this, best in pairs]
-        same = sum(map(str.__eq__, outputs[name], outputs[first])) / len(lines)
-        yield {
-            "engine": name,
-            "version": engine_version(name),
+            sources = targets = [fixed] * len(lines)
+        ratios = [this / best.seconds for this, best in zip(seconds, rounds[first], strict=True)]
+        same = sum(map(str.__eq__, translations, rounds[first][-1].translations)) / len(lines)
+        record = {
+            "benchmark": "decode",
+            "config": settings.run,
+            "engine": name[0],
+            "version": engine_version(name[0]),
+            "dtype": name[1],
+            "devices": len(devices),
+            "beam_size": settings.beam_size,
+            "batch_tokens": settings.batch_tokens,
+            "source_length": fixed,
+            "target_length": fixed,
+            "vocab_size": config.vocab_size,
             "sentences": len(lines),
-            "tokens": tokens,
-            "seconds": [round(value, 4) for value in seconds[name]],
+            "target_tokens": sum(targets),
+            "seconds": [round(value, 4) for value in seconds],
             "seconds_median": median,
             "seconds_p10": spread["p10"],
             "seconds_p90": spread["p90"],
             "sentences_per_second": len(lines) / median,
-            "tokens_per_second": tokens / median,
+            "target_tokens_per_second": sum(targets) / median,
             "milliseconds_per_sentence": 1000 * median / len(lines),
             # How many times as long as our first engine it takes.
             "ratio_median": statistics.median(ratios),
             "ratio_min": min(ratios),
             "ratio_max": max(ratios),
             "same_as_first": same,
-            # The first round compiles; that of a peer looks for its best settings.
-            "compile_seconds": max(0.0, first_seconds[name] - median) if ours else None,
-            "compiled_programs": len(programs[name]) if ours else None,
-            "needed_share": _needed_share(warmed_up[name], ours.steps) if ours else None,
+            "peak_memory_bytes": max((each.peak_memory or 0) for each in taken) or None,
             "settings": dataclasses.asdict(settings),
-            "machine": describe_machine(jax.devices()),
+            "machine": describe_machine(devices),
         }
+        if ours is not None:
+            peak = yardstick.matmul(name[1])
+            flops = sum(
+                search_flops(config, *lengths, settings.beam_size)
+                for lengths in zip(sources, targets, strict=True)
+            )
+            record |= {
+                # The first round compiles; that of a peer looks for its best settings.
+                "compile_seconds": max(0.0, first_seconds[name] - median),
+                "compiled_programs": len(programs[name]),
+                "needed_share": _needed_share(warmed_up[name], ours.steps),
+                "model_flops": flops,
+                "matmul_peak_flops": peak,
+                "mfu": flops / median / (peak * separate_devices(devices)),
+            }
+        yield record
 
 
 def _needed_share(before: tuple[int, int], after: tuple[int, int]) -> float:
@@ -225,7 +303,7 @@ def _options(settings: DecodeBenchmark) -> dict[str, Any]:
         "length_penalty_form": "power",
         "early_stopping": True,
     }
-    if settings.run in PRESETS:
+    if settings.model is not None:
         options |= {"max_length_ratio": 0.0}
         options |= {"max_length_extra": settings.length, "min_length_extra": settings.length}
     return options
@@ -244,8 +322,10 @@ def _peer(
     """Return the peer with its fastest settings, which its first round finds."""
     if settings.peer == "ctranslate2":
         from train.benchmark.ctranslate2_peer import ctranslate2_candidates as find
+        from train.benchmark.ctranslate2_peer import ctranslate2_peak as peak
     else:
         from train.benchmark.transformers_peer import transformers_candidates as find
+        from train.benchmark.transformers_peer import transformers_peak as peak
     candidates = find(
         run,
         kind,
@@ -268,7 +348,7 @@ def _peer(
             best = min(made, key=partial(seconds, lines=lines))
         return best(lines)
 
-    return partial(_timed, translate_at_best)
+    return _engine(translate_at_best, peak)
 
 
 def _one_by_one(translate: Translate) -> Translate:
@@ -278,8 +358,8 @@ def _one_by_one(translate: Translate) -> Translate:
 def _read_lines(settings: DecodeBenchmark) -> list[str]:
     if settings.source is None:
         raise UserError(
-            f"{settings.run} needs --source FILE, the sentences to translate; "
-            f"without it give a preset: {', '.join(PRESETS)}"
+            f"{settings.run} needs --source FILE, the sentences to translate; without it give a "
+            "preset or a configuration, such as base"
         )
     lines = islice(read_lines(Path(settings.source)), settings.sentences or None)
     if sentences := [line for line in lines if line.strip()]:

@@ -7,37 +7,68 @@ from jaxformer.errors import UserError
 from jaxformer.pages.pictures import picture
 from train.records import Records, aligned
 
-NOTHING_TO_DRAW = "nothing to draw: give --batch, --length, --vocab-size or --devices a list"
-
 
 def decode_table(records: Records) -> str:
-    """Return the table of `benchmark_decode`: one line per engine."""
-    first = records[0]["engine"]
-    header = ("engine", "sentences/s", "tokens/s", "ms/sentence (p10 to p90)")
-    ours = ("needed", "programs", "compile s")
-    rows = [(*header, f"{first} is faster by", "same output", *ours)]
+    """Return the table of `benchmark_decode`: one line per engine and case."""
+    rows = [
+        (
+            "model",
+            "engine",
+            "dtype",
+            "devices",
+            "beams",
+            "at once",
+            "length",
+            "vocabulary",
+            "sentences/s",
+            "target tokens/s",
+            "ms/sentence (p10 to p90)",
+            "first is faster by",
+            "same output",
+            "MFU",
+            "peak",
+            "needed",
+            "programs",
+            "compile s",
+        )
+    ]
     for record in records:
+        peak = record["peak_memory_bytes"]
         rows.append(
             (
+                record["config"],
                 record["engine"],
+                record["dtype"],
+                str(record["devices"]),
+                str(record["beam_size"]),
+                _cell(record["batch_tokens"], "d"),
+                _cell(record["target_length"], "d"),
+                f"{record['vocab_size']:,}",
                 f"{record['sentences_per_second']:,.1f}",
-                f"{record['tokens_per_second']:,.0f}",
+                f"{record['target_tokens_per_second']:,.0f}",
                 f"{record['milliseconds_per_sentence']:,.2f} "
                 f"({1000 * record['seconds_p10'] / record['sentences']:,.2f} to "
                 f"{1000 * record['seconds_p90'] / record['sentences']:,.2f})",
                 _ratio(record),
                 f"{record['same_as_first']:.1%}",
-                _cell(record["needed_share"], ".0%"),
-                _cell(record["compiled_programs"], "d"),
-                _cell(record["compile_seconds"], ".1f"),
+                _cell(record.get("mfu"), ".0%"),
+                f"{peak / 2**20:,.0f} MiB" if peak else "",
+                _cell(record.get("needed_share"), ".0%"),
+                _cell(record.get("compiled_programs"), "d"),
+                _cell(record.get("compile_seconds"), ".1f"),
             )
         )
-    devices = records[0]["machine"]["devices"]
-    return (
-        f"{aligned(rows)}\n\n{devices} device{'s' * (devices > 1)}: {_machine(records[0])}\n"
+    footer = (
+        f"{_machine(records[0])}\n"
         f"{_versions(records)}\n"
+        f"measured peak, a device: {_peaks(records)}\n"
+        "first: the line of jaxformer that comes first with the same sentences\n"
+        "at once: source positions; nothing: as many as jaxformer chooses\n"
+        "MFU: the products of the formulas, without padding, as a share of that peak; "
+        "peak: of memory in use meanwhile\n"
         "needed: share of the rows and steps computed that was for sentences not yet done"
     )
+    return f"{aligned(rows)}\n\n{footer}"
 
 
 def steps_table(records: Records) -> str:
@@ -111,15 +142,12 @@ def steps_table(records: Records) -> str:
                     f"{record['program_memory_bytes'] / 2**20:,.0f} MiB",
                 )
             )
-    # The last record has the best peaks: other work may have lowered earlier ones.
     ours_alone = [record for record in records if "mfu" in record]
     last = ours_alone[-1]
-    measured = {record["dtype"]: record["matmul_peak_flops"] for record in ours_alone}
-    peaks = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, peak in measured.items())
     footer = (
         f"{_machine(last)}, {last['machine']['prng']} noise\n"
         f"{_versions(records)}\n"
-        f"measured peak, a device: {peaks}, {last['memory_bandwidth'] / 1e9:,.1f} GB/s\n"
+        f"measured peak, a device: {_peaks(records)}, {last['memory_bandwidth'] / 1e9:,.1f} GB/s\n"
         "faster by: how many times the tokens/s of this line ours are, median of the turns\n"
         "real tokens: of the target, a step; peak: of memory in use meanwhile\n"
         "programs: of the state, the step, and whatever else was compiled before the second step\n"
@@ -138,6 +166,12 @@ def _machine(record: dict[str, Any]) -> str:
     )
 
 
+def _peaks(records: Records) -> str:
+    # A later record has a better peak: other work may have lowered earlier ones.
+    peaks = {each["dtype"]: each["matmul_peak_flops"] for each in records if "mfu" in each}
+    return ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, peak in peaks.items())
+
+
 def _versions(records: Records) -> str:
     return ", ".join(dict.fromkeys(record["version"] for record in records))
 
@@ -154,6 +188,8 @@ def _ratio(record: dict[str, Any]) -> str:
 #: What a sweep can vary and be drawn over, and the label of its axis.
 _DIMENSIONS = {
     "batch": "rows a step",
+    "batch_tokens": "source positions at once",
+    "beam_size": "beams",
     "target_length": "positions a row",
     "vocab_size": "vocabulary",
     "devices": "devices",
@@ -168,34 +204,33 @@ def plot(path: str, records: Records) -> None:
     Raises:
       UserError: nothing varies, or as for `picture`.
     """
-    points = [record | {"devices": record["machine"]["devices"]} for record in records]
-    several = len({point["config"] for point in points}) > 1
-    ours = [point for point in points if "mfu" in point]  # peers may not state their rows
-    varied = [name for name in _DIMENSIONS if len({point[name] for point in ours}) > 1]
+    several = len({record["config"] for record in records}) > 1
+    ours = [record for record in records if "mfu" in record]  # peers may not state their rows
+    varied = [name for name in _DIMENSIONS if len({record.get(name) for record in ours}) > 1]
     if not varied:
-        raise UserError(NOTHING_TO_DRAW)
+        raise UserError("nothing to draw: all cases are of the same size")
     with picture(Path(path), 5.0 * len(varied), 7.0) as figure:
         axes = figure.subplots(2, len(varied), squeeze=False)
         for column, name in enumerate(varied):
             others = [other for other in varied if other != name]
             lines: dict[str, list[dict[str, Any]]] = {}
-            for point in points:
+            for record in records:
                 label = " ".join(
                     [
-                        *([Path(point["config"]).stem] if several else []),
-                        point["engine"],
-                        point["dtype"],
-                        *(f"{_DIMENSIONS[other]} {point[other]}" for other in others),
+                        *([Path(record["config"]).stem] if several else []),
+                        record["engine"],
+                        record["dtype"],
+                        *(f"{_DIMENSIONS[other]} {record[other]}" for other in others),
                     ]
                 )
-                lines.setdefault(label, []).append(point)
+                lines.setdefault(label, []).append(record)
             for label, line in lines.items():
-                line = sorted(line, key=lambda point: point[name])
-                where = [point[name] for point in line]
-                speeds = [point["target_tokens_per_second"] for point in line]
+                line = sorted(line, key=lambda record: record[name])
+                where = [record[name] for record in line]
+                speeds = [record["target_tokens_per_second"] for record in line]
                 axes[0, column].plot(where, speeds, marker="o", label=label)
                 if "mfu" in line[0]:
-                    mfu = [100 * point["mfu"] for point in line]
+                    mfu = [100 * record["mfu"] for record in line]
                     axes[1, column].plot(where, mfu, marker="o", label=label)
             for axis, title in zip(axes[:, column], ("target tokens/s", "MFU, %"), strict=True):
                 axis.set(xlabel=_DIMENSIONS[name], ylabel=title, ylim=(0, None), xticks=where)

@@ -28,12 +28,7 @@ from jaxformer.errors import UserError
 from jaxformer.files import check_writable
 from train.benchmark.compiles import count_compiles
 from train.benchmark.our_step import OurStep
-from train.benchmark.peaks import (
-    datasheet_peak,
-    matmul_peak,
-    memory_bandwidth,
-    separate_devices,
-)
+from train.benchmark.peaks import Yardstick, datasheet_peak, separate_devices
 from train.benchmark.processes import in_a_process
 from train.benchmark.turns import Turn, summary, take_turn
 from train.benchmark.work import Case, Kind, full_rows, padded_batches
@@ -86,19 +81,11 @@ def benchmark_steps(settings: StepBenchmark) -> Iterator[dict[str, Any]]:
       UserError: a case or a peer is impossible here.
     """
     cases = check_steps(settings)
-    device = jax.local_devices()[0]
-    best: dict[str, float] = {}
-
-    def at_best(dtype: str) -> tuple[float, float]:
-        """FLOP/s and bytes/s of a device, the best so far: other work may have lowered some."""
-        measured = {dtype: matmul_peak(dtype, device), "bandwidth": memory_bandwidth(device)}
-        for name, value in measured.items():
-            best[name] = max(value, best.get(name, 0.0))
-        return best[dtype], best["bandwidth"]
-
+    yardstick = Yardstick(jax.local_devices()[0])
     for case in cases:
-        at_best(case.model.dtype)
-        yield from _measure(settings, case, at_best)
+        yardstick.matmul(case.model.dtype)
+        yardstick.bandwidth()
+        yield from _measure(settings, case, yardstick)
 
 
 def check_steps(settings: StepBenchmark) -> list[Case]:
@@ -192,9 +179,7 @@ def _cases(settings: StepBenchmark) -> Iterator[Case]:
         yield Case(changed, batch, source, target, devices)
 
 
-def _measure(
-    settings: StepBenchmark, case: Case, at_best: Callable[[str], tuple[float, float]]
-) -> Iterator[dict[str, Any]]:
+def _measure(settings: StepBenchmark, case: Case, yardstick: Yardstick) -> Iterator[dict[str, Any]]:
     engines: dict[tuple[str, str], Callable[[int], Turn]] = {}
     with contextlib.ExitStack() as processes:
         scratch = processes.enter_context(tempfile.TemporaryDirectory())
@@ -218,7 +203,7 @@ def _measure(
             for engine, turn in engines.items():
                 turns[engine].append(turn(settings.steps))
     devices = separate_devices(jax.local_devices()[: case.devices])
-    peak, bandwidth = at_best(case.model.dtype)
+    peak, bandwidth = yardstick.matmul(case.model.dtype), yardstick.bandwidth()
     if settings.profile is not None:
         with jax.profiler.trace(settings.profile):
             ours.turn(settings.steps)
@@ -258,6 +243,7 @@ def _measure(
             "model_flops": flops if same_rows else None,
             "model": case.model.to_dict(),
             "corpus": settings.batches is not None,
+            "devices": case.devices,
             "machine": describe_machine(ours.devices),
             "peak_memory_bytes": max((turn.peak_memory or 0) for turn in measured) or None,
         }

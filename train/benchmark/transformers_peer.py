@@ -6,7 +6,16 @@ from typing import Any
 
 from jaxformer.errors import UserError
 from jaxformer.interop.marian import to_marian
+from train.benchmark.peaks import process_peak
 from train.benchmark.turns import Translate
+
+
+def transformers_peak() -> int:
+    """Most bytes in use, on a GPU since the process began."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    return torch.cuda.max_memory_allocated() if on_gpu else process_peak()
 
 
 def transformers_candidates(

@@ -12,23 +12,16 @@ def forward_flops(config: TransformerConfig, batch: int, source: int, target: in
     Args:
       batch, source, target: B, S and T.
     """
+    decoder = _decoder_flops(config, batch * target, target + source)
+    return prefill_flops(config, batch, source) + decoder
+
+
+def prefill_flops(config: TransformerConfig, batch: int, source: int) -> int:
+    """FLOP of encoding B sources of S positions, and of their keys and values for the decoder."""
     query_and_output, feed_forward = _weights(config)
-
-    def scores(queries: int, keys: int) -> int:
-        return _scores(config, queries, keys)
-
-    encoder_layer = source * (2 * query_and_output + feed_forward) + scores(source, source)
-    decoder_layer = (
-        target * (3 * query_and_output + feed_forward)
-        + source * query_and_output
-        + scores(target, target)
-        + scores(target, source)
-    )
-    products = (
-        config.encoder_layers * encoder_layer
-        + config.decoder_layers * decoder_layer
-        + target * config.d_model * config.vocab_size
-    )
+    encoder_layer = source * (2 * query_and_output + feed_forward) + _scores(config, source, source)
+    keys_and_values = source * query_and_output
+    products = config.encoder_layers * encoder_layer + config.decoder_layers * keys_and_values
     return 2 * batch * products
 
 
@@ -49,10 +42,27 @@ def decode_step_flops(
       sentences, beams, source: B, K and S; the cache has keys and values of the source already.
       slots: P, of a sentence; each of its beams is scored against all of them.
     """
+    return _decoder_flops(config, sentences * beams, slots + source)
+
+
+def search_flops(config: TransformerConfig, source: int, target: int, beams: int) -> int:
+    """FLOP of translating a sentence by K beams: what no implementation can save.
+
+    Args:
+      source, target: S, and T tokens of the translation, each side with eos.
+      beams: K. The first token is decoded once, as the beams are still equal; each of the K at
+        position t has t keys of its own, whatever a cache has room for.
+    """
+    steps = _decoder_flops(config, 1 + beams * (target - 1), source)
+    own_keys = 1 + beams * sum(range(2, target + 1))
+    own_scores = 2 * config.decoder_layers * _scores(config, 1, own_keys)
+    return prefill_flops(config, 1, source) + steps + own_scores
+
+
+def _decoder_flops(config: TransformerConfig, tokens: int, keys: int) -> int:
+    """FLOP of the decoder for a number of tokens, each of which is scored against `keys` keys."""
     query_and_output, feed_forward = _weights(config)
-    tokens = sentences * beams
-    layer = tokens * (3 * query_and_output + feed_forward)
-    layer += _scores(config, tokens, slots) + _scores(config, tokens, source)
+    layer = tokens * (3 * query_and_output + feed_forward) + _scores(config, tokens, keys)
     return 2 * (config.decoder_layers * layer + tokens * config.d_model * config.vocab_size)
 
 

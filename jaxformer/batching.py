@@ -73,10 +73,14 @@ def num_rows(waiting: int, batch_tokens: int, length: int, devices: int = 1) -> 
 
 
 def batches(
-    lengths: Sequence[int], batch_tokens: int, *, limit: int | None = None
+    lengths: Sequence[int],
+    batch_tokens: int,
+    *,
+    few_shapes: bool = False,
+    limit: int | None = None,
 ) -> Iterator[tuple[list[int], int, int]]:
     """Yield each batch's sentences, its rows (at least as many) and its length, longest first."""
-    for group, length in groups(lengths, limit=limit):
+    for group, length in groups(lengths, few_shapes=few_shapes, limit=limit):
         while group:
             rows = num_rows(len(group), batch_tokens, length)
             yield group[:rows], rows, length
@@ -84,11 +88,17 @@ def batches(
 
 
 def pair_batches(
-    sources: list[list[int]], targets: list[list[int]], batch_tokens: int, limit: int | None
+    sources: list[list[int]],
+    targets: list[list[int]],
+    batch_tokens: int,
+    limit: int | None,
+    *,
+    few_shapes: bool = False,
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Yield indices of pairs of similar length and both sides' ids [B, T], T `limit` at most."""
     lengths = [max(map(len, pair)) for pair in zip(sources, targets, strict=True)]
-    for chosen, rows, length in batches(lengths, batch_tokens, limit=limit):
+    found = batches(lengths, batch_tokens, few_shapes=few_shapes, limit=limit)
+    for chosen, rows, length in found:
         source, target = ([side[index] for index in chosen] for side in (sources, targets))
         yield chosen, pad(source, rows, length), pad(target, rows, length)
 

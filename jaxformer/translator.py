@@ -247,17 +247,19 @@ class Translator:
         targets: Sequence[str],
         *,
         batch_tokens: int = 4096,
+        few_shapes: bool = False,
     ) -> list[Alignment]:
         """How much each target piece looked at each source piece, by the (first) model.
 
         Args:
           sources, targets: sentences and their translations, the model's own or not.
           batch_tokens: positions at once.
+          few_shapes: compile one program for all pairs that are not much shorter than the longest.
 
         Raises:
           UserError: as for `score`.
         """
-        return self._align(*self._pairs(sources, targets, 1), batch_tokens)
+        return self._align(*self._pairs(sources, targets, 1), batch_tokens, few_shapes)
 
     def align_hypotheses(
         self,
@@ -288,7 +290,7 @@ class Translator:
                     sources.append([*source, EOS_ID])
                     targets.append(target)
                     where.append((line, number))
-        aligned = self._align(sources, targets, batch_tokens)
+        aligned = self._align(sources, targets, batch_tokens, few_shapes=False)
         for (line, number), alignment in zip(where, aligned, strict=True):
             found[line][number] = alignment
         return found
@@ -298,10 +300,13 @@ class Translator:
         source_ids: list[list[int]],
         target_ids: list[list[int]],
         batch_tokens: int,
+        few_shapes: bool,
     ) -> list[Alignment]:
         found: list[Any] = [None] * len(source_ids)
         limit = self.config.num_positions
-        for chosen, source, target in pair_batches(source_ids, target_ids, batch_tokens, limit):
+        for chosen, source, target in pair_batches(
+            source_ids, target_ids, batch_tokens, limit, few_shapes=few_shapes
+        ):
             weights = attention_alignment(self.config, self.params, source, target)
             for index, row in zip(chosen, np.asarray(weights), strict=False):
                 found[index] = Alignment(

@@ -21,6 +21,7 @@ from train.lock import only_trainer
 from train.log import Log, examples
 from train.loop import _out_of_patience, fit
 from train.metrics import read_metrics
+from train.report import report_after_training
 from train.scores import score
 
 
@@ -71,6 +72,13 @@ def test_a_whole_run_compiles_six_programs(run_and_programs):
     programs = large(run_and_programs[1])
     assert "jit(create_state)" in programs
     assert len(programs) <= 6, programs
+
+
+def test_its_report_takes_two_more(run):
+    """The sentences it translates and their alignments, each at one length: eight in all."""
+    with count_compiles() as compiled:
+        assert report_after_training(run).startswith("report: ")
+    assert len(large(compiled)) <= 2, compiled
 
 
 def test_metrics_of_both_splits_and_the_final_scores(run):

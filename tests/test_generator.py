@@ -91,7 +91,7 @@ def shapes(monkeypatch):
         ),
         (
             GenerationConfig(beam_size=2, sampling=True, no_repeat_ngram_size=2, **LONG),
-            *(ALONE, 1, True),
+            *(ALONE, 2, True),
         ),
         pytest.param(
             GenerationConfig(beam_size=1, **LONG), *(ALONE, 8, False), marks=pytest.mark.slow

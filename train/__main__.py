@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from train.huge_pages import restart_with_huge_pages
+from train.allocator import restart_with_huge_pages
 
 if __name__ == "__main__":
     restart_with_huge_pages()

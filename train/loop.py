@@ -15,6 +15,7 @@ from jaxformer.errors import UserError, machine_errors
 from jaxformer.terminal import as_argument, warn
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
+from train.allocator import return_free_memory
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, flatten
 from train.evaluate import LossEvaluator, make_translate
@@ -175,6 +176,8 @@ def _train(config: TrainConfig, run: Path) -> None:
                 evaluating = done % evaluate_every == 0 or done == config.steps
                 if done % config.log_every == 0 or evaluating or step == start:
                     log.flush(done)
+                if step == start:
+                    return_free_memory()
                 progress.update(done)
                 if evaluating:
                     scores = validate(state.params, done)

@@ -55,7 +55,8 @@ def best_and_worst(run: Path) -> tuple[list[Sample], list[Sample]]:
     shown = min(_SHOWN, len(ranking) // 2)
     ends = ranking[:shown], ranking[len(ranking) - shown :][::-1]
     both = [index for end in ends for index in end]
-    alignments = translator.align([sources[i] for i in both], [outputs[i] for i in both])
+    shown_pairs = [sources[i] for i in both], [outputs[i] for i in both]
+    alignments = translator.align(*shown_pairs, few_shapes=True)
     samples = [
         Sample(sources[i], references[i], outputs[i], scores[i], alignment)
         for i, alignment in zip(both, alignments, strict=True)

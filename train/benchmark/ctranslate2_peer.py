@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+from jaxformer.errors import UserError
 from jaxformer.interop.ctranslate2 import to_ctranslate2
 from jaxformer.run_directory import load_tokenizers
 from train.benchmark.peaks import process_peak
@@ -41,12 +42,16 @@ def ctranslate2_candidates(
       fixed: tokens of every translation, if all are to have the same length.
 
     Raises:
-      UserError: CTranslate2 is not installed, or cannot express the model.
+      UserError: CTranslate2 is not installed, has no such type here, or cannot express the model.
     """
-    folder = f"{scratch}/ctranslate2-{kind}"
-    to_ctranslate2(run, folder, quantization=None if kind == "float32" else kind)
     import ctranslate2
 
+    on_gpu = ctranslate2.get_cuda_device_count() > 0
+    supported = sorted(ctranslate2.get_supported_compute_types("cuda" if on_gpu else "cpu"))
+    if kind not in supported:
+        raise UserError(f"CTranslate2 does not compute in {kind} here: give {', '.join(supported)}")
+    folder = f"{scratch}/ctranslate2-{kind}"
+    to_ctranslate2(run, folder, quantization=None if kind == "float32" else kind)
     source, target = load_tokenizers(run)
     ids = {piece: index for index, piece in enumerate(target.vocabulary)}
     lengths = {} if fixed is None else {"max_decoding_length": fixed, "min_decoding_length": fixed}

@@ -137,7 +137,9 @@ def benchmark_decode(settings: DecodeBenchmark) -> Iterator[dict[str, Any]]:
             if settings.peer is not None:
                 for kind in settings.peer_dtypes:
                     engines[settings.peer, kind] = processes.enter_context(
-                        in_a_process(_peer, settings, run, kind, scratch, fixed)
+                        in_a_process(
+                            f"{settings.peer} {kind}", _peer, settings, run, kind, scratch, fixed
+                        )
                     )
             yield from _measure(engines, lines, settings, translators, fixed)
 

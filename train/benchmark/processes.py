@@ -13,10 +13,11 @@ from jaxformer.errors import UserError
 
 
 @contextlib.contextmanager
-def in_a_process(build: Callable[..., Callable], *arguments: Any) -> Iterator[Callable]:
+def in_a_process(name: str, build: Callable[..., Callable], *arguments: Any) -> Iterator[Callable]:
     """Yield a function that calls what `build(*arguments)` returns, in a process of its own.
 
-    In a shared process, two engines would compete for threads and for a GPU's memory.
+    In a shared process, two engines would compete for threads and for a GPU's memory. The engine
+    `name` is named where it fails.
 
     Raises:
       UserError: `build` raised one, or the process has died.
@@ -34,7 +35,7 @@ def in_a_process(build: Callable[..., Callable], *arguments: Any) -> Iterator[Ca
                 connection.send(values)
             result, error = connection.recv()
         except (EOFError, OSError) as problem:
-            raise UserError(f"{build.__name__} has failed: see above") from problem
+            raise UserError(f"{name} has failed: see above") from problem
         if error is not None:
             raise UserError(error)
         return result

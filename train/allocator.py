@@ -1,7 +1,9 @@
-"""Huge pages for the memory of a step on CPU."""
+"""How a process on a CPU gets its memory, and gives it back: with glibc's malloc."""
 
+import ctypes
 import os
 import sys
+from contextlib import suppress
 
 
 def restart_with_huge_pages() -> None:
@@ -17,3 +19,13 @@ def restart_with_huge_pages() -> None:
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
         except OSError:  # the user may not be allowed to execute the interpreter
             del os.environ["GLIBC_TUNABLES"]
+
+
+def return_free_memory() -> None:
+    """Give free memory back to the kernel, also from between what is in use; only with glibc.
+
+    Compiling and the first step leave holes that later steps do not fill: without them, a step of
+    `base` in bfloat16 has a quarter less memory at its peak, for good.
+    """
+    with suppress(OSError, AttributeError):  # no such library or function
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,13 +1,16 @@
-"""`python -m train` restarts itself once, for an allocator with huge pages."""
+"""`python -m train` restarts itself once, for huge pages; free memory goes back to the kernel."""
 
+import ctypes
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from train.huge_pages import restart_with_huge_pages
+from train.allocator import restart_with_huge_pages, return_free_memory
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,3 +72,22 @@ def test_the_command_line_after_the_restart():
     )
     assert done.returncode == 1 and "no-such" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_memory_between_what_is_in_use_is_given_back():
+    def in_use():
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    kilobytes = [ctypes.create_string_buffer(b"x" * 65_000) for _ in range(2000)]
+    last, full = kilobytes[-1], in_use()
+    del kilobytes
+    return_free_memory()
+    assert in_use() < full - 100e6
+    assert last.value.startswith(b"x")
+
+
+def test_other_allocators_are_left_alone(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
+    return_free_memory()

@@ -272,8 +272,13 @@ def _settled(turn: Callable[[int], Turn], steps: int) -> Turn:
     none.
     """
     taken = turn(1 + steps)
-    counted = (each[1:] for each in (taken.seconds, taken.waited, taken.tokens, taken.positions))
-    return Turn(*counted, taken.peak_memory)
+    return Turn(
+        taken.seconds[1:],
+        taken.waited[1:],
+        taken.tokens[1:],
+        taken.positions[1:],
+        taken.peak_memory,
+    )
 
 
 def _rate(turn: Turn) -> float:

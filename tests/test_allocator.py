@@ -80,9 +80,9 @@ def test_memory_between_what_is_in_use_is_given_back():
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
-    kilobytes = [ctypes.create_string_buffer(b"x" * 65_000) for _ in range(2000)]
-    last, full = kilobytes[-1], in_use()
-    del kilobytes
+    blocks = [ctypes.create_string_buffer(b"x" * 65_000) for _ in range(2000)]
+    last, full = blocks[-1], in_use()
+    del blocks
     return_free_memory()
     assert in_use() < full - 100e6
     assert last.value.startswith(b"x")

@@ -144,7 +144,7 @@ def batches(tmp_path_factory):
 
 def test_on_a_corpus_only_real_tokens_count(batches):
     ours, plain = measured(batches=batches, peers=("flax-plain",))
-    assert 0 < ours["padding"] < 0.2 < plain["padding"]  # packed against padded
+    assert 0 < ours["padding"] < 0.25 < plain["padding"]  # packed against padded
     assert ours["target_length"] == 16 and ours["batch"] == 16
     for record in (ours, plain):
         share = record["target_tokens_per_second"] / record["target_positions_per_second"]
@@ -338,7 +338,7 @@ def test_peers_refuse_what_they_cannot_do():
 
 
 def test_what_was_measured_before_an_error_is_shown(monkeypatch, capsys):
-    def benchmark_steps(settings):
+    def benchmark_steps(settings, yardstick):
         yield from measured(rounds=1, steps=1)
         raise KeyboardInterrupt
 
@@ -468,7 +468,7 @@ def test_a_peer_that_is_not_installed_is_missed_before_anything_is_measured(monk
     with pytest.raises(UserError, match=r'torch is not installed: pip install -e "\.\[parity\]"'):
         check_steps(settings)
     with pytest.raises(UserError, match="ctranslate2 is not installed: pip install ctranslate2"):
-        next(benchmark_decode(DecodeBenchmark("tiny", peer="ctranslate2")))
+        next(benchmark_decode(DecodeBenchmark("toy", model=MODEL, peer="ctranslate2")))
 
 
 def test_a_peer_has_one_device(monkeypatch):
@@ -515,9 +515,12 @@ def test_a_sweep_is_drawn(tmp_path):
 def test_yardsticks(monkeypatch):
     device = jax.devices()[0]
     assert matmul_peak("float32", device) > 1e9
-    monkeypatch.setattr(peaks, "_best_seconds", lambda *_: 2.0)
+    programs = []
+    monkeypatch.setattr(peaks, "_best_seconds", lambda *program: programs.append(program) or 2.0)
     assert memory_bandwidth(device) == 2**28
     assert matmul_peak("int8", device) == 2048**3
+    product, a, b = programs[-1]
+    assert product(a[:8], b).dtype == jnp.int32
 
 
 def test_a_yardstick_keeps_the_best(monkeypatch):

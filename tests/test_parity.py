@@ -180,7 +180,7 @@ def assert_close(actual, expected, name="", within=1e-5):
 def test_transformer_and_its_gradients(changes):
     config = CONFIG.replace(**changes)
     exact = config.dtype == "float32"
-    within = 1e-5 if exact else 0.05
+    within = 1e-5 if exact else 0.1  # a unit may be on the other side of 0 for ReLU
     model, params = Transformer(config), random_params(config)
     source_ids, target_ids, labels = random_ids()
 

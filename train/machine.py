@@ -34,13 +34,12 @@ def describe_machine(devices: Sequence[jax.Device]) -> dict[str, Any]:
     }
 
 
-def engine_version(engine: str) -> str:
-    """Package and version behind an engine's name, such as "torch-compile" or "ctranslate2 int8".
+def engine_version(name: str) -> str:
+    """Package and version behind an engine's name, such as "torch-compile" or "ctranslate2".
 
     Raises:
       UserError: it is not installed.
     """
-    name = engine.split()[0]
     if name == "jaxformer":  # need not be installed
         return f"jaxformer {jaxformer.__version__}"
     package = {"torch-compile": "torch", "marian": "pymarian", "flax-plain": "flax"}.get(name, name)

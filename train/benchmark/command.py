@@ -6,6 +6,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jaxformer.config import PRESETS, TransformerConfig
@@ -63,7 +64,9 @@ def _add_steps(kinds: Any, kind: str, what: str) -> None:
     steps.add_argument(
         "--dtype", type=list_of(str), default=(), help="float32,bfloat16; default: CONFIG's"
     )
-    steps.add_argument("--steps", type=int, default=5, help="steps in a turn")
+    steps.add_argument(
+        "--steps", type=int, default=5, help="steps in a turn, after one that does not count"
+    )
     steps.add_argument("--rounds", type=int, default=3, help="turns of each engine")
     peers = "torch, torch-compile, flax-plain"
     if kind == "train":
@@ -96,9 +99,9 @@ def _add_decode(kinds: Any) -> None:
     )
     decode.add_argument(
         "run",
-        metavar="RUN",
-        help="directory that training wrote, or a preset or configuration such as base, whose "
-        "parameters are then random",
+        metavar="RUN|CONFIG",
+        help="directory that training wrote; or a configuration or preset such as base, with "
+        "random parameters",
     )
     decode.add_argument(
         "--source", metavar="FILE", help="text file to translate, needed with a run"
@@ -111,7 +114,7 @@ def _add_decode(kinds: Any) -> None:
         "--vocab-size",
         type=numbers,
         default=(),
-        help="pieces in the vocabulary, without a run; default: that of the preset",
+        help="pieces in the vocabulary, without a run; default: CONFIG's",
     )
     decode.add_argument(
         "--length",
@@ -142,8 +145,8 @@ def _add_decode(kinds: Any) -> None:
     decode.add_argument(
         "--dtype",
         type=list_of(str),
-        default="float32",
-        help="precisions of jaxformer: float32,bfloat16,int8",
+        default=(),
+        help="precisions of jaxformer: float32,bfloat16,int8; default: CONFIG's, float32 for a run",
     )
     decode.add_argument("--one-by-one", action="store_true", help="translate each sentence alone")
     decode.add_argument("--peer", choices=("ctranslate2", "transformers"), help="the other engine")
@@ -217,6 +220,7 @@ def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
     _check_plot(options, ("batch", "length", "vocab_size", "devices"))
     import jax
 
+    from train.benchmark.peaks import Yardstick
     from train.benchmark.report import steps_table
     from train.benchmark.steps import benchmark_steps, check_steps
 
@@ -225,7 +229,8 @@ def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
     benchmarks = [_step_benchmark(options, name, overrides) for name in options.config]
     for benchmark in benchmarks:  # reject what is impossible before anything is measured
         check_steps(benchmark)
-    _report(options, map(benchmark_steps, benchmarks), steps_table)
+    measure = partial(benchmark_steps, yardstick=Yardstick(jax.local_devices()[0]))
+    _report(options, map(measure, benchmarks), steps_table)
 
 
 def _step_benchmark(
@@ -271,13 +276,18 @@ def _benchmark_decode(options: argparse.Namespace, overrides: list[str]) -> None
         _leave_memory_to_peers()
     sweep = ("beam_size", "length", "vocab_size", "batch_tokens", "devices")
     _check_plot(options, sweep)
+    import jax
+
     from train.benchmark.decode import benchmark_decode, check_decode
+    from train.benchmark.peaks import Yardstick
     from train.benchmark.report import decode_table
 
     benchmarks = _decode_benchmarks(options, overrides)
     for benchmark in benchmarks:  # reject what is impossible before anything is measured
         check_decode(benchmark)
-    _report(options, map(benchmark_decode, benchmarks), decode_table)
+    yardstick = Yardstick(jax.local_devices()[0])
+    measure = partial(benchmark_decode, yardstick=yardstick)
+    _report(options, map(measure, benchmarks), decode_table)
 
 
 def _decode_benchmarks(
@@ -313,7 +323,7 @@ def _decode_benchmarks(
             beam_size=beam_size,
             batch_tokens=batch_tokens,
             devices=devices,
-            dtypes=options.dtype,
+            dtypes=options.dtype or (model.dtype if model else "float32",),
             peer_dtypes=options.peer_dtype,
             peer_batches=options.peer_batch,
             rounds=options.rounds,

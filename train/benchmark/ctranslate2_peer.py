@@ -42,7 +42,7 @@ def ctranslate2_candidates(
       fixed: tokens of every translation, if all are to have the same length.
 
     Raises:
-      UserError: CTranslate2 is not installed, has no such type here, or cannot express the model.
+      UserError: CTranslate2 has no such type here, or cannot express the model.
     """
     import ctranslate2
 

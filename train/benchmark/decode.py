@@ -34,6 +34,7 @@ from jaxformer.config import (
     TransformerConfig,
 )
 from jaxformer.errors import UserError
+from jaxformer.fields import check_choice
 from jaxformer.files import check_writable
 from jaxformer.generation_config import GenerationConfig
 from jaxformer.run_directory import save_tokenizers, write_config
@@ -108,13 +109,16 @@ class DecodeBenchmark:
     profile: str | None = None
 
 
-def benchmark_decode(settings: DecodeBenchmark) -> Iterator[dict[str, Any]]:
-    """Measure, and yield a record for each engine, ours first.
+def benchmark_decode(
+    settings: DecodeBenchmark, yardstick: Yardstick | None = None
+) -> Iterator[dict[str, Any]]:
+    """Measure, and yield a record for each engine, ours first; cases may share a yardstick.
 
     Raises:
       UserError: the run, the file or the peer cannot be used.
     """
     check_decode(settings)
+    yardstick = yardstick or Yardstick(jax.local_devices()[0])
     with tempfile.TemporaryDirectory() as scratch:
         run, model, fixed = settings.run, settings.model, None
         if model is not None:
@@ -141,7 +145,7 @@ def benchmark_decode(settings: DecodeBenchmark) -> Iterator[dict[str, Any]]:
                             f"{settings.peer} {kind}", _peer, settings, run, kind, scratch, fixed
                         )
                     )
-            yield from _measure(engines, lines, settings, translators, fixed)
+            yield from _measure(engines, lines, settings, translators, fixed, yardstick)
 
 
 def check_decode(settings: DecodeBenchmark) -> None:
@@ -157,8 +161,17 @@ def check_decode(settings: DecodeBenchmark) -> None:
         raise UserError(f"--peer-batch is {settings.peer_batches}: give at least 1")
     for name in ("dtypes", "peer_dtypes"):
         if len(set(kinds := getattr(settings, name))) < len(kinds):
-            raise UserError(f"--{name.replace('_', '-')[:-1]} has {kinds}: give each once")
-    if settings.model is not None:
+            option = name.replace("_", "-").removesuffix("s")
+            raise UserError(f"--{option} is {','.join(kinds)}: give each once")
+    for dtype in settings.dtypes:
+        check_choice("--dtype", dtype, Precision)
+    if settings.model is None:
+        if settings.source is None:
+            raise UserError(
+                f"{settings.run} needs --source FILE, the sentences to translate; without it give "
+                "a preset or a configuration, such as base"
+            )
+    else:
         if settings.source is not None:
             raise UserError(
                 f"{settings.run} has random parameters, which know no words: leave out --source, "
@@ -206,9 +219,9 @@ def _measure(
     settings: DecodeBenchmark,
     translators: dict[EngineName, Translator],
     fixed: int | None,
+    yardstick: Yardstick,
 ) -> Iterator[dict[str, Any]]:
     devices = _devices(settings)
-    yardstick = Yardstick(devices[0])
     for dtype in settings.dtypes:
         yardstick.matmul(dtype)
     first_seconds, programs = {}, {}
@@ -250,7 +263,7 @@ def _measure(
             "engine": name[0],
             "version": engine_version(name[0]),
             "dtype": name[1],
-            "devices": len(devices),
+            "devices": len(devices) if ours is not None else 1,
             "beam_size": settings.beam_size,
             "batch_tokens": settings.batch_tokens,
             "source_length": fixed,
@@ -358,11 +371,7 @@ def _one_by_one(translate: Translate) -> Translate:
 
 
 def _read_lines(settings: DecodeBenchmark) -> list[str]:
-    if settings.source is None:
-        raise UserError(
-            f"{settings.run} needs --source FILE, the sentences to translate; without it give a "
-            "preset or a configuration, such as base"
-        )
+    assert settings.source is not None  # checked before
     lines = islice(read_lines(Path(settings.source)), settings.sentences or None)
     if sentences := [line for line in lines if line.strip()]:
         return sentences

@@ -16,11 +16,10 @@ from jaxformer.errors import UserError
 def in_a_process(name: str, build: Callable[..., Callable], *arguments: Any) -> Iterator[Callable]:
     """Yield a function that calls what `build(*arguments)` returns, in a process of its own.
 
-    In a shared process, two engines would compete for threads and for a GPU's memory. The engine
-    `name` is named where it fails.
+    In a shared process, two engines would compete for threads and for a GPU's memory.
 
     Raises:
-      UserError: `build` raised one, or the process has died.
+      UserError: `build` raised one, or the process has died; then it says that `name` has failed.
     """
     context = multiprocessing.get_context("spawn")
     connection, far_end = context.Pipe()

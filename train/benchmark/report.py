@@ -109,7 +109,7 @@ def steps_table(records: Records) -> str:
                 record["config"],
                 record["engine"],
                 record["dtype"],
-                str(record["machine"]["devices"]),
+                str(record["devices"]),
                 _cell(record["batch"], "d"),
                 _cell(record["source_length"], "d"),
                 _cell(record["target_length"], "d"),
@@ -190,7 +190,7 @@ _DIMENSIONS = {
     "batch": "rows a step",
     "batch_tokens": "source positions at once",
     "beam_size": "beams",
-    "target_length": "positions a row",
+    "target_length": "length",
     "vocab_size": "vocabulary",
     "devices": "devices",
 }

@@ -75,14 +75,16 @@ class StepBenchmark:
     profile: str | None = None
 
 
-def benchmark_steps(settings: StepBenchmark) -> Iterator[dict[str, Any]]:
+def benchmark_steps(
+    settings: StepBenchmark, yardstick: Yardstick | None = None
+) -> Iterator[dict[str, Any]]:
     """Measure case by case, and yield a record for each engine, ours first.
 
     Raises:
       UserError: a case or a peer is impossible here.
     """
     cases = check_steps(settings)
-    yardstick = Yardstick(jax.local_devices()[0])
+    yardstick = yardstick or Yardstick(jax.local_devices()[0])
     for case in cases:
         yardstick.matmul(case.model.dtype)
         yardstick.bandwidth()
@@ -241,7 +243,7 @@ def _measure(settings: StepBenchmark, case: Case, yardstick: Yardstick) -> Itera
             "model_flops": flops if same_rows else None,
             "model": case.model.to_dict(),
             "corpus": settings.batches is not None,
-            "devices": case.devices,
+            "devices": case.devices if name == "jaxformer" else 1,
             "machine": describe_machine(ours.devices),
             "peak_memory_bytes": max((turn.peak_memory or 0) for turn in measured) or None,
         }

@@ -47,7 +47,9 @@ def transformers_candidates(
     except ImportError as error:
         raise UserError('Transformers lacks PyTorch: pip install -e ".[parity]"') from error
     if kind not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"Transformers does not compute in {kind}: float32, bfloat16 or float16")
+        raise UserError(
+            f"Transformers does not compute in {kind}: give float32, bfloat16 or float16"
+        )
     folder = f"{scratch}/transformers-{kind}"
     to_marian(run, folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"

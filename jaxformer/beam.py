@@ -64,7 +64,7 @@ def _power(alpha: Any, length: Any) -> Any:
 class TabledPenalty:
     """A length penalty looked up in an array, so that one compiled program serves all penalties."""
 
-    divisors: Float[Array | np.ndarray, "T"]
+    divisors: Any  # Float[Array, "T"], or what JAX puts into a pytree in place of arrays
 
     @classmethod
     def of(cls, penalty: LengthPenalty, size: int) -> "TabledPenalty":

@@ -27,7 +27,7 @@ from jaxformer.generation import (
     prefill_takes_first_step,
 )
 from jaxformer.generation_config import GenerationConfig
-from jaxformer.search import BeamResult
+from jaxformer.search import BeamResult, Method
 
 #: Sentences that a program has room for, per row. While the last of them end, rows are idle: half
 #: of the rows for the length of a sentence, 1/32 of the work.
@@ -67,8 +67,9 @@ class Generator:
       UserError: `models` are not models, `params` are not theirs, or as for `devices_or_all`.
 
     Attributes:
-      computed_steps: rows times steps so far ...
-      needed_steps: ... and how many of them served a sentence not yet done, whose result was kept.
+      turns: steps so far in each shape, of all devices.
+      needed_steps: how many of the `computed_steps` served a sentence not yet done, whose result
+        was kept.
     """
 
     def __init__(
@@ -81,7 +82,8 @@ class Generator:
         self._mesh = Mesh(np.array(self._devices), ("data",))
         self._models, params = ensemble(models, params)
         self._configs = [model.config for model in self._models]
-        self.computed_steps = self.needed_steps = 0
+        self.turns: Counter[Shape] = Counter()
+        self.needed_steps = 0
         # Sentence counts, by the structure of the search whatever its numbers are.
         self._in_usual_room: Counter[jax.tree_util.PyTreeDef] = Counter()
         self._begun_again: Counter[jax.tree_util.PyTreeDef] = Counter()
@@ -159,15 +161,47 @@ class Generator:
             threads.shutdown(wait=False, cancel_futures=True)
         return results
 
+    @property
+    def computed_steps(self) -> int:
+        """Rows times steps so far."""
+        return sum(shape.rows * turns for shape, turns in self.turns.items())
+
+    def lower(self, options: GenerationConfig, shape: Shape) -> jax.stages.Lowered:
+        """Return the program of one of the `turns`, for what it costs: nothing is translated.
+
+        Args:
+          options: as they were given to `generate`, without prefixes.
+          shape: a key of `turns`.
+        """
+        number = len(self._devices) * _SENTENCES_PER_ROW * shape.rows
+        sources = jax.ShapeDtypeStruct((number, shape.length), jnp.int32)
+        keys = None
+        if options.sampling:
+            keys = jax.eval_shape(
+                lambda: jax.random.key_data(jax.random.split(jax.random.key(0), number))
+            )
+        counts = jax.ShapeDtypeStruct((len(self._devices),), jnp.int32)
+        return search_continuously.lower(
+            self._models,
+            shape,
+            self._mesh,
+            self._params,
+            *self._method_and_limits(options, shape),
+            (sources, None, keys),
+            counts,
+        )
+
+    def _method_and_limits(self, options: GenerationConfig, shape: Shape) -> tuple[Method, Limits]:
+        max_length = max_target_length(self._configs, options, shape.length)
+        return make_method(options, max_length), Limits.of(options, shape.length, max_length)
+
     def _search(
         self, call: "_Call", shape: Shape, chosen: Sequence[int], results: list[Any]
     ) -> list[int]:
         """Search the chosen sentences; return those that need more room, without a result."""
         order = _deal_to_devices(chosen, len(self._devices), _SENTENCES_PER_ROW * shape.rows)
         counts = np.sum(order.reshape(len(self._devices), -1) >= 0, axis=1, dtype=np.int32)
-        max_length = max_target_length(self._configs, call.options, shape.length)
-        method = make_method(call.options, max_length)
-        limits = Limits.of(call.options, shape.length, max_length)
+        method, limits = self._method_and_limits(call.options, shape)
         given = call.in_order(order, shape.length)
         with call.as_its_thread():
             (found, steps, out_of_room), turns = jax.device_get(
@@ -185,7 +219,7 @@ class Generator:
                 results[index] = jax.tree.map(lambda leaf, place=place: leaf[place], found)
                 needed += max(0, int(steps[place]) - taken)
         with self._counting:
-            self.computed_steps += shape.rows * int(turns.sum())
+            self.turns[shape] += int(turns.sum())
             self.needed_steps += needed
         return more
 

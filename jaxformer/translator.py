@@ -379,14 +379,6 @@ class Translator:
         encoding = module.apply(variables, jnp.zeros((1, computed, self.config.d_model)))
         return np.asarray(encoding)[0, :length]
 
-    @property
-    def steps(self) -> tuple[int, int]:
-        """Rows times steps of all searches so far, and how many were for sentences not yet done.
-
-        See `Generator`.
-        """
-        return self._generator.computed_steps, self._generator.needed_steps
-
     def _with_own_kernel(self, config: TransformerConfig) -> TransformerConfig:
         """Choose the attention kernel for this machine: the model may come from another one."""
         if config.flash_attention == "none":
@@ -400,7 +392,8 @@ class Translator:
         return min(config.max_length for config in self._configs) - 1
 
     @property
-    def _generator(self) -> Generator:
+    def generator(self) -> Generator:
+        """What it searches with, made when it is first needed."""
         with self._making:  # threads may ask for it at once: one makes it
             if self._made is None:
                 self._made = Generator(self._configs, self._params, self._devices)
@@ -445,7 +438,7 @@ class Translator:
             numbers = np.zeros((bucket(len(noise)), 3), np.uint32)  # each count compiles anew
             numbers[: len(noise)] = np.array(noise, np.int64)
             keys = np.asarray(_keys(*numbers.T))[: len(noise)]
-        return self._generator.generate(
+        return self.generator.generate(
             sources,
             options,
             batch_tokens=batch_tokens,

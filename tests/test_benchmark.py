@@ -1,10 +1,12 @@
 """`python -m train benchmark decode`: what it reports, not how fast it is."""
 
 import json
+from collections import Counter
 from importlib.metadata import version
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxformer.errors import UserError
@@ -51,6 +53,7 @@ def test_table_and_records(run, source, tmp_path, capsys):
     assert "sentences/s" in header and "MFU" in header
     assert first.split()[1:3] == ["jaxformer", "float32"] and "1.00x (1.00 to 1.00)" in first
     assert second.split()[1:3] == ["jaxformer", "bfloat16"]
+    read = 2 * 64 * 16  # of the softmax matrix in bfloat16, at least
     for line in output.read_text().splitlines():
         record = json.loads(line)
         assert record["sentences"] == 6 and len(record["seconds"]) == 2
@@ -62,7 +65,13 @@ def test_table_and_records(run, source, tmp_path, capsys):
         assert record["peak_memory_bytes"] > 1e7
         assert record["settings"]["beam_size"] == 2 and record["machine"]["cores"] > 0
         assert record["seconds_p10"] <= record["seconds_median"] <= record["seconds_p90"]
-        assert record["compile_seconds"] > 0 and record["compiled_programs"] >= 1
+        took = [record[f"{name}_seconds"] for name in ("trace", "lower", "compile")]
+        assert min(took) > 0 and 1 <= record["compiled_programs"] <= 8
+        assert record["program_memory_bytes"] > read and record["steps"] > 2
+        assert record["step_bytes"] > read
+        at_least = record["steps"] * record["step_bytes"] / 1e10
+        assert record["roofline_seconds"]["memory"] == pytest.approx(at_least)
+        assert record["bound_by"] == "memory"
         assert 0.2 < record["needed_share"] <= 1  # one sentence for each of six devices
 
 
@@ -116,7 +125,7 @@ def test_random_parameters_have_random_words_and_translations_of_one_length():
         ({"source": "x"}, "toy has random parameters, which know no words: leave out --source"),
         ({"model": CONFIG.replace(vocab_size=7)}, "--vocab-size is 7: give at least 8"),
         ({"devices": 9}, "9 devices are asked for, 8 are here: give 1 to 8"),
-        ({"devices": 0}, "--devices is 0: give at least 1"),
+        ({"devices": 0}, "0 devices are asked for, 8 are here: give 1 to 8"),
         ({"dtypes": ("int8", "int8")}, "--dtype is int8,int8: give each once"),
     ],
 )
@@ -186,26 +195,51 @@ def test_wrong_arguments(run, changes, message):
 
 
 def test_the_figures_of_engines_of_known_speed():
-    def engine(*seconds):
+    class Searches:
+        """20 steps of 5 rows a round; half of that was needed in the first, then three quarters."""
+
+        def __init__(self):
+            self.turns, self.needed_steps = Counter(), -25
+
+        computed_steps = property(lambda self: 5 * self.turns["shape"])
+
+        def take_round(self):
+            self.turns["shape"] += 20
+            self.needed_steps += 75
+
+        def lower(self, options, shape):
+            assert (options.beam_size, shape) == (4, "shape")
+
+            def search(x):
+                return jax.lax.while_loop(lambda x: jnp.sum(x) < 1e9, lambda x: 2 * x, x)
+
+            return jax.jit(search).lower(jnp.ones(1000))
+
+    def engine(translator, *seconds):
         took = iter(seconds)
-        return lambda lines: Round(list(lines), next(took), 2**20)
+
+        def take_round(lines):
+            translator.generator.take_round()
+            return Round(list(lines), next(took), 2**20)
+
+        return take_round
 
     tokenizer = SimpleNamespace(encode_batch=lambda lines: [line.split() for line in lines])
-
-    # Half of the steps were needed in the warm-up round, and three quarters after it.
-    computed_and_needed = iter([(100, 50)] * 2 + [(300, 200)] * 2)
-
-    class Ours:
-        source_tokenizer = target_tokenizer = tokenizer
-        config = CONFIG
-        steps = property(lambda _: next(computed_and_needed))
-
+    translators = {
+        ("jaxformer", dtype): SimpleNamespace(
+            source_tokenizer=tokenizer,
+            target_tokenizer=tokenizer,
+            config=CONFIG,
+            generator=Searches(),
+        )
+        for dtype in ("float32", "bfloat16")
+    }
+    seconds = (9.0, 1.0, 2.0, 4.0), (9.0, 3.0, 2.0, 2.0)
     engines = {
-        ("jaxformer", "float32"): engine(9.0, 1.0, 2.0, 4.0),
-        ("jaxformer", "bfloat16"): engine(9.0, 3.0, 2.0, 2.0),
+        name: engine(translators[name], *taken)
+        for name, taken in zip(translators, seconds, strict=True)
     }
     settings = DecodeBenchmark("run", rounds=3, devices=2)
-    translators = dict.fromkeys(engines, Ours())
     first, second = decode._measure(
         engines, ["a b", "c"], settings, translators, None, Yardstick(jax.devices()[0])
     )
@@ -213,16 +247,20 @@ def test_the_figures_of_engines_of_known_speed():
     # Twice as many simulated devices share the same cores.
     flops = search_flops(CONFIG, 3, 3, 4) + search_flops(CONFIG, 2, 2, 4)
     assert first["mfu"] == pytest.approx(flops / 2.0 / 1e11)
-    assert (first["seconds_median"], first["compile_seconds"]) == (2.0, 7.0)
+    assert first["seconds_median"] == 2.0
     assert (first["sentences_per_second"], first["target_tokens_per_second"]) == (1.0, 2.5)
     assert first["milliseconds_per_sentence"] == 1000.0
-    assert first["needed_share"] == 0.75
+    assert (first["steps"], first["needed_share"]) == (20, 0.75)
+    # A step reads and writes an array, whose sum is taken in the loop's condition.
+    assert first["step_bytes"] == pytest.approx(3 * 4000, rel=0.05)
+    at_least = {"compute": flops / 1e11, "memory": 20 * first["step_bytes"] / 1e10}
+    assert first["roofline_seconds"] == pytest.approx(at_least)
     # Its time as a multiple of our first engine's, round by round.
     ratios = second["ratio_median"], second["ratio_min"], second["ratio_max"]
     assert ratios == (1.0, 0.5, 3.0)
     table = decode_table([first, second])
     assert "1,000.00 (600.00 to 1,800.00)" in table and "1.00x (0.50 to 3.00)" in table
-    assert "1 MiB" in table
+    assert "1 MiB" in table and "0.0 compute, 0.0 memory" in table
 
 
 def test_one_by_one_is_one_by_one():

@@ -476,7 +476,7 @@ def test_a_peer_that_is_not_installed_is_missed_before_anything_is_measured(monk
 
 
 def test_a_peer_has_one_device(monkeypatch):
-    monkeypatch.setattr("train.benchmark.steps.separate_devices", len)
+    monkeypatch.setattr("train.benchmark.peaks.separate_devices", len)
     with pytest.raises(UserError, match="a peer uses one device and we use 4: give --devices 1"):
         measured(devices=(4,), peers=("flax-plain",))
 

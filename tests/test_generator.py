@@ -5,6 +5,7 @@ import threading
 import time
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -288,6 +289,23 @@ def test_steps_that_are_not_needed_are_counted():
     steps = generator.computed_steps // 4
     assert generator.computed_steps == 4 * steps and 0 < steps <= 8
     assert steps <= generator.needed_steps <= min(8, steps) + 4 + 2
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("options", [OPTIONS, GenerationConfig(sampling=True, beam_size=1)])
+def test_the_programs_of_its_searches_are_at_hand(options, devices, monkeypatch):
+    # JAX puts shapes in place of the numbers of a `Sampling`, which the tests' type checks refuse.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    keys = jax.random.split(jax.random.key(0), 40) if options.sampling else None
+    generator = make_generator(num_devices=devices)
+    generator.generate(random_sources([4, 20] * 20), options, keys=keys)
+    assert len(generator.turns) >= 2
+    with count_compiles() as compiled:
+        for shape, turns in generator.turns.items():
+            assert turns > 0
+            program = generator.lower(options, shape).compile()
+            assert program.memory_analysis().temp_size_in_bytes > 0
+    assert compiled == []
 
 
 def test_a_translation_of_no_tokens_needs_no_steps():

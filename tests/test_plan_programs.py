@@ -289,6 +289,76 @@ def test_fusions_of_several_results_are_counted():
     assert Program(SEVERAL).bytes_moved() == 2 * (2 * array + best) + array
 
 
+# Rows of a cache are written, by a fusion and by an instruction on its own.
+SCATTERS = """HloModule jit_write, is_scheduled=true
+
+%newer (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  ROOT %b = f32[] parameter(1)
+}
+
+%write (p: f32[64,128], i: s32[2,1], u: f32[2,128]) -> f32[64,128] {
+  %p = f32[64,128]{1,0} parameter(0)
+  %i = s32[2,1]{1,0} parameter(1)
+  %u = f32[2,128]{1,0} parameter(2)
+  ROOT %s = f32[64,128]{1,0} scatter(%p, %i, %u), to_apply=%newer
+}
+
+ENTRY %main (p0: f32[64,128], p1: s32[2,1], p2: f32[2,128]) -> f32[64,128] {
+  %p0 = f32[64,128]{1,0} parameter(0)
+  %p1 = s32[2,1]{1,0} parameter(1)
+  %p2 = f32[2,128]{1,0} parameter(2)
+  %f = f32[64,128]{1,0} fusion(%p0, %p1, %p2), kind=kLoop, calls=%write
+  ROOT %g = f32[64,128]{1,0} scatter(%f, %p1, %p2), to_apply=%newer
+}
+"""
+
+
+def test_of_what_is_written_in_place_the_new_rows_count():
+    rows, where = 2 * 128 * 4, 2 * 4
+    assert Program(SCATTERS).bytes_moved() == (2 * rows + where) + 2 * rows
+
+
+# A round of the search has two operations, and a loop in which waiting sentences begin.
+SEARCH = """HloModule jit_search, is_scheduled=true
+
+%waiting (t: (s32[], f32[10])) -> pred[] {
+  %t = (s32[], f32[10]) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  ROOT %c = pred[] compare(%i, %i), direction=LT
+}
+
+%begin (t: (s32[], f32[10])) -> (s32[], f32[10]) {
+  %t = (s32[], f32[10]) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[10]{0} get-tuple-element(%t), index=1
+  %y = f32[10]{0} negate(%x)
+  ROOT %u = (s32[], f32[10]) tuple(%i, %y)
+}
+
+%step (t: (s32[], f32[10])) -> (s32[], f32[10]) {
+  %t = (s32[], f32[10]) parameter(0)
+  %b = (s32[], f32[10]) while(%t), condition=%waiting, body=%begin
+  %i = s32[] get-tuple-element(%b), index=0
+  %x = f32[10]{0} get-tuple-element(%b), index=1
+  %y = f32[10]{0} exponential(%x)
+  %z = f32[10]{0} negate(%y)
+  ROOT %u = (s32[], f32[10]) tuple(%i, %z)
+}
+
+ENTRY %main (p: (s32[], f32[10])) -> (s32[], f32[10]) {
+  %p = (s32[], f32[10]) parameter(0)
+  ROOT %w = (s32[], f32[10]) while(%p), condition=%waiting, body=%step
+}
+"""
+
+
+def test_a_step_of_a_search_is_without_the_sentences_that_begin():
+    condition = 1 + 2 * 4
+    assert Program(SEARCH).search_step_bytes() == 2 * (2 * 10 * 4) + condition
+    assert Program(SEARCH).bytes_moved() == 3 * (2 * 10 * 4) + 2 * condition
+
+
 def test_decoding_reads_the_parameters_and_the_past_at_each_token():
     options = GenerationConfig(beam_size=2)
     small = decode_program(CONFIG, present_machine(), options, 4, 8)

@@ -198,8 +198,12 @@ def _report(
     table: Callable[[Records], str],
 ) -> None:
     """Measure, write, print and draw."""
+    import jax
+
     from train.benchmark.report import plot
 
+    # Programs from the cache would make compiling look free.
+    jax.config.update("jax_enable_compilation_cache", False)
     each = itertools.chain.from_iterable(measured)
     records = collect(keep_records(options.output, each), table)
     if options.plot is not None:
@@ -224,8 +228,6 @@ def _benchmark_steps(options: argparse.Namespace, overrides: list[str]) -> None:
     from train.benchmark.report import steps_table
     from train.benchmark.steps import benchmark_steps, check_steps
 
-    # Programs from the cache would make compiling look free.
-    jax.config.update("jax_enable_compilation_cache", False)
     benchmarks = [_step_benchmark(options, name, overrides) for name in options.config]
     for benchmark in benchmarks:  # reject what is impossible before anything is measured
         check_steps(benchmark)

@@ -1,41 +1,54 @@
-"""What JAX traces and XLA compiles in a block of code."""
+"""What JAX traces, lowers and compiles in a block of code."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax.monitoring
 
 
-@contextlib.contextmanager
-def count_compiles() -> Iterator[list[str]]:
-    """Yield a list to which the name of each program compiled in the block is appended."""
-    names: list[str] = []
+class Compiles(NamedTuple):
+    """Names of functions and programs, such as "f" and "jit(f)", and the seconds that each took."""
 
-    def listen(event: str, _: float, **details: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(str(details.get("fun_name", "?")))
+    traces: list[tuple[str, float]]  # also of functions that others call
+    lowerings: list[tuple[str, float]]
+    compilations: list[tuple[str, float]]
 
-    with _listener(listen):
-        yield names
-
-
-@contextlib.contextmanager
-def time_traces() -> Iterator[list[float]]:
-    """Yield a list to which the seconds of each trace in the block, even nested, are appended."""
-    seconds: list[float] = []
-
-    def listen(event: str, duration: float, **_: object) -> None:
-        if event == "/jax/core/compile/jaxpr_trace_duration":
-            seconds.append(duration)
-
-    with _listener(listen):
-        yield seconds
+    def seconds(self) -> dict[str, float]:
+        """What the programs took together; a trace contains those of the functions it calls."""
+        programs = {name for name, _ in self.lowerings}
+        return {
+            "trace_seconds": sum(took for name, took in self.traces if f"jit({name})" in programs),
+            "lower_seconds": sum(took for _, took in self.lowerings),
+            "compile_seconds": sum(took for _, took in self.compilations),
+        }
 
 
 @contextlib.contextmanager
-def _listener(listen: Callable[..., None]) -> Iterator[None]:
+def time_compiles() -> Iterator[Compiles]:
+    """Yield what is traced, lowered and compiled in the block, by any thread, as it is done."""
+    found = Compiles([], [], [])
+    lists = {
+        "/jax/core/compile/jaxpr_trace_duration": found.traces,
+        "/jax/core/compile/jaxpr_to_mlir_module_duration": found.lowerings,
+        "/jax/core/compile/backend_compile_duration": found.compilations,
+    }
+
+    def listen(event: str, duration_secs: float, **details: str | int) -> None:
+        if event in lists:
+            lists[event].append((str(details.get("fun_name", "?")), duration_secs))
+
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        yield
+        yield found
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@contextlib.contextmanager
+def count_compiles() -> Iterator[list[str]]:
+    """Yield a list that has, after the block, the name of each program compiled in it."""
+    names: list[str] = []
+    with time_compiles() as found:
+        yield names
+    names += [name for name, _ in found.compilations]

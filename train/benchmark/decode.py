@@ -15,6 +15,7 @@ import io
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -33,24 +34,29 @@ from jaxformer.config import (
     Precision,
     TransformerConfig,
 )
+from jaxformer.continuous_batching import Shape
 from jaxformer.errors import UserError
 from jaxformer.fields import check_choice
 from jaxformer.files import check_writable
 from jaxformer.generation_config import GenerationConfig
+from jaxformer.generator import Generator
 from jaxformer.run_directory import save_tokenizers, write_config
 from jaxformer.tokenizer import Tokenizer
 from jaxformer.transformer import Transformer
 from jaxformer.translator import Translator
-from train.benchmark.compiles import count_compiles
+from train.benchmark.compiles import Compiles, time_compiles
 from train.benchmark.peaks import (
     Yardstick,
     forget_process_peak,
+    measured_devices,
     peak_memory,
     separate_devices,
 )
 from train.benchmark.processes import in_a_process
 from train.benchmark.turns import Translate, summary
 from train.costs.flops import search_flops
+from train.costs.hlo import Program
+from train.costs.memory import program_memory
 from train.data.files import read_lines
 from train.machine import describe_machine, engine_version
 
@@ -150,7 +156,7 @@ def benchmark_decode(
 
 def check_decode(settings: DecodeBenchmark) -> None:
     """Raise `UserError` where `benchmark_decode` would before it measures anything."""
-    at_least = {"rounds": 1, "sentences": 0, "batch_tokens": 1, "beam_size": 1, "devices": 1}
+    at_least = {"rounds": 1, "sentences": 0, "batch_tokens": 1, "beam_size": 1}
     if settings.model is not None:
         at_least |= {"length": 2}  # one token of a source is its eos
     for name, least in at_least.items():
@@ -179,15 +185,9 @@ def check_decode(settings: DecodeBenchmark) -> None:
             )
         if settings.model.vocab_size < 8:  # four are special
             raise UserError(f"--vocab-size is {settings.model.vocab_size}: give at least 8")
-    available = jax.local_device_count()
-    if settings.devices is not None and settings.devices > available:
-        raise UserError(
-            f"{settings.devices} devices are asked for, {available} are here: give 1 to {available}"
-        )
+    measured_devices(settings.devices, beside_peer=settings.peer is not None)
     if settings.peer is not None:
         engine_version(settings.peer)
-        if (devices := separate_devices(_devices(settings))) > 1:
-            raise UserError(f"a peer uses one device and we would use {devices}: give --devices 1")
     GenerationConfig.of(_options(settings))
     if settings.profile is not None:
         check_writable(Path(settings.profile) / "trace")
@@ -224,12 +224,15 @@ def _measure(
     devices = _devices(settings)
     for dtype in settings.dtypes:
         yardstick.matmul(dtype)
-    first_seconds, programs = {}, {}
+    yardstick.bandwidth()
+    compiles: dict[EngineName, Compiles] = {}
     for name, engine in engines.items():
-        with count_compiles() as programs[name]:
-            first_seconds[name] = engine(lines).seconds
-    # A translator learns in its first round whether its caches have to grow.
-    warmed_up = {name: translator.steps for name, translator in translators.items()}
+        with time_compiles() as compiles[name]:
+            engine(lines)
+    # A generator learns in its first round whether its caches have to grow.
+    warmed_up = {
+        name: _Searched.by(translator.generator) for name, translator in translators.items()
+    }
     rounds: dict[EngineName, list[Round]] = {name: [] for name in engines}
     for _ in range(settings.rounds):
         for name, engine in engines.items():
@@ -288,26 +291,61 @@ def _measure(
             "machine": describe_machine(devices),
         }
         if ours is not None:
-            peak = yardstick.matmul(name[1])
+            peak, bandwidth = yardstick.matmul(name[1]), yardstick.bandwidth()
+            at_once = separate_devices(devices)
             flops = sum(
                 search_flops(config, *lengths, settings.beam_size)
                 for lengths in zip(sources, targets, strict=True)
             )
+            searched = _Searched.by(ours.generator) - warmed_up[name]
+            costs = _costs(ours.generator, searched.turns, settings)
+            steps = sum(searched.turns.values()) / settings.rounds
+            seconds_of = {
+                "compute": flops / (peak * at_once),
+                "memory": steps * costs["step_bytes"] / (bandwidth * at_once),
+            }
+            record |= compiles[name].seconds() | costs
             record |= {
-                # The first round compiles; that of a peer looks for its best settings.
-                "compile_seconds": max(0.0, first_seconds[name] - median),
-                "compiled_programs": len(programs[name]),
-                "needed_share": _needed_share(warmed_up[name], ours.steps),
+                "compiled_programs": len(compiles[name].compilations),
+                "steps": steps,
+                "needed_share": searched.needed / max(1, searched.computed),
                 "model_flops": flops,
                 "matmul_peak_flops": peak,
-                "mfu": flops / median / (peak * separate_devices(devices)),
+                "memory_bandwidth": bandwidth,
+                "mfu": flops / median / (peak * at_once),
+                "roofline_seconds": seconds_of,
+                "bound_by": max(seconds_of, key=seconds_of.__getitem__),
             }
         yield record
 
 
-def _needed_share(before: tuple[int, int], after: tuple[int, int]) -> float:
-    computed, needed = np.subtract(after, before).tolist()
-    return needed / max(1, computed)
+class _Searched(NamedTuple):
+    """What a generator has done so far."""
+
+    turns: Counter[Shape]
+    computed: int
+    needed: int
+
+    @classmethod
+    def by(cls, generator: Generator) -> "_Searched":
+        return cls(generator.turns.copy(), generator.computed_steps, generator.needed_steps)
+
+    def __sub__(self, before: "_Searched") -> "_Searched":
+        turns = self.turns - before.turns
+        return _Searched(turns, self.computed - before.computed, self.needed - before.needed)
+
+
+def _costs(
+    generator: Generator, turns: Counter[Shape], settings: DecodeBenchmark
+) -> dict[str, float]:
+    """Bytes that a decoding step moves, on average, and that the largest program plans for."""
+    options = GenerationConfig.of(_options(settings))
+    moved, memory = 0.0, 0
+    for shape, steps in turns.items():
+        compiled = generator.lower(options, shape).compile()  # it has been before
+        moved += steps * Program(compiled.as_text() or "").search_step_bytes()
+        memory = max(memory, program_memory(compiled))
+    return {"step_bytes": moved / max(1, turns.total()), "program_memory_bytes": memory}
 
 
 def _options(settings: DecodeBenchmark) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxformer.transformer import Transformer
-from train.benchmark.compiles import time_traces
+from train.benchmark.compiles import time_compiles
 from train.benchmark.peaks import forget_process_peak, peak_memory
 from train.benchmark.turns import Turn
 from train.benchmark.work import Case, Kind, full_rows
@@ -52,19 +52,11 @@ class OurStep:
     def compile(self) -> dict[str, Any]:
         """Compile, and return how long it took and what XLA says of the program."""
         arguments = self._carry, self._batch(0), self._rng
-        began = time.perf_counter()
-        with time_traces() as traces:
-            lowered = self._step.lower(*arguments)
-        low = time.perf_counter()
-        trace = max(traces)  # the outermost
-        self._step = lowered.compile()
-        done = time.perf_counter()
+        with time_compiles() as compiles:
+            self._step = self._step.lower(*arguments).compile()
         cost = self._step.cost_analysis()
         moved = Program(self._step.as_text()).bytes_moved()
-        return {
-            "trace_seconds": trace,
-            "lower_seconds": low - began - trace,
-            "compile_seconds": done - low,
+        return compiles.seconds() | {
             "xla_flops": cost.get("flops", float("nan")) * len(self.devices),
             "bytes_moved": moved * len(self.devices),
             "program_memory_bytes": program_memory(self._step),

@@ -11,7 +11,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxformer.errors import UserError
 from train.costs.chips import chip_of
+
+
+def measured_devices(number: int | None, *, beside_peer: bool) -> list[jax.Device]:
+    """The first `number` devices of this process, by default all of them.
+
+    Raises:
+      UserError: there are fewer, or several, which add to the speed, are to be measured beside a
+        peer.
+    """
+    available = jax.local_devices()
+    if number is not None and not 1 <= number <= len(available):
+        raise UserError(
+            f"{number} devices are asked for, {len(available)} are here: give 1 to {len(available)}"
+        )
+    devices = available[:number]
+    if beside_peer and separate_devices(devices) > 1:
+        raise UserError(f"a peer uses one device and we use {len(devices)}: give --devices 1")
+    return devices
 
 
 def separate_devices(devices: Sequence[jax.Device]) -> int:

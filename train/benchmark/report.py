@@ -28,10 +28,9 @@ def decode_table(records: Records) -> str:
             "MFU",
             "peak",
             "needed",
-            "programs",
-            "compile s",
         )
     ]
+    programs = [("programs", "compile s", "steps", "bytes/step", *_AT_BEST, "memory")]
     for record in records:
         peak = record["peak_memory_bytes"]
         rows.append(
@@ -54,21 +53,32 @@ def decode_table(records: Records) -> str:
                 _cell(record.get("mfu"), ".0%"),
                 f"{peak / 2**20:,.0f} MiB" if peak else "",
                 _cell(record.get("needed_share"), ".0%"),
-                _cell(record.get("compiled_programs"), "d"),
-                _cell(record.get("compile_seconds"), ".1f"),
             )
         )
+        if "mfu" in record:
+            programs.append(
+                (
+                    *_compiled(record),
+                    f"{record['steps']:,.0f}",
+                    f"{record['step_bytes'] / 1e6:,.1f} MB",
+                    *_at_best(record, record["sentences"]),
+                    _memory(record),
+                )
+            )
     footer = (
         f"{_machine(records[0])}\n"
         f"{_versions(records)}\n"
-        f"measured peak, a device: {_peaks(records)}\n"
+        f"{_peaks(records)}\n"
         "first: the line of jaxformer that comes first with the same sentences\n"
         "at once: source positions; nothing: as many as jaxformer chooses\n"
         "MFU: the products of the formulas, without padding, as a share of that peak; "
         "peak: of memory in use meanwhile\n"
-        "needed: share of the rows and steps computed that was for sentences not yet done"
+        "needed: share of the rows and steps computed that was for sentences not yet done\n"
+        f"{_OF_PROGRAMS}, the largest of them\n"
+        "at best: for a sentence, by the products of the formulas, and by the bytes of its "
+        "decoding steps, none of them in a cache"
     )
-    return f"{aligned(rows)}\n\n{footer}"
+    return "\n\n".join((aligned(rows), aligned(programs), footer))
 
 
 def steps_table(records: Records) -> str:
@@ -95,8 +105,7 @@ def steps_table(records: Records) -> str:
             "GFLOP",
             "of the formulas",
             "bytes",
-            "at best ms",
-            "bound by",
+            *_AT_BEST,
             "MFU by data sheet",
             "memory",
         )
@@ -126,32 +135,26 @@ def steps_table(records: Records) -> str:
             )
         )
         if ours:
-            at_best = [1000 * seconds for seconds in record["roofline_seconds"].values()]
             programs.append(
                 (
-                    str(record["compiled_programs"]),
-                    "{trace_seconds:.1f} + {lower_seconds:.1f} + {compile_seconds:.1f}".format(
-                        **record
-                    ),
+                    *_compiled(record),
                     f"{record['xla_flops'] / 1e9:,.1f}",
                     f"{record['model_flops'] / record['xla_flops']:.0%}",
                     f"{record['bytes_moved'] / 1e9:,.2f} GB",
-                    "{:,.1f} compute, {:,.1f} memory".format(*at_best),
-                    record["bound_by"],
+                    *_at_best(record, 1),
                     _cell(record["mfu_datasheet"], ".0%"),
-                    f"{record['program_memory_bytes'] / 2**20:,.0f} MiB",
+                    _memory(record),
                 )
             )
-    ours_alone = [record for record in records if "mfu" in record]
-    last = ours_alone[-1]
+    noise = records[-1]["machine"]["prng"]
     footer = (
-        f"{_machine(last)}, {last['machine']['prng']} noise\n"
+        f"{_machine(records[-1])}, {noise} noise\n"
         f"{_versions(records)}\n"
-        f"measured peak, a device: {_peaks(records)}, {last['memory_bandwidth'] / 1e9:,.1f} GB/s\n"
+        f"{_peaks(records)}\n"
         "faster by: how many times the tokens/s of this line ours are, median of the turns\n"
         "real tokens: of the target, a step; peak: of memory in use meanwhile\n"
         "programs: of the state, the step, and whatever else was compiled before the second step\n"
-        "compile: trace + lower + compile; memory: what the program plans\n"
+        f"{_OF_PROGRAMS}\n"
         "GFLOP: by XLA, which counts once what a loop repeats, such as chunks of the loss"
     )
     return "\n\n".join((aligned(rows), aligned(programs), footer))
@@ -167,9 +170,31 @@ def _machine(record: dict[str, Any]) -> str:
 
 
 def _peaks(records: Records) -> str:
-    # A later record has a better peak: other work may have lowered earlier ones.
-    peaks = {each["dtype"]: each["matmul_peak_flops"] for each in records if "mfu" in each}
-    return ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, peak in peaks.items())
+    # A later record has better ones: other work may have lowered earlier ones.
+    ours = [record for record in records if "mfu" in record]
+    peaks = {each["dtype"]: each["matmul_peak_flops"] for each in ours}
+    products = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, peak in peaks.items())
+    bandwidth = ours[-1]["memory_bandwidth"] / 1e9
+    return f"measured peak, a device: {products}, {bandwidth:,.1f} GB/s"
+
+
+_AT_BEST = ("at best ms", "bound by")
+_OF_PROGRAMS = "compile: trace + lower + compile; memory: what the program plans"
+
+
+def _compiled(record: dict[str, Any]) -> tuple[str, str]:
+    seconds = "{trace_seconds:.1f} + {lower_seconds:.1f} + {compile_seconds:.1f}"
+    return str(record["compiled_programs"]), seconds.format(**record)
+
+
+def _at_best(record: dict[str, Any], parts: int) -> tuple[str, str]:
+    """Milliseconds of one of so many parts, by compute and by memory, and which is more."""
+    milliseconds = [1000 * seconds / parts for seconds in record["roofline_seconds"].values()]
+    return "{:,.1f} compute, {:,.1f} memory".format(*milliseconds), record["bound_by"]
+
+
+def _memory(record: dict[str, Any]) -> str:
+    return f"{record['program_memory_bytes'] / 2**20:,.0f} MiB"
 
 
 def _versions(records: Records) -> str:

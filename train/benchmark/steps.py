@@ -29,7 +29,12 @@ from jaxformer.files import check_writable
 from train.allocator import return_free_memory
 from train.benchmark.compiles import count_compiles
 from train.benchmark.our_step import OurStep
-from train.benchmark.peaks import Yardstick, datasheet_peak, separate_devices
+from train.benchmark.peaks import (
+    Yardstick,
+    datasheet_peak,
+    measured_devices,
+    separate_devices,
+)
 from train.benchmark.processes import in_a_process
 from train.benchmark.turns import Turn, summary, take_turn
 from train.benchmark.work import Case, Kind, full_rows, padded_batches
@@ -132,7 +137,6 @@ def _check_peer(peer: str, settings: StepBenchmark) -> None:
 
 def _cases(settings: StepBenchmark) -> Iterator[Case]:
     model = settings.config.model
-    available = jax.local_device_count()
     accumulate = settings.config.accumulate if settings.kind == "train" else 1
     shapes = [(batch, n, n) for n, batch in itertools.product(settings.length, settings.batch)]
     if settings.batches is not None:
@@ -141,16 +145,11 @@ def _cases(settings: StepBenchmark) -> Iterator[Case]:
     for dtype, vocab_size, devices, shape in itertools.product(
         settings.dtypes or (model.dtype,),
         settings.vocab_sizes or (model.vocab_size,),
-        settings.devices or (available,),
+        settings.devices or (jax.local_device_count(),),
         shapes,
     ):
-        if not 1 <= devices <= available:
-            raise UserError(
-                f"{devices} devices are asked for, {available} are here: give 1 to {available}"
-            )
+        taking_part = measured_devices(devices, beside_peer=bool(settings.peers))
         batch, source, target = shape
-        if settings.peers and separate_devices(jax.local_devices()[:devices]) > 1:
-            raise UserError(f"a peer uses one device and we use {devices}: give --devices 1")
         for name, value in (("batch", batch), ("length", target)):
             if value < 1:
                 raise UserError(f"--{name} is {value}: give at least 1")
@@ -166,7 +165,7 @@ def _cases(settings: StepBenchmark) -> Iterator[Case]:
             )
         changed = model.replace(dtype=dtype, vocab_size=vocab_size)
         config = dataclasses.replace(settings.config, model=changed)
-        parts = make_runner(config, jax.local_devices()[:devices]).row_parts * accumulate
+        parts = make_runner(config, taking_part).row_parts * accumulate
         if settings.batches is not None:
             batch = completed(batch, parts)  # as in training
         elif batch % parts:

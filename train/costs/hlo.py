@@ -1,9 +1,9 @@
 """The text of a compiled program, read: its instructions, its loops and the bytes it moves."""
 
 import dataclasses
+import itertools
 import re
 from functools import cached_property
-from itertools import islice
 
 _ITEMSIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{$")
@@ -21,6 +21,7 @@ _MOVE_NOTHING = frozenset(
     "partition-id replica-id opt-barrier async-start async-update domain".split()
 )
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
+_UPDATES = frozenset(("dynamic-update-slice", "scatter"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,13 @@ class Instruction:
     def operands(self) -> tuple[str, ...]:
         """Names of the instructions whose results it takes."""
         return tuple(re.findall(r"%([\w.-]+)", self.arguments))
+
+    @property
+    def updates(self) -> tuple[str, ...]:
+        """Of a scatter or a dynamic-update-slice: what is written into as many first operands."""
+        if self.opcode == "dynamic-update-slice":
+            return self.operands[1:2]
+        return self.operands[-(len(self.operands) // 2) :]  # arrays, indices, updates
 
     @cached_property
     def callees(self) -> tuple[str, ...]:
@@ -111,6 +119,20 @@ class Program:
             if instruction.opcode == "while" and self.trip_count(instruction) is None
         ]
 
+    def search_step_bytes(self) -> float:
+        """Bytes moved by a step of a search, by `bytes_moved`.
+
+        The search is its largest loop of unknown length, which runs until the sentences are done.
+        Such loops inside it, which let waiting sentences begin, are left out.
+        """
+        loops = self.endless_loops()
+        rounds = {loop.name: sum(map(self.bytes_moved, loop.callees)) for loop in loops}
+        search = max(loops, key=lambda loop: rounds[loop.name])
+        inside = (self.computations[name].values() for name in search.callees)
+        return rounds[search.name] - sum(
+            rounds.get(each.name, 0.0) for each in itertools.chain.from_iterable(inside)
+        )
+
     def bytes_moved(self, start: str | None = None) -> float:
         """Bytes of main memory that a run reads and writes, estimated.
 
@@ -144,8 +166,8 @@ class Program:
             return self._moved_by_fusion(around, instruction)
         if opcode in _SLICES:
             return 2 * num_bytes(instruction.type)
-        if opcode == "dynamic-update-slice":
-            return 2 * num_bytes(around[instruction.operands[1]].type)
+        if opcode in _UPDATES:
+            return 2 * sum(num_bytes(around[name].type) for name in instruction.updates)
         if opcode in ("copy-start", "slice-start"):
             # (result, operand, …) or ((operand), result, …): what is copied is the smaller one.
             sizes = [size for size in shape_bytes(_everywhere(instruction.type)) if size > 4]
@@ -168,11 +190,12 @@ class Program:
         for name in results:
             made = inside[name]
             # It may make several arrays, as a reduction to a maximum and its index does.
-            size = sum(islice(sizes, len(shape_bytes(made.type))))
+            size = sum(itertools.islice(sizes, len(shape_bytes(made.type))))
             while made.opcode == "bitcast":
                 made = inside[made.operands[0]]
-            if made.opcode == "dynamic-update-slice":
-                size = min(size, num_bytes(_everywhere(inside[made.operands[1]].type)))
+            if made.opcode in _UPDATES:
+                updates = (_everywhere(inside[name].type) for name in made.updates)
+                size = min(size, sum(map(num_bytes, updates)))
             moved += size
         assert next(sizes, None) is None, f"{fusion.name} has more results than its root"
         for index, operand in enumerate(fusion.operands):
@@ -193,7 +216,7 @@ class Program:
                     total += self._read_of(inside, reader.name)
                 elif reader.opcode in _SLICES and position == 0:
                     total += num_bytes(_everywhere(reader.type))
-                elif reader.opcode != "dynamic-update-slice" or position != 0:
+                elif reader.opcode not in _UPDATES or position >= len(reader.updates):
                     total += num_bytes(_everywhere(inside[name].type))
         return total
 

@@ -160,16 +160,9 @@ def decode_program(
         compiled = search.lower(config.model, params, sources, options).compile()
     text = compiled.as_text()
     assert text is not None
-    program = Program(text)
-    # Its largest loop of unknown length is the one that runs until the sentences are done.
-    rounds = [
-        program.bytes_moved(computation)
-        for loop in program.endless_loops()
-        for computation in loop.callees
-    ]
     return DecodeProgram(
         memory=program_memory(compiled),
-        step_bytes=max(rounds),
+        step_bytes=Program(text).search_step_bytes(),
         compile_seconds=time.perf_counter() - began,
     )
 

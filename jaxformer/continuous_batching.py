@@ -22,8 +22,8 @@ class Shape(NamedTuple):
 
     rows: int  # R, per device
     length: int  # S
-    room: int  # tokens that a translation has room for
-    slots: int  # in the cache, per row, for what its beams have written
+    room: int  # tokens of the longest translation
+    slots: int  # in the cache, per row, for what its beams have written and still need
     block: int  # sentences encoded together, a divisor of the number of sentences
 
 
@@ -34,8 +34,8 @@ class _Batch(NamedTuple):
     sentence: Int[Array, "R"]  # the sentence in each row; P means none
     next: Int[Array, ""]  # the first sentence that has not begun
     prefilled: SearchState  # that sentence and some that follow it
-    out_of_room: Bool[Array, "R"]  # whether a sentence that is done would need more room
-    results: Any  # hypotheses, steps and `out_of_room` of the P sentences
+    out_of_slots: Bool[Array, "R"]  # whether a sentence that is done would need more slots
+    results: Any  # hypotheses, steps and `out_of_slots` of the P sentences
     turns: Int[Array, ""]  # steps so far
 
 
@@ -52,7 +52,7 @@ def search_continuously(
 ) -> tuple[tuple[BeamResult, Int[Array, "all"], Bool[Array, "all"]], Int[Array, "devices"]]:
     """Translate P sentences on each device; only the first `counts` of them are real.
 
-    Returns their results, steps and whether they need more room, and the steps of each device.
+    Returns their results, steps and whether they need more slots, and the steps of each device.
     """
     everywhere, data = PartitionSpec(), PartitionSpec("data")
     search = jax.shard_map(
@@ -89,7 +89,7 @@ def _search_on_device(
         return start_search(models, params, method, limits, room, *some, num_slots=shape.slots)
 
     def store_finished(batch: _Batch) -> Any:
-        done = batch.search.hypotheses, batch.search.steps, batch.out_of_room
+        done = batch.search.hypotheses, batch.search.steps, batch.out_of_slots
         places = jnp.where(batch.search.done, batch.sentence, num_sentences)
         return jax.tree.map(
             lambda whole, row: whole.at[places].set(row, mode="drop"), batch.results, done
@@ -118,7 +118,7 @@ def _search_on_device(
             sentence=sentence.at[places].set(batch.next + nth, mode="drop"),
             next=batch.next + jnp.sum(begin_now, dtype=jnp.int32),
             prefilled=prefilled,
-            out_of_room=batch.out_of_room.at[places].set(False, mode="drop"),
+            out_of_slots=batch.out_of_slots.at[places].set(False, mode="drop"),
             results=store_finished(batch),
             turns=batch.turns,
         )
@@ -126,10 +126,9 @@ def _search_on_device(
     def advance(batch: _Batch) -> _Batch:
         batch = jax.lax.while_loop(can_refill, refill, batch)
         search = method.advance(step_fn, batch.search)
-        full = (search.steps >= room) | search.state.caches[0].is_full
-        out_of_room = full & ~search.done
-        search = search._replace(done=search.done | out_of_room)
-        return batch._replace(search=search, out_of_room=out_of_room, turns=batch.turns + 1)
+        out_of_slots = search.state.caches[0].is_full & ~search.done
+        search = search._replace(done=search.done | out_of_slots)
+        return batch._replace(search=search, out_of_slots=out_of_slots, turns=batch.turns + 1)
 
     def unfinished(batch: _Batch) -> Array:
         return jnp.any(~batch.search.done) | (batch.next < count)
@@ -154,7 +153,7 @@ def _search_on_device(
         sentence=jnp.full(rows, num_sentences, jnp.int32),
         next=jnp.int32(0),
         prefilled=zeros_like(lambda: prefill_block(0)),
-        out_of_room=none,
+        out_of_slots=none,
         results=jax.tree.map(
             lambda leaf: jnp.zeros((num_sentences, *leaf.shape[1:]), leaf.dtype),
             (search.hypotheses, search.steps, none),

@@ -54,10 +54,10 @@ class Generator:
     """`generate` for any number of sentences, on all devices, by continuous batching.
 
     A program has a few rows and many sentences. As soon as a sentence is done, the next in line
-    begins in its row, at its own first token, so that rows are hardly ever idle. Caches have room
+    begins in its row, at its own first token, so that rows are hardly ever idle. Caches have slots
     for translations of the usual length, whose beams soon share one past. The few sentences that
-    outgrow them are searched again, with room for the longest. Where these are not few, as with a
-    model that has learned little, later calls give all sentences that room from the start.
+    outgrow them are searched again, with slots for the longest. Where these are not few, as with a
+    model that has learned little, later calls give all sentences those from the start.
 
     Args:
       models, params: as for `generate`.
@@ -85,7 +85,7 @@ class Generator:
         self.turns: Counter[Shape] = Counter()
         self.needed_steps = 0
         # Sentence counts, by the structure of the search whatever its numbers are.
-        self._in_usual_room: Counter[jax.tree_util.PyTreeDef] = Counter()
+        self._with_usual_slots: Counter[jax.tree_util.PyTreeDef] = Counter()
         self._begun_again: Counter[jax.tree_util.PyTreeDef] = Counter()
         self._counting = threading.Lock()
         self._on_cpu = self._devices[0].platform == "cpu"
@@ -114,7 +114,7 @@ class Generator:
             far fewer on a CPU, where time grows in proportion to the rows.
           prefixes: first target tokens of each sentence.
           keys: [number of sentences] random keys, needed if `options.sampling`.
-          few_shapes: as for `groups`, and caches have room for the longest translations: there are
+          few_shapes: as for `groups`, and caches have slots for the longest translations: there are
             fewer programs to compile.
 
         Returns:
@@ -130,8 +130,8 @@ class Generator:
         results: list[Any] = [None] * len(sources)
         threads = ThreadPoolExecutor(self._at_once)
 
-        def begin(chosen: list[int], length: int, all_room: bool) -> list[tuple[int, Future]]:
-            shape = self._shape(options, len(chosen), length, batch_tokens, all_room)
+        def begin(chosen: list[int], length: int, all_slots: bool) -> list[tuple[int, Future]]:
+            shape = self._shape(options, len(chosen), length, batch_tokens, all_slots)
             parts = self._num_parts(len(chosen), shape.rows)
             return [
                 (length, threads.submit(self._search, call, shape, chosen[part::parts], results))
@@ -141,19 +141,19 @@ class Generator:
         try:
             begun, again = [], []
             kind = jax.tree.structure(make_method(options, max_length=1))
-            few = max(16, self._in_usual_room[kind] // 4)
-            all_room = few_shapes or self._begun_again[kind] > few
-            if not all_room:
+            few = max(16, self._with_usual_slots[kind] // 4)
+            all_slots = few_shapes or self._begun_again[kind] > few
+            if not all_slots:
                 with self._counting:
-                    self._in_usual_room[kind] += len(sources)
+                    self._with_usual_slots[kind] += len(sources)
             lengths = list(map(len, sources))
             for chosen, length in groups(lengths, few_shapes=few_shapes, limit=limit):
-                begun += begin(chosen, length, all_room)
+                begun += begin(chosen, length, all_slots)
             for length, same in groupby(begun, key=lambda part: part[0]):
                 if more := [index for _, part in same for index in part.result()]:
                     with self._counting:
                         self._begun_again[kind] += len(more)
-                    again += begin(more, length, all_room=True)
+                    again += begin(more, length, all_slots=True)
             for _, part in again:
                 part.result()
         finally:
@@ -198,13 +198,13 @@ class Generator:
     def _search(
         self, call: "_Call", shape: Shape, chosen: Sequence[int], results: list[Any]
     ) -> list[int]:
-        """Search the chosen sentences; return those that need more room, without a result."""
+        """Search the chosen sentences; return those that need more slots, without a result."""
         order = _deal_to_devices(chosen, len(self._devices), _SENTENCES_PER_ROW * shape.rows)
         counts = np.sum(order.reshape(len(self._devices), -1) >= 0, axis=1, dtype=np.int32)
         method, limits = self._method_and_limits(call.options, shape)
         given = call.in_order(order, shape.length)
         with call.as_its_thread():
-            (found, steps, out_of_room), turns = jax.device_get(
+            (found, steps, out_of_slots), turns = jax.device_get(
                 search_continuously(
                     self._models, shape, self._mesh, self._params, method, limits, given, counts
                 )
@@ -213,7 +213,7 @@ class Generator:
         more, needed = [], 0
         for place in np.flatnonzero(order >= 0):
             index = int(order[place])
-            if out_of_room[place]:
+            if out_of_slots[place]:
                 more.append(index)
             else:
                 results[index] = jax.tree.map(lambda leaf, place=place: leaf[place], found)
@@ -229,7 +229,7 @@ class Generator:
         number: int,
         length: int,
         batch_tokens: int | None,
-        all_room: bool,
+        all_slots: bool,
     ) -> Shape:
         """The program for a number of sentences of one length."""
         devices = len(self._devices)
@@ -237,8 +237,9 @@ class Generator:
             batch_tokens = devices * self._tokens_at_once(options, length)
         rows = num_rows(number, batch_tokens, length, devices) // devices
         block = min(rows, _CPU_BLOCK) if self._on_cpu else rows
-        room_of = self._all_room if all_room else self._usual_room
-        return Shape(rows, length, *room_of(options, length), block)
+        room = max_target_length(self._configs, options, length)
+        slots = options.num_beams * room if all_slots else _usual_slots(options, length, room)
+        return Shape(rows, length, room, slots, block)
 
     def _num_parts(self, number: int, rows: int) -> int:
         """How many programs share a number of sentences: each has an equal share of them."""
@@ -258,22 +259,6 @@ class Generator:
             # As measured; presumably because the logits of so few sentences stay in the CPU cache.
             return min(8 * source_length, 512)
         return 512
-
-    def _all_room(self, options: GenerationConfig, source_length: int) -> tuple[int, int]:
-        """Steps and slots that are enough for every sentence."""
-        room = max_target_length(self._configs, options, source_length)
-        return room, options.num_beams * room
-
-    def _usual_room(self, options: GenerationConfig, source_length: int) -> tuple[int, int]:
-        """Steps and slots that are enough for all but a few sentences."""
-        (room, _), usual = self._all_room(options, source_length), source_length * 3 // 2
-        searched = options.beam_size > 1 and not options.sampling
-        if searched and options.length_penalty_form == "power" and not options.early_stopping:
-            # A score divided by the length can be overtaken long after its hypothesis has ended.
-            usual = source_length * 2
-        room = min(room, usual)
-        slots = options.num_beams * room  # samples share no past
-        return room, min(slots, room + _SLOTS_PER_BEAM * options.beam_size) if searched else slots
 
 
 class _Call(NamedTuple):
@@ -336,6 +321,18 @@ class _Call(NamedTuple):
             for name, value in self.settings.items():
                 stack.enter_context(getattr(jax, name)(value))
             yield
+
+
+def _usual_slots(options: GenerationConfig, source_length: int, room: int) -> int:
+    """Cache slots that are enough for all but a few sentences, which may take `room` steps."""
+    usual = source_length * 3 // 2
+    searched = options.beam_size > 1 and not options.sampling
+    if searched and options.length_penalty_form == "power" and not options.early_stopping:
+        # A score divided by the length can be overtaken long after its hypothesis has ended.
+        usual = source_length * 2
+    usual = min(usual, room)
+    slots = options.num_beams * usual  # samples share no past
+    return min(slots, usual + _SLOTS_PER_BEAM * options.beam_size) if searched else slots
 
 
 def devices_or_all(devices: Sequence[jax.Device] | None) -> list[jax.Device]:

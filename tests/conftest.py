@@ -72,11 +72,12 @@ def forget_compiled_programs():
 
 @pytest.fixture(scope="module")
 def one_program_a_search():
-    """Give searches all room at once: for more room, a second program would be compiled."""
-    from jaxformer.generator import Generator
-
+    """Give searches all slots at once: for more, a second program would be compiled."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Generator, "_usual_room", Generator._all_room)
+        patch.setattr(
+            "jaxformer.generator._usual_slots",
+            lambda options, source_length, room: options.num_beams * room,
+        )
         yield
 
 

@@ -153,7 +153,7 @@ def test_the_noise_of_a_line_follows_from_its_number_in_the_stream(translator, m
         drawn.append(np.asarray(jax.random.key_data(keys)))
         return [no_result] * len(sources)
 
-    monkeypatch.setattr(translator._generator, "generate", generate)
+    monkeypatch.setattr(translator.generator, "generate", generate)
     long = " ".join(itertools.islice(itertools.cycle(LEXICON), 70))
     lines = [*SENTENCES[:11], long]
     options = {"sampling": True, "seed": 3, "warn": lambda _: None}
@@ -243,7 +243,7 @@ def test_a_prefix_that_is_cut_off_is_told(translator, monkeypatch):
     assert len(best.ids) == 2 and not best.finished
     # At most as long as the source, eos included.
     no_result = BeamResult(*np.zeros((4, 0, 0)))
-    monkeypatch.setattr(translator._generator, "generate", lambda *_, **__: [no_result])
+    monkeypatch.setattr(translator.generator, "generate", lambda *_, **__: [no_result])
     most = len(translator.source_tokenizer.encode("red dogs")) + 1
     options |= {"max_length_ratio": 1.0, "max_length_extra": 0}
     list(translator.generate(["red dogs"], prefixes=["rote Hunde rote Hunde"], **options))
@@ -264,7 +264,7 @@ def test_what_learned_positions_cut_off(tmp_path, monkeypatch):
     assert len(best.ids) == 5 and not best.finished
     assert translator.align_hypotheses(["red"], found) == [[None]]
     cut_off = BeamResult(np.array([best.ids]), *np.zeros((2, 1)), np.array([5]))
-    monkeypatch.setattr(translator._generator, "generate", lambda *_, **__: [cut_off])
+    monkeypatch.setattr(translator.generator, "generate", lambda *_, **__: [cut_off])
     monkeypatch.setattr(module, "token_log_probs", lambda *_: np.zeros((1, 5)))
     monkeypatch.setattr(module, "attention_maps", lambda *_: [np.zeros((2, 1, 3, 5, 5))] * 3)
     explanation = translator.explain("red")
@@ -283,7 +283,7 @@ def test_threads_that_come_first_share_what_one_of_them_makes(run, monkeypatch):
 
     monkeypatch.setattr(module, "Generator", slowly)
     with ThreadPoolExecutor(4) as threads:
-        shared = set(threads.map(lambda _: translator._generator, range(4)))
+        shared = set(threads.map(lambda _: translator.generator, range(4)))
     assert len(shared) == len(made) == 1
 
 
@@ -337,7 +337,7 @@ def test_a_prefix_is_of_the_first_part_and_no_member_gets_more_than_it_takes(
         given.update(sources=sources, prefixes=prefixes)
         return [BeamResult(*np.zeros((4, 0, 0)))] * len(sources)
 
-    monkeypatch.setattr(pair._generator, "generate", generate)
+    monkeypatch.setattr(pair.generator, "generate", generate)
     long = " ".join(itertools.islice(itertools.cycle(LEXICON), 70))
     list(pair.generate(["red", long], prefixes=["", "rote"], warn=lambda _: None))
     assert max(map(len, given["sources"])) == 8
@@ -370,7 +370,7 @@ def test_options_reach_the_search(translator, monkeypatch):
         searched.append(options)
         return []
 
-    monkeypatch.setattr(translator._generator, "generate", generate)
+    monkeypatch.setattr(translator.generator, "generate", generate)
     translator.translate([""])
     translator.translate([""], beam_size=7, length_penalty=1.0, length_penalty_form="power")
     assert searched == [

@@ -164,7 +164,8 @@ class Generator:
     @property
     def computed_steps(self) -> int:
         """Rows times steps so far."""
-        return sum(shape.rows * turns for shape, turns in self.turns.items())
+        with self._counting:  # searches under way may add a shape
+            return sum(shape.rows * turns for shape, turns in self.turns.items())
 
     def lower(self, options: GenerationConfig, shape: Shape) -> jax.stages.Lowered:
         """Return the program of one of the `turns`, for what it costs: nothing is translated.

@@ -13,6 +13,7 @@ from jaxformer.errors import UserError
 from random_run import CONFIG
 from small_run import sentence_pairs, trained_run
 from train.benchmark import decode
+from train.benchmark.compiles import count_compiles
 from train.benchmark.decode import DecodeBenchmark, Round, benchmark_decode, check_decode
 from train.benchmark.peaks import Yardstick
 from train.benchmark.report import decode_table
@@ -34,7 +35,17 @@ def source(tmp_path_factory):
     return str(path)
 
 
-def test_table_and_records(run, source, tmp_path, capsys):
+def test_table_and_records(run, source, tmp_path, capsys, monkeypatch):
+    compiled_for_costs = []
+    costs = decode._costs
+
+    def watched(*arguments):
+        with count_compiles() as compiled:
+            found = costs(*arguments)
+        compiled_for_costs.extend(compiled)
+        return found
+
+    monkeypatch.setattr(decode, "_costs", watched)
     output = tmp_path / "results.jsonl"
     arguments = [
         "benchmark",
@@ -49,6 +60,7 @@ def test_table_and_records(run, source, tmp_path, capsys):
     ]
     arguments += ["--beam-size", "2", "--batch-tokens", "128", "--dtype", "float32,bfloat16"]
     assert main([*arguments, "--output", str(output)]) == 0
+    assert compiled_for_costs == [], "the programs are those that have run"
     header, first, second, *_ = capsys.readouterr().out.splitlines()
     assert "sentences/s" in header and "MFU" in header
     assert first.split()[1:3] == ["jaxformer", "float32"] and "1.00x (1.00 to 1.00)" in first
@@ -194,7 +206,7 @@ def test_wrong_arguments(run, changes, message):
         list(benchmark_decode(DecodeBenchmark(run, **changes)))
 
 
-def test_the_figures_of_engines_of_known_speed():
+def test_the_figures_of_engines_of_known_speed(tmp_path):
     class Searches:
         """20 steps of 5 rows a round; half of that was needed in the first, then three quarters."""
 
@@ -216,7 +228,7 @@ def test_the_figures_of_engines_of_known_speed():
             return jax.jit(search).lower(jnp.ones(1000))
 
     def engine(translator, *seconds):
-        took = iter(seconds)
+        took = iter((*seconds, 100.0))
 
         def take_round(lines):
             translator.generator.take_round()
@@ -239,7 +251,8 @@ def test_the_figures_of_engines_of_known_speed():
         name: engine(translators[name], *taken)
         for name, taken in zip(translators, seconds, strict=True)
     }
-    settings = DecodeBenchmark("run", rounds=3, devices=2)
+    # One more round is profiled, which does not count.
+    settings = DecodeBenchmark("run", rounds=3, devices=2, profile=str(tmp_path))
     first, second = decode._measure(
         engines, ["a b", "c"], settings, translators, None, Yardstick(jax.devices()[0])
     )

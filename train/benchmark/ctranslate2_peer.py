@@ -54,11 +54,15 @@ def ctranslate2_candidates(
     to_ctranslate2(run, folder, quantization=None if kind == "float32" else kind)
     source, target = load_tokenizers(run)
     ids = {piece: index for index, piece in enumerate(target.vocabulary)}
-    lengths = {} if fixed is None else {"max_decoding_length": fixed, "min_decoding_length": fixed}
 
     def translate(engine: ctranslate2.Translator, batch: int, lines: Sequence[str]) -> list[str]:
+        sentences = [source.pieces(sentence) for sentence in source.encode_batch(lines)]
+        # Ours end 50 tokens after each sentence's length; CTranslate2 has one limit for all.
+        lengths = {"max_decoding_length": max(map(len, sentences)) + 1 + 50}
+        if fixed is not None:
+            lengths = {"max_decoding_length": fixed, "min_decoding_length": fixed}
         results = engine.translate_batch(
-            [source.pieces(sentence) for sentence in source.encode_batch(lines)],
+            sentences,
             beam_size=beam_size,
             length_penalty=length_penalty,
             max_batch_size=batch,

@@ -229,14 +229,14 @@ def _measure(
     for name, engine in engines.items():
         with time_compiles() as compiles[name]:
             engine(lines)
+    generators = {name: translator.generator for name, translator in translators.items()}
     # A generator learns in its first round whether its caches have to grow.
-    warmed_up = {
-        name: _Searched.by(translator.generator) for name, translator in translators.items()
-    }
+    warmed_up = {name: _Searched.by(generator) for name, generator in generators.items()}
     rounds: dict[EngineName, list[Round]] = {name: [] for name in engines}
     for _ in range(settings.rounds):
         for name, engine in engines.items():
             rounds[name].append(engine(lines))
+    searched = {name: _Searched.by(each) - warmed_up[name] for name, each in generators.items()}
     first = next(iter(engines))
     if settings.profile is not None:
         with jax.profiler.trace(settings.profile):
@@ -246,7 +246,7 @@ def _measure(
         for name in ("config", "source_tokenizer", "target_tokenizer")
     )
     for name, taken in rounds.items():
-        ours = translators.get(name)
+        ours = name in translators
         seconds = [each.seconds for each in taken]
         spread = summary(seconds)
         median = spread["median"]
@@ -266,7 +266,7 @@ def _measure(
             "engine": name[0],
             "version": engine_version(name[0]),
             "dtype": name[1],
-            "devices": len(devices) if ours is not None else 1,
+            "devices": len(devices) if ours else 1,
             "beam_size": settings.beam_size,
             "batch_tokens": settings.batch_tokens,
             "source_length": fixed,
@@ -290,16 +290,16 @@ def _measure(
             "settings": dataclasses.asdict(settings),
             "machine": describe_machine(devices),
         }
-        if ours is not None:
+        if ours:
             peak, bandwidth = yardstick.matmul(name[1]), yardstick.bandwidth()
             at_once = separate_devices(devices)
             flops = sum(
                 search_flops(config, *lengths, settings.beam_size)
                 for lengths in zip(sources, targets, strict=True)
             )
-            searched = _Searched.by(ours.generator) - warmed_up[name]
-            costs = _costs(ours.generator, searched.turns, settings)
-            steps = sum(searched.turns.values()) / settings.rounds
+            did = searched[name]
+            costs = _costs(generators[name], did.turns, settings)
+            steps = did.turns.total() / settings.rounds
             seconds_of = {
                 "compute": flops / (peak * at_once),
                 "memory": steps * costs["step_bytes"] / (bandwidth * at_once),
@@ -308,7 +308,7 @@ def _measure(
             record |= {
                 "compiled_programs": len(compiles[name].compilations),
                 "steps": steps,
-                "needed_share": searched.needed / max(1, searched.computed),
+                "needed_share": did.needed / max(1, did.computed),
                 "model_flops": flops,
                 "matmul_peak_flops": peak,
                 "memory_bandwidth": bandwidth,
@@ -339,7 +339,7 @@ def _costs(
     generator: Generator, turns: Counter[Shape], settings: DecodeBenchmark
 ) -> dict[str, float]:
     """Bytes that a decoding step moves, on average, and that the largest program plans for."""
-    options = GenerationConfig.of(_options(settings))
+    options = GenerationConfig.of(_options(settings) | {"n_best": 1})  # as Translator.translate
     moved, memory = 0.0, 0
     for shape, steps in turns.items():
         compiled = generator.lower(options, shape).compile()  # it has been before

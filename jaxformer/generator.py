@@ -67,7 +67,6 @@ class Generator:
       UserError: `models` are not models, `params` are not theirs, or as for `devices_or_all`.
 
     Attributes:
-      turns: steps so far in each shape, of all devices.
       needed_steps: how many of the `computed_steps` served a sentence not yet done, whose result
         was kept.
     """
@@ -82,7 +81,7 @@ class Generator:
         self._mesh = Mesh(np.array(self._devices), ("data",))
         self._models, params = ensemble(models, params)
         self._configs = [model.config for model in self._models]
-        self.turns: Counter[Shape] = Counter()
+        self._turns: Counter[Shape] = Counter()
         self.needed_steps = 0
         # Sentence counts, by the structure of the search whatever its numbers are.
         self._with_usual_slots: Counter[jax.tree_util.PyTreeDef] = Counter()
@@ -162,10 +161,15 @@ class Generator:
         return results
 
     @property
+    def turns(self) -> Counter[Shape]:
+        """Steps so far in each shape, of all devices together."""
+        with self._counting:  # searches under way may add a shape
+            return self._turns.copy()
+
+    @property
     def computed_steps(self) -> int:
         """Rows times steps so far."""
-        with self._counting:  # searches under way may add a shape
-            return sum(shape.rows * turns for shape, turns in self.turns.items())
+        return sum(shape.rows * turns for shape, turns in self.turns.items())
 
     def lower(self, options: GenerationConfig, shape: Shape) -> jax.stages.Lowered:
         """Return the program of one of the `turns`, for what it costs: nothing is translated.
@@ -220,7 +224,7 @@ class Generator:
                 results[index] = jax.tree.map(lambda leaf, place=place: leaf[place], found)
                 needed += max(0, int(steps[place]) - taken)
         with self._counting:
-            self.turns[shape] += int(turns.sum())
+            self._turns[shape] += int(turns.sum())
             self.needed_steps += needed
         return more
 

@@ -128,7 +128,7 @@ def test_every_sentence_is_as_in_one_large_batch(
         ({"max_length_extra": 0, "max_length_ratio": 0.5}, 2 * 8),
     ],
 )
-def test_searches_that_last_longer_have_more_room(changes, slots):
+def test_searches_that_last_longer_have_more_slots(changes, slots):
     options = GenerationConfig(beam_size=2, **changes)
     assert module._usual_slots(options, 16, options.max_length(16)) == slots
 

@@ -319,6 +319,16 @@ def test_of_what_is_written_in_place_the_new_rows_count():
     assert Program(SCATTERS).bytes_moved() == (2 * rows + where) + 2 * rows
 
 
+def test_of_an_array_made_where_it_is_written_everything_counts():
+    rows, where, everything = 2 * 128 * 4, 2 * 4, 64 * 128 * 4
+    zeros = "%z = f32[] constant(0)\n  %p = f32[64,128]{1,0} broadcast(%z), dimensions={}"
+    made = SCATTERS.replace("%p = f32[64,128]{1,0} parameter(0)", zeros, 1)
+    made = made.replace("s32[2,1]{1,0} parameter(1)", "s32[2,1]{1,0} parameter(0)", 1)
+    made = made.replace("f32[2,128]{1,0} parameter(2)", "f32[2,128]{1,0} parameter(1)", 1)
+    made = made.replace("fusion(%p0, %p1, %p2)", "fusion(%p1, %p2)")
+    assert Program(made).bytes_moved() == (everything + where + rows) + 2 * rows
+
+
 # A round of the search has two operations, and a loop in which waiting sentences begin.
 SEARCH = """HloModule jit_search, is_scheduled=true
 

@@ -10,12 +10,12 @@ import jax.monitoring
 class Compiles(NamedTuple):
     """Names of functions and programs, such as "f" and "jit(f)", and the seconds that each took."""
 
-    traces: list[tuple[str, float]]  # also of functions that others call
+    traces: list[tuple[str, float]]  # also of functions that are no programs
     lowerings: list[tuple[str, float]]
     compilations: list[tuple[str, float]]
 
     def seconds(self) -> dict[str, float]:
-        """What the programs took together; a trace contains those of the functions it calls."""
+        """What the programs took together."""
         programs = {name for name, _ in self.lowerings}
         return {
             "trace_seconds": sum(took for name, took in self.traces if f"jit({name})" in programs),

@@ -185,7 +185,7 @@ def check_decode(settings: DecodeBenchmark) -> None:
             )
         if settings.model.vocab_size < 8:  # four are special
             raise UserError(f"--vocab-size is {settings.model.vocab_size}: give at least 8")
-    measured_devices(settings.devices, beside_peer=settings.peer is not None)
+    _devices(settings)
     if settings.peer is not None:
         engine_version(settings.peer)
     GenerationConfig.of(_options(settings))
@@ -194,7 +194,7 @@ def check_decode(settings: DecodeBenchmark) -> None:
 
 
 def _devices(settings: DecodeBenchmark) -> list[jax.Device]:
-    return jax.local_devices()[: settings.devices]
+    return measured_devices(settings.devices, beside_peer=settings.peer is not None)
 
 
 def _engine(translate: Translate, peak: Callable[[], int | None]) -> Engine:
@@ -328,7 +328,7 @@ class _Searched(NamedTuple):
 
     @classmethod
     def by(cls, generator: Generator) -> "_Searched":
-        return cls(generator.turns.copy(), generator.computed_steps, generator.needed_steps)
+        return cls(generator.turns, generator.computed_steps, generator.needed_steps)
 
     def __sub__(self, before: "_Searched") -> "_Searched":
         turns = self.turns - before.turns

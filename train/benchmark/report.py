@@ -30,7 +30,10 @@ def decode_table(records: Records) -> str:
             "needed",
         )
     ]
-    programs = [("programs", "compile s", "steps", "bytes/step", *_AT_BEST, "memory")]
+    case = ("model", "dtype", "devices", "beams", "at once", "length", "vocabulary")
+    programs: list[tuple[str, ...]] = [
+        (*case, "programs", "compile s", "steps", "bytes/step", *_AT_BEST, "memory")
+    ]
     for record in records:
         peak = record["peak_memory_bytes"]
         rows.append(
@@ -58,6 +61,7 @@ def decode_table(records: Records) -> str:
         if "mfu" in record:
             programs.append(
                 (
+                    *(cell for name, cell in zip(rows[0], rows[-1], strict=True) if name in case),
                     *_compiled(record),
                     f"{record['steps']:,.0f}",
                     f"{record['step_bytes'] / 1e6:,.1f} MB",
@@ -74,9 +78,10 @@ def decode_table(records: Records) -> str:
         "MFU: the products of the formulas, without padding, as a share of that peak; "
         "peak: of memory in use meanwhile\n"
         "needed: share of the rows and steps computed that was for sentences not yet done\n"
+        "steps: of a round, in all programs together\n"
         f"{_OF_PROGRAMS}, the largest of them\n"
-        "at best: for a sentence, by the products of the formulas, and by the bytes of its "
-        "decoding steps, none of them in a cache"
+        "at best: for a sentence, by the products of the formulas, and by the bytes of its steps, "
+        "none of them in a cache"
     )
     return "\n\n".join((aligned(rows), aligned(programs), footer))
 
@@ -98,8 +103,10 @@ def steps_table(records: Records) -> str:
             "faster by",
         )
     ]
-    programs = [
+    case = tuple(name for name in header if name != "engine")
+    programs: list[tuple[str, ...]] = [
         (
+            *case,
             "programs",
             "compile s",
             "GFLOP",
@@ -137,6 +144,7 @@ def steps_table(records: Records) -> str:
         if ours:
             programs.append(
                 (
+                    *(cell for name, cell in zip(rows[0], rows[-1], strict=True) if name in case),
                     *_compiled(record),
                     f"{record['xla_flops'] / 1e9:,.1f}",
                     f"{record['model_flops'] / record['xla_flops']:.0%}",

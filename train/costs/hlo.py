@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+from collections.abc import Iterable
 from functools import cached_property
 
 _ITEMSIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}
@@ -123,15 +124,25 @@ class Program:
         """Bytes moved by a step of a search, by `bytes_moved`.
 
         The search is its largest loop of unknown length, which runs until the sentences are done.
-        Such loops inside it, which let waiting sentences begin, are left out.
+        Such loops inside it are left out, as the one in which waiting sentences begin.
         """
         loops = self.endless_loops()
         rounds = {loop.name: sum(map(self.bytes_moved, loop.callees)) for loop in loops}
+
+        def outermost(names: Iterable[str]) -> float:
+            """Bytes of the loops of unknown length in these computations."""
+            total = 0.0
+            for instruction in itertools.chain.from_iterable(
+                self.computations[name].values() for name in names
+            ):
+                if instruction.name in rounds:
+                    total += rounds[instruction.name]
+                elif instruction.opcode in ("call", "conditional"):
+                    total += outermost(instruction.callees)
+            return total
+
         search = max(loops, key=lambda loop: rounds[loop.name])
-        inside = (self.computations[name].values() for name in search.callees)
-        return rounds[search.name] - sum(
-            rounds.get(each.name, 0.0) for each in itertools.chain.from_iterable(inside)
-        )
+        return rounds[search.name] - outermost(search.callees)
 
     def bytes_moved(self, start: str | None = None) -> float:
         """Bytes of main memory that a run reads and writes, estimated.
@@ -193,7 +204,7 @@ class Program:
             size = sum(itertools.islice(sizes, len(shape_bytes(made.type))))
             while made.opcode == "bitcast":
                 made = inside[made.operands[0]]
-            if made.opcode in _UPDATES:
+            if made.opcode in _UPDATES and _is_given(inside, made.operands[0]):
                 updates = (_everywhere(inside[name].type) for name in made.updates)
                 size = min(size, sum(map(num_bytes, updates)))
             moved += size
@@ -223,6 +234,14 @@ class Program:
 
 def _root(computation: Computation) -> Instruction:
     return next(one for one in computation.values() if one.is_root)
+
+
+def _is_given(computation: Computation, name: str) -> bool:
+    """Whether a value is a parameter, and so in main memory already."""
+    made = computation[name]
+    while made.opcode == "bitcast":
+        made = computation[made.operands[0]]
+    return made.opcode == "parameter"
 
 
 def _parameter(computation: Computation, index: int) -> str:

@@ -294,15 +294,16 @@ def test_steps_that_are_not_needed_are_counted():
     assert steps <= generator.needed_steps <= min(8, steps) + 4 + 2
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("options", [OPTIONS, GenerationConfig(sampling=True, beam_size=1)])
+@pytest.mark.parametrize(
+    ("options", "devices"), [(OPTIONS, 2), (GenerationConfig(sampling=True, beam_size=1), 1)]
+)
 def test_the_programs_of_its_searches_are_at_hand(options, devices, monkeypatch):
     # JAX puts shapes in place of the numbers of a `Sampling`, which the tests' type checks refuse.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    keys = jax.random.split(jax.random.key(0), 40) if options.sampling else None
+    keys = jax.random.split(jax.random.key(0), 4) if options.sampling else None
     generator = make_generator(num_devices=devices)
-    generator.generate(random_sources([4, 20] * 20), options, keys=keys)
-    assert len(generator.turns) >= 2
+    generator.generate(random_sources([4, 5, 6, 7]), options, keys=keys)
+    assert generator.turns
     with count_compiles() as compiled:
         for shape, turns in generator.turns.items():
             assert turns > 0

@@ -1,5 +1,6 @@
 """Results of benchmarks: a table for people, JSON lines for programs, a picture of a sweep."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def decode_table(records: Records) -> str:
         if "mfu" in record:
             programs.append(
                 (
-                    *(cell for name, cell in zip(rows[0], rows[-1], strict=True) if name in case),
+                    *_cells_of(rows, case),
                     *_compiled(record),
                     f"{record['steps']:,.0f}",
                     f"{record['step_bytes'] / 1e6:,.1f} MB",
@@ -144,7 +145,7 @@ def steps_table(records: Records) -> str:
         if ours:
             programs.append(
                 (
-                    *(cell for name, cell in zip(rows[0], rows[-1], strict=True) if name in case),
+                    *_cells_of(rows, case),
                     *_compiled(record),
                     f"{record['xla_flops'] / 1e9:,.1f}",
                     f"{record['model_flops'] / record['xla_flops']:.0%}",
@@ -188,6 +189,11 @@ def _peaks(records: Records) -> str:
 
 _AT_BEST = ("at best ms", "bound by")
 _OF_PROGRAMS = "compile: trace + lower + compile; memory: what the program plans"
+
+
+def _cells_of(rows: Sequence[tuple[str, ...]], case: Sequence[str]) -> Iterator[str]:
+    """The last row's cells in the columns that say which case it is."""
+    return (cell for name, cell in zip(rows[0], rows[-1], strict=True) if name in case)
 
 
 def _compiled(record: dict[str, Any]) -> tuple[str, str]:

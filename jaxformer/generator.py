@@ -191,14 +191,10 @@ class Generator:
             shape,
             self._mesh,
             self._params,
-            *self._method_and_limits(options, shape),
+            *_method_and_limits(options, shape),
             (sources, None, keys),
             counts,
         )
-
-    def _method_and_limits(self, options: GenerationConfig, shape: Shape) -> tuple[Method, Limits]:
-        max_length = max_target_length(self._configs, options, shape.length)
-        return make_method(options, max_length), Limits.of(options, shape.length, max_length)
 
     def _search(
         self, call: "_Call", shape: Shape, chosen: Sequence[int], results: list[Any]
@@ -206,7 +202,7 @@ class Generator:
         """Search the chosen sentences; return those that need more slots, without a result."""
         order = _deal_to_devices(chosen, len(self._devices), _SENTENCES_PER_ROW * shape.rows)
         counts = np.sum(order.reshape(len(self._devices), -1) >= 0, axis=1, dtype=np.int32)
-        method, limits = self._method_and_limits(call.options, shape)
+        method, limits = _method_and_limits(call.options, shape)
         given = call.in_order(order, shape.length)
         with call.as_its_thread():
             (found, steps, out_of_slots), turns = jax.device_get(
@@ -326,6 +322,10 @@ class _Call(NamedTuple):
             for name, value in self.settings.items():
                 stack.enter_context(getattr(jax, name)(value))
             yield
+
+
+def _method_and_limits(options: GenerationConfig, shape: Shape) -> tuple[Method, Limits]:
+    return make_method(options, shape.room), Limits.of(options, shape.length, shape.room)
 
 
 def _usual_slots(options: GenerationConfig, source_length: int, room: int) -> int:

@@ -33,6 +33,9 @@ from jaxformer.search import BeamResult, Method
 #: of the rows for the length of a sentence, 1/32 of the work.
 _SENTENCES_PER_ROW = 16
 
+#: Sentences per row that begin again, on a CPU: they are few and long, and idle rows take time.
+_AGAIN_PER_ROW = 2
+
 #: Sentences that a CPU encodes together; other devices encode as many as there are rows.
 _CPU_BLOCK = 8
 
@@ -129,9 +132,11 @@ class Generator:
         results: list[Any] = [None] * len(sources)
         threads = ThreadPoolExecutor(self._at_once)
 
-        def begin(chosen: list[int], length: int, all_slots: bool) -> list[tuple[int, Future]]:
-            shape = self._shape(options, len(chosen), length, batch_tokens, all_slots)
-            parts = self._num_parts(len(chosen), shape.rows)
+        def begin(
+            chosen: list[int], length: int, all_slots: bool, again: bool = False
+        ) -> list[tuple[int, Future]]:
+            rows, parts = self._rows_and_parts(options, len(chosen), length, batch_tokens, again)
+            shape = self._shape(options, rows, length, all_slots)
             return [
                 (length, threads.submit(self._search, call, shape, chosen[part::parts], results))
                 for part in range(parts)
@@ -152,7 +157,7 @@ class Generator:
                 if more := [index for _, part in same for index in part.result()]:
                     with self._counting:
                         self._begun_again[kind] += len(more)
-                    again += begin(more, length, all_slots=True)
+                    again += begin(more, length, all_slots=True, again=True)
             for _, part in again:
                 part.result()
         finally:
@@ -224,30 +229,39 @@ class Generator:
             self.needed_steps += needed
         return more
 
-    def _shape(
+    def _rows_and_parts(
         self,
         options: GenerationConfig,
         number: int,
         length: int,
         batch_tokens: int | None,
-        all_slots: bool,
-    ) -> Shape:
-        """The program for a number of sentences of one length."""
+        again: bool,
+    ) -> tuple[int, int]:
+        """Rows per device, and how many programs share a number of sentences, in equal parts."""
         devices = len(self._devices)
         if batch_tokens is None:
             batch_tokens = devices * self._tokens_at_once(options, length)
-        rows = num_rows(number, batch_tokens, length, devices) // devices
+
+        def rows_for(waiting: int) -> int:
+            return num_rows(waiting, batch_tokens, length, devices)
+
+        at_once = min(self._at_once, number)
+        share = -(-number // at_once)
+        if again and self._on_cpu:
+            rows = rows_for(-(-share // _AGAIN_PER_ROW))
+        elif at_once * rows_for(share) <= max(number, rows_for(number)):
+            rows = rows_for(share)
+        else:
+            rows, at_once = rows_for(number), 1  # in parts, they would have more idle rows
+        parts = -(-number // (rows * _SENTENCES_PER_ROW))
+        return rows // devices, -(-parts // at_once) * at_once  # as many for each thread
+
+    def _shape(self, options: GenerationConfig, rows: int, length: int, all_slots: bool) -> Shape:
+        """The program of so many rows per device for sentences of one length."""
         block = min(rows, _CPU_BLOCK) if self._on_cpu else rows
         room = max_target_length(self._configs, options, length)
         slots = options.num_beams * room if all_slots else _usual_slots(options, length, room)
         return Shape(rows, length, room, slots, block)
-
-    def _num_parts(self, number: int, rows: int) -> int:
-        """How many programs share a number of sentences: each has an equal share of them."""
-        parts = -(-number // (len(self._devices) * rows * _SENTENCES_PER_ROW))
-        if number > 2 * self._at_once * rows:
-            parts = -(-parts // self._at_once) * self._at_once  # as many for each thread
-        return parts
 
     def _tokens_at_once(self, options: GenerationConfig, source_length: int) -> int:
         """How many source positions at once a device is fastest with, as measured."""

@@ -244,6 +244,26 @@ def test_what_searches_has_the_settings_of_its_caller(monkeypatch):
     assert set(seen) == {(True, "rbg", False)} != {settings()}
 
 
+@pytest.mark.parametrize(
+    ("number", "again", "rows", "parts"),
+    [
+        (1, False, 1, 1),
+        (16, False, 16, 1),  # with 8 each, two threads would have half of their rows idle
+        (20, False, 16, 2),
+        (64, False, 32, 2),
+        (700, False, 32, 2),
+        (1, True, 1, 1),
+        (3, True, 1, 2),
+        (9, True, 4, 2),
+        (80, True, 32, 2),
+    ],
+)
+def test_threads_have_equal_shares_and_few_idle_rows(number, again, rows, parts):
+    generator = make_generator()
+    assert generator._at_once == 2
+    assert generator._rows_and_parts(OPTIONS, number, 16, None, again) == (rows, parts)
+
+
 def test_other_devices_encode_as_many_as_there_are_rows():
     generator = make_generator()
     expected = generator.generate(SOURCES, OPTIONS, batch_tokens=256)

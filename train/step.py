@@ -34,6 +34,17 @@ def _loss_sums(model: Transformer, params: Any, batch: Batch, rng: jax.Array | N
     return sums
 
 
+def _sum_over_devices(totals: Any, axis_name: str | None) -> Any:
+    """`totals` summed over the axis, if there is one."""
+    if axis_name is None:
+        return totals
+    if jax.lax.axis_size(axis_name) > 1:
+        return jax.lax.psum(totals, axis_name)
+    # A sum over one device would be a copy. The barrier keeps the rest of what it did: the layers'
+    # gradients are stacked once, and not by each pass of the optimizer that reads them.
+    return jax.lax.optimization_barrier(totals)
+
+
 def make_train_step(
     model: Transformer,
     optimizer: optax.GradientTransformation,
@@ -82,17 +93,17 @@ def make_train_step(
         if axis_name is not None:
             rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
         totals = gradients(state.params, batch, rng)
-        if axis_name is not None:
-            totals = jax.lax.psum(totals, axis_name)
-        sums, gradient_sum = totals
+        sums, gradient_sum = _sum_over_devices(totals, axis_name)
         tokens = jnp.maximum(sums.weight, 1.0)
-        gradient = jax.tree.map(lambda g: g / tokens, gradient_sum)
+        # On a CPU, XLA writes out quotients and squares that two operations use, but not products.
+        scale = 1.0 / tokens
+        gradient = jax.tree.map(lambda g: g * scale, gradient_sum)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         metrics = {
             "loss": sums.loss / tokens,
             "nll": sums.nll / tokens,
             "tokens": sums.weight,
-            "gradient_norm": optax.global_norm(gradient),
+            "gradient_norm": scale * optax.global_norm(gradient_sum),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         params = optax.apply_updates(state.params, updates)
@@ -122,7 +133,6 @@ def make_eval_step(model: Transformer) -> Callable[..., LossSums]:
     """Return `eval_step(params, batch, *, axis_name=None) -> LossSums`, without dropout."""
 
     def eval_step(params: Any, batch: Batch, *, axis_name: str | None = None) -> LossSums:
-        sums = _loss_sums(model, params, batch, rng=None)
-        return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+        return _sum_over_devices(_loss_sums(model, params, batch, rng=None), axis_name)
 
     return eval_step

@@ -33,9 +33,6 @@ from jaxformer.search import BeamResult, Method
 #: of the rows for the length of a sentence, 1/32 of the work.
 _SENTENCES_PER_ROW = 16
 
-#: Sentences per row that begin again, on a CPU: they are few and long, and idle rows take time.
-_AGAIN_PER_ROW = 2
-
 #: Sentences that a CPU encodes together; other devices encode as many as there are rows.
 _CPU_BLOCK = 8
 
@@ -112,8 +109,9 @@ class Generator:
         Args:
           sources: ids of each sentence, with eos.
           options: see `GenerationConfig`.
-          batch_tokens: source positions at once, over all devices. By default 4096 per device, but
-            far fewer on a CPU, where time grows in proportion to the rows.
+          batch_tokens: source positions of a program, over all devices; on a CPU, two programs may
+            run at once. By default 4096 per device, but far fewer on a CPU, where time grows in
+            proportion to the rows.
           prefixes: first target tokens of each sentence.
           keys: [number of sentences] random keys, needed if `options.sampling`.
           few_shapes: as for `groups`, and caches have slots for the longest translations: there are
@@ -133,9 +131,9 @@ class Generator:
         threads = ThreadPoolExecutor(self._at_once)
 
         def begin(
-            chosen: list[int], length: int, all_slots: bool, again: bool = False
+            chosen: list[int], length: int, all_slots: bool, few_rows: bool = False
         ) -> list[tuple[int, Future]]:
-            rows, parts = self._rows_and_parts(options, len(chosen), length, batch_tokens, again)
+            rows, parts = self._rows_and_parts(options, len(chosen), length, batch_tokens, few_rows)
             shape = self._shape(options, rows, length, all_slots)
             return [
                 (length, threads.submit(self._search, call, shape, chosen[part::parts], results))
@@ -157,7 +155,7 @@ class Generator:
                 if more := [index for _, part in same for index in part.result()]:
                     with self._counting:
                         self._begun_again[kind] += len(more)
-                    again += begin(more, length, all_slots=True, again=True)
+                    again += begin(more, length, all_slots=True, few_rows=self._on_cpu)
             for _, part in again:
                 part.result()
         finally:
@@ -235,9 +233,13 @@ class Generator:
         number: int,
         length: int,
         batch_tokens: int | None,
-        again: bool,
+        few_rows: bool,
     ) -> tuple[int, int]:
-        """Rows per device, and how many programs share a number of sentences, in equal parts."""
+        """Rows per device, and how many programs share a number of sentences.
+
+        With `few_rows` there are up to two sentences for each row: for sentences that take many
+        steps, so that rows which stay idle would cost more than waiting.
+        """
         devices = len(self._devices)
         if batch_tokens is None:
             batch_tokens = devices * self._tokens_at_once(options, length)
@@ -245,14 +247,18 @@ class Generator:
         def rows_for(waiting: int) -> int:
             return num_rows(waiting, batch_tokens, length, devices)
 
-        at_once = min(self._at_once, number)
+        rows, at_once = rows_for(number), min(self._at_once, number)
         share = -(-number // at_once)
-        if again and self._on_cpu:
-            rows = rows_for(-(-share // _AGAIN_PER_ROW))
-        elif at_once * rows_for(share) <= max(number, rows_for(number)):
-            rows = rows_for(share)
+        each, fewer = rows_for(share), rows_for(-(-share // 2))
+        most = max(number, rows)  # more rows than that, in all programs, would be idle
+        if few_rows:
+            rows = fewer
+        elif at_once * each <= most:
+            rows = each
+        elif rows < number and at_once * fewer <= most:
+            rows = fewer
         else:
-            rows, at_once = rows_for(number), 1  # in parts, they would have more idle rows
+            at_once = 1
         parts = -(-number // (rows * _SENTENCES_PER_ROW))
         return rows // devices, -(-parts // at_once) * at_once  # as many for each thread
 

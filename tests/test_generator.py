@@ -197,6 +197,7 @@ def test_other_numbers_compile_nothing(every):
 
 
 def test_two_searches_at_once_are_one(monkeypatch):
+    monkeypatch.setattr(module, "_SLOTS_PER_BEAM", 20)  # else some start again, in another shape
     generator = make_generator()
     threads = set()
     search = module.search_continuously
@@ -245,23 +246,27 @@ def test_what_searches_has_the_settings_of_its_caller(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("number", "again", "rows", "parts"),
+    ("number", "few_rows", "rows", "parts"),
     [
         (1, False, 1, 1),
         (16, False, 16, 1),  # with 8 each, two threads would have half of their rows idle
         (20, False, 16, 2),
+        (40, False, 16, 2),
         (64, False, 32, 2),
-        (700, False, 32, 2),
+        (1100, False, 32, 4),
         (1, True, 1, 1),
         (3, True, 1, 2),
         (9, True, 4, 2),
         (80, True, 32, 2),
     ],
 )
-def test_threads_have_equal_shares_and_few_idle_rows(number, again, rows, parts):
+def test_each_thread_has_its_share_and_few_rows_are_idle(number, few_rows, rows, parts):
     generator = make_generator()
     assert generator._at_once == 2
-    assert generator._rows_and_parts(OPTIONS, number, 16, None, again) == (rows, parts)
+    assert generator._rows_and_parts(OPTIONS, number, 16, None, few_rows) == (rows, parts)
+    generator._at_once = 1
+    (of_one, alone) = generator._rows_and_parts(OPTIONS, number, 16, None, False)
+    assert of_one >= rows and alone <= parts
 
 
 def test_other_devices_encode_as_many_as_there_are_rows():

@@ -238,18 +238,17 @@ def test_the_state_is_reused_stays_replicated_and_compiles_once(noisy_step, para
     assert compiled == []
 
 
-@several_devices
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=several_devices)])
 def test_one_device_has_nothing_to_sum(model, params, devices):
-    """XLA would copy every gradient; the program of more devices is there to show the operation."""
-    runner = DataParallel(tuple(jax.devices()[:devices]))
+    """On a CPU it would copy every gradient; two devices are there to show the operation."""
+    runner = DataParallel(tuple(jax.devices("cpu")[:devices]))
     place = runner.place(len(BATCH["labels"]), lambda mine: {k: x[mine] for k, x in BATCH.items()})
     state = runner.create(lambda: state_of(params))
     step = runner.parallel_train_step(make_train_step(model, OPTIMIZER, SCHEDULE))
-    program = step.lower(state, place, KEY).compile().as_text()
-    assert ("all-reduce" in program) == (devices > 1)
+    assert ("all_reduce" in step.lower(state, place, KEY).as_text()) == (devices > 1)
 
 
+@several_devices
 def test_evaluation_sums_over_devices_without_dropout(params, one_device):
     model = Transformer(CONFIG.replace(dropout=0.3))
     sums = RUNNER.parallel_eval_step(make_eval_step(model))(*placed(params, BATCH))

@@ -38,11 +38,11 @@ def _sum_over_devices(totals: Any, axis_name: str | None) -> Any:
     """`totals` summed over the axis, if there is one."""
     if axis_name is None:
         return totals
-    if jax.lax.axis_size(axis_name) > 1:
-        return jax.lax.psum(totals, axis_name)
-    # A sum over one device would be a copy. The barrier keeps the rest of what it did: the layers'
-    # gradients are stacked once, and not by each pass of the optimizer that reads them.
-    return jax.lax.optimization_barrier(totals)
+    if jax.default_backend() == "cpu" and jax.lax.axis_size(axis_name) == 1:
+        # On a CPU even a sum over one device is computed, as a copy. The barrier keeps what else it
+        # did: the layers' gradients are stacked once, not by each pass of the optimizer over them.
+        return jax.lax.optimization_barrier(totals)
+    return jax.lax.psum(totals, axis_name)
 
 
 def make_train_step(
@@ -95,14 +95,14 @@ def make_train_step(
         totals = gradients(state.params, batch, rng)
         sums, gradient_sum = _sum_over_devices(totals, axis_name)
         tokens = jnp.maximum(sums.weight, 1.0)
-        # On a CPU, XLA writes out quotients and squares that two operations use, but not products.
-        scale = 1.0 / tokens
+        scale = 1.0 / tokens  # on a CPU, XLA would write out quotients that several operations use
         gradient = jax.tree.map(lambda g: g * scale, gradient_sum)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         metrics = {
             "loss": sums.loss / tokens,
             "nll": sums.nll / tokens,
             "tokens": sums.weight,
+            # Of the sums: Adam squares `gradient`, and XLA would write out squares that both use.
             "gradient_norm": scale * optax.global_norm(gradient_sum),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }

@@ -84,8 +84,8 @@ def _add_translate(commands: Any) -> None:
     )
     _add_model(
         translate,
-        "source positions translated at once, over all devices; by default 4096 per device, fewer "
-        "on a CPU",
+        "source positions of a program, over all devices; by default 4096 per device, fewer on a "
+        "CPU, where two programs may run at once",
     )
     translate.add_argument(
         "--window",

@@ -150,7 +150,7 @@ class Translator:
           lines: one sentence each.
           prefixes: what the translation of each line begins with; the first piece after it may
             continue its last word.
-          batch_tokens: source positions at once, over all devices; by default as in
+          batch_tokens: source positions of a program, over all devices, as in
             `Generator.generate`.
           few_shapes: compile one program for all lines that are not much shorter than the longest,
             instead of one or two for each doubling of the length.

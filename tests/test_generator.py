@@ -265,7 +265,7 @@ def test_each_thread_has_its_share_and_few_rows_are_idle(number, few_rows, rows,
     assert generator._at_once == 2
     assert generator._rows_and_parts(OPTIONS, number, 16, None, few_rows) == (rows, parts)
     generator._at_once = 1
-    (of_one, alone) = generator._rows_and_parts(OPTIONS, number, 16, None, False)
+    of_one, alone = generator._rows_and_parts(OPTIONS, number, 16, None, False)
     assert of_one >= rows and alone <= parts
 
 

@@ -136,8 +136,8 @@ def _add_decode(kinds: Any) -> None:
         type=numbers,
         default=(),
         metavar="N",
-        help="source positions translated at once, over all devices; default: 4096 per device, "
-        "fewer on a CPU",
+        help="source positions of a program, over all devices; default: 4096 per device, fewer on "
+        "a CPU, where two programs may run at once",
     )
     decode.add_argument(
         "--devices", type=numbers, default=(), help="how many take part; default: all"

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jaxformer.batching import bucket, groups, num_rows, pad
+from jaxformer.batching import SMALLEST, bucket, groups, num_rows, pad
 from jaxformer.continuous_batching import Shape, search_continuously
 from jaxformer.ensemble import Model, ensemble
 from jaxformer.errors import UserError
@@ -237,8 +237,10 @@ class Generator:
     ) -> tuple[int, int]:
         """Rows per device, and how many programs share a number of sentences.
 
-        With `few_rows` there are up to two sentences for each row: for sentences that take many
-        steps, so that rows which stay idle would cost more than waiting.
+        With threads there are two sentences or more for each row if that leaves enough rows for
+        products at full speed: the second begins when the first is done, in a row that would be
+        idle. With `few_rows` it is so whatever the products cost, for sentences that take many
+        steps.
         """
         devices = len(self._devices)
         if batch_tokens is None:
@@ -251,12 +253,10 @@ class Generator:
         share = -(-number // at_once)
         each, fewer = rows_for(share), rows_for(-(-share // 2))
         most = max(number, rows)  # more rows than that, in all programs, would be idle
-        if few_rows:
+        if few_rows or (at_once > 1 and fewer >= SMALLEST and at_once * fewer <= most):
             rows = fewer
         elif at_once * each <= most:
             rows = each
-        elif rows < number and at_once * fewer <= most:
-            rows = fewer
         else:
             at_once = 1
         parts = -(-number // (rows * _SENTENCES_PER_ROW))
@@ -274,8 +274,8 @@ class Generator:
         if not self._on_cpu:
             return 4096
         if self._configs[0].d_model >= 512:
-            # Products with large matrices want some 64 rows: the hypotheses of 16 sentences.
-            return min(16 * source_length, 4096)
+            # Each product reads and rearranges its whole matrix, whatever the number of its rows.
+            return min(64 * source_length, 4096)
         if self._configs[0].quantized and options.num_beams >= 4:
             # As measured; presumably because the logits of so few sentences stay in the CPU cache.
             return min(8 * source_length, 512)

@@ -369,7 +369,7 @@ def test_a_source_longer_than_learned_positions_is_refused():
         generator.generate([[5] * 9 + [EOS_ID]], OPTIONS)
 
 
-def test_wide_models_translate_as_many_long_sentences_as_short_ones():
+def test_wide_models_search_as_many_hypotheses_of_long_sentences_as_of_short_ones():
     """On a CPU, up to a limit; narrow ones have fewer rows the longer the sentences."""
 
     def rows(d_model, beam_size=4, quantized=False):
@@ -379,7 +379,8 @@ def test_wide_models_translate_as_many_long_sentences_as_short_ones():
         return [generator._tokens_at_once(options, n) // n for n in (8, 32, 128)]
 
     assert rows(256) == [64, 16, 4]
-    assert rows(512) == rows(512, quantized=True) == [64, 64, 32]
+    assert rows(512, 5) == rows(512, 5, quantized=True) == [64, 64, 32]
+    assert rows(512, 1) == [320, 128, 32]
     assert rows(256, quantized=True) == [8, 8, 4]
     assert rows(256, beam_size=3, quantized=True) == [64, 16, 4]
 

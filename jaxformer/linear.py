@@ -96,10 +96,12 @@ def affine(
 
 
 def kernel_first_is_faster(x: Float[Array, "... I"]) -> bool:
-    """Whether `kernel_first` is faster on a CPU: few float32 rows, which fill its tiles of 32."""
+    """Whether `kernel_first` is faster on a CPU, as measured: few float32 rows, which fill tiles."""
     rows, inputs = prod(x.shape[:-1]), x.shape[-1]
-    known = isinstance(rows, int)  # and not symbolic, as it may be in an export
-    return known and x.dtype == jnp.float32 and rows % 32 == 0 and 0 < 8 * rows <= inputs
+    if not isinstance(rows, int) or x.dtype != jnp.float32:  # it may be symbolic, in an export
+        return False
+    fill_tiles = rows % 32 == 0 or (rows in (4, 8, 16) and inputs >= 512)
+    return fill_tiles and 0 < 8 * rows <= inputs
 
 
 def kernel_first(

@@ -24,7 +24,7 @@ class Embedding(nn.Module):
 
     With `quantized` the table is int8 and has a scale [V], as `quantize` makes them. A float table
     may have a copy beside it, "transposed" [D, V]: on CPU the logits of a few tokens then take a
-    third of the time; those of more tokens use `kernel_first`, where it is faster.
+    third of the time. Where `kernel_first` is faster still, they use that.
     """
 
     vocab_size: int

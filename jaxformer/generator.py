@@ -110,8 +110,8 @@ class Generator:
           sources: ids of each sentence, with eos.
           options: see `GenerationConfig`.
           batch_tokens: source positions of a program, over all devices; on a CPU, two programs may
-            run at once. By default 4096 per device, but far fewer on a CPU, where time grows in
-            proportion to the rows.
+            run at once. By default 4096 per device, but fewer on a CPU, where time grows with the
+            rows.
           prefixes: first target tokens of each sentence.
           keys: [number of sentences] random keys, needed if `options.sampling`.
           few_shapes: as for `groups`, and caches have slots for the longest translations: there are
@@ -276,7 +276,7 @@ class Generator:
         if self._configs[0].d_model >= 512:
             # Each product reads and rearranges its whole matrix, even if its rows, which are the
             # hypotheses, are few: as measured, 320 are fastest, greedy or 5 for each sentence.
-            return min(320 * source_length // options.num_beams, 4096)
+            return min(max(320 // options.num_beams, 1) * source_length, 4096)
         if self._configs[0].quantized and options.num_beams >= 4:
             # As measured; presumably because the logits of so few sentences stay in the CPU cache.
             return min(8 * source_length, 512)

@@ -172,6 +172,13 @@ def test_a_row_does_not_depend_on_the_others():
     np.testing.assert_array_equal(together[-1], 0)  # not NaN
 
 
+def test_one_row_of_integers_is_multiplied_as_two():
+    """This guards its speed: for one, XLA would convert the kernel to 32 bits, and be slow."""
+    x, kernel, scale = jnp.ones((1, 1, 512)), jnp.ones((512, 2048), jnp.int8), jnp.ones(2048)
+    program = jax.jit(int8_product).lower(x, kernel, scale).compile().as_text()
+    assert "s32[2,2048]" in program and "s32[512,2048]" not in program
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -98,10 +98,10 @@ def affine(
 def kernel_first_is_faster(x: Float[Array, "... I"]) -> bool:
     """Whether `kernel_first` is faster on a CPU, as measured: few float32 rows that fill tiles."""
     rows, inputs = prod(x.shape[:-1]), x.shape[-1]
-    if not isinstance(rows, int) or x.dtype != jnp.float32:  # symbolic, as in an export
+    if not isinstance(rows, int):  # but symbolic, as it may be in an export
         return False
     fill_tiles = rows % 32 == 0 or (rows in (4, 8, 16) and inputs >= 512)
-    return fill_tiles and 0 < 8 * rows <= inputs
+    return x.dtype == jnp.float32 and fill_tiles and 0 < 8 * rows <= inputs
 
 
 def kernel_first(

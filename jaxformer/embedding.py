@@ -61,7 +61,7 @@ class Embedding(nn.Module):
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Multiply with the table, hidden · tableᵀ, accumulated and returned in float32."""
         if self.quantized:
-            return int8_product(hidden, self.embedding.T, self.scale)
+            return int8_product(hidden, self.embedding, self.scale)
         equation, table = "...D,VD->...V", self.embedding
         if self.has_variable("params", "transposed"):
             if kernel_first_is_faster(hidden):

@@ -1,8 +1,11 @@
 """Matrix products in 8-bit integers, and the quantization of a model's matrices for them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
+from math import prod
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
@@ -12,49 +15,55 @@ from jaxformer.matrices import map_matrices
 
 def int8_product(
     x: Float[Array, "..."],
-    kernel: Int8[Array, "..."],
+    kernel: Int8[Array, "O I"],
     scale: Float[Array, "..."],
     input_axes: int = 1,
 ) -> Float[Array, "..."]:
-    """Return x W, multiplied in 8-bit integers and summed in 32 bits; W = kernel · scale.
+    """Return x W, multiplied in 8-bit integers and summed in 32 bits; Wᵀ = kernel · scale.
 
     Each row of x is rounded to -127 … 127 steps of its own largest absolute value / 127, so that a
     row's result depends, to the last bit, on that row alone.
 
     Args:
       x: [..., *in], any floating dtype.
-      kernel, scale: [*in, *out] and [*out], as `quantize_matrix` makes them.
+      kernel, scale: [out, in] and [*out], as `quantize_matrix` makes them.
       input_axes: the number of axes of *in.
 
     Returns:
       [..., *out], float32.
     """
-    axes = tuple(range(x.ndim - input_axes, x.ndim))
-    steps, unit = _round(x, axes)
     leading = x.shape[: x.ndim - input_axes]
-    if one_row := len(leading) > 0 and all(isinstance(n, int) and n == 1 for n in leading):
+    steps, unit = _round(x.reshape(*leading, -1))
+    few = len(leading) > 0 and all(isinstance(n, int) for n in leading) and prod(leading) <= 8
+    if one_row := few and prod(leading) == 1:
         # XLA has no fast code for one row on a CPU: two take a twentieth of the time. Nothing is
         # reshaped to [R, in]: in a search, XLA would then convert the embedding to 32 bits, always.
         steps = jnp.concatenate([steps, jnp.zeros_like(steps)])
-    product = jnp.tensordot(steps, kernel, input_axes, preferred_element_type=jnp.int32)
+    if few:  # as in `kernel_first`, and with the same sums to the last bit
+        product = jnp.einsum("OI,...I->O...", kernel, steps, preferred_element_type=jnp.int32)
+        product = jnp.moveaxis(jax.lax.optimization_barrier(product), 0, -1)
+    else:
+        product = jnp.einsum("...I,OI->...O", steps, kernel, preferred_element_type=jnp.int32)
     if one_row:
         product = product[:1]
-    unit = unit.reshape(unit.shape[: x.ndim - input_axes] + (1,) * scale.ndim)
-    scale = scale.reshape((1,) * (x.ndim - input_axes) + scale.shape)
-    return product.astype(jnp.float32) * unit * scale
+    return (product.astype(jnp.float32) * unit * scale.ravel()).reshape(*leading, *scale.shape)
 
 
 def quantize_matrix(
-    kernel: Float[Array, "..."], input_axes: Sequence[int]
-) -> tuple[Int8[Array, "..."], Float[Array, "..."]]:
-    """Return an int8 kernel and its scale, which lacks the axes that products sum over."""
-    steps, unit = _round(kernel, input_axes)
-    return steps, jnp.squeeze(unit, input_axes)
+    matrix: Float[Array, "..."], input_axes: int = 1
+) -> tuple[Int8[Array, "O I"], Float[Array, "..."]]:
+    """Return an int8 kernel [out, in] and its scale [*out] for a matrix [*in, *out] of floats.
+
+    In this order all weights of an output are adjacent: most products take less time on a CPU.
+    """
+    outputs = matrix.shape[input_axes:]
+    steps, unit = _round(matrix.reshape(-1, prod(outputs)).T)
+    return steps, unit.reshape(outputs)
 
 
-def _round(x: Array, axes: Sequence[int]) -> tuple[Array, Array]:
-    """Round x to steps of its largest absolute value / 127 over `axes`; return steps and unit."""
-    unit = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axes, keepdims=True) / 127
+def _round(x: Float[Array, "... I"]) -> tuple[Int8[Array, "... I"], Float[Array, "... 1"]]:
+    """Round each row to steps of its largest absolute value / 127; return steps and that unit."""
+    unit = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True) / 127
     return jnp.round(x / jnp.where(unit > 0, unit, 1.0)).astype(jnp.int8), unit
 
 
@@ -76,8 +85,13 @@ def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
         nonlocal found
         found = True
         rest = {child: value for child, value in node.items() if child != name}
-        matrix, scale = quantize_matrix(jnp.asarray(node[name]), axes)
-        return {**rest, f"int8_{name}": matrix, "scale": scale}
+        matrix, convert = jnp.asarray(node[name]), partial(quantize_matrix, input_axes=len(axes))
+        if name == "embedding":
+            matrix = matrix.T  # which logits are a product with
+        elif axes[0] == 1:
+            convert = jax.vmap(convert)  # of stacked layers
+        kernel, scale = convert(matrix)
+        return {**rest, f"int8_{name}": kernel, "scale": scale}
 
     small = map_matrices(params, to_int8)
     if not found:

@@ -1,6 +1,7 @@
 """Linear maps, and models whose matrices are 8-bit integers."""
 
 import dataclasses
+from functools import partial
 
 import flax
 import flax.linen as nn
@@ -138,8 +139,8 @@ def test_whole_numbers_multiply_exactly():
     draw = np.random.default_rng(0)
     x, kernel = draw.integers(-127, 128, (6, 40)), draw.integers(-127, 128, (40, 10))
     x[:, 0], kernel[0] = 127, -127
-    steps, scale = quantize_matrix(jnp.asarray(kernel, jnp.float32), (0,))
-    np.testing.assert_array_equal(steps, kernel)
+    steps, scale = quantize_matrix(jnp.asarray(kernel, jnp.float32))
+    np.testing.assert_array_equal(steps, kernel.T)
     product = int8_product(jnp.asarray(x, jnp.float32), steps, scale)
     np.testing.assert_allclose(product, x @ kernel, rtol=1e-6)
 
@@ -149,9 +150,9 @@ def test_rounding_is_at_most_half_a_step(input_axes):
     inputs, outputs = (30,) if input_axes == 1 else (5, 6), (4, 2)
     x = jax.random.normal(jax.random.key(0), (7, *inputs))
     kernel = jax.random.normal(jax.random.key(1), (*inputs, *outputs))
-    steps, scale = quantize_matrix(kernel, tuple(range(input_axes)))
+    steps, scale = quantize_matrix(kernel, input_axes)
     assert steps.dtype == jnp.int8 and scale.shape == outputs
-    rounded = np.asarray(steps, np.float32) * scale
+    rounded = np.asarray(steps, np.float32).T.reshape(kernel.shape) * scale
     assert np.all(np.abs(rounded - kernel) <= 0.5001 * scale)
     exact = np.tensordot(x, rounded, input_axes)
     largest = np.max(np.abs(x), axis=tuple(range(1, x.ndim)))
@@ -163,7 +164,7 @@ def test_rounding_is_at_most_half_a_step(input_axes):
 
 def test_a_row_does_not_depend_on_the_others():
     x = jax.random.normal(jax.random.key(0), (5, 16)) * jnp.array([1e-3, 1, 50, 1e4, 0])[:, None]
-    steps, scale = quantize_matrix(jax.random.normal(jax.random.key(1), (16, 3)), (0,))
+    steps, scale = quantize_matrix(jax.random.normal(jax.random.key(1), (16, 3)))
     together = jax.jit(int8_product)(x, steps, scale)
     for row, alone in enumerate(x):
         np.testing.assert_array_equal(
@@ -172,11 +173,28 @@ def test_a_row_does_not_depend_on_the_others():
     np.testing.assert_array_equal(together[-1], 0)  # not NaN
 
 
-def test_one_row_of_integers_is_multiplied_as_two():
-    """This guards its speed: for one, XLA would convert the kernel to 32 bits, and be slow."""
-    x, kernel, scale = jnp.ones((1, 1, 512)), jnp.ones((512, 2048), jnp.int8), jnp.ones(2048)
+@pytest.mark.parametrize(
+    ("rows", "first"), [((1, 1), 2), ((1, 5), 5), ((4, 2), 8), ((9,), None), ((16, 1), None)]
+)
+def test_a_kernel_of_integers_comes_first_for_few_rows(rows, first):
+    """This guards its speed; one row is multiplied as two, or XLA would convert the kernel."""
+    x, kernel, scale = jnp.ones((*rows, 512)), jnp.ones((2048, 512), jnp.int8), jnp.ones(2048)
     program = jax.jit(int8_product).lower(x, kernel, scale).compile().as_text()
-    assert "s32[2,2048]" in program and "s32[512,2048]" not in program
+    product = f"s32[2048,{first}]" if first else f"s32[{np.prod(rows)},2048]"
+    assert product in program and "s32[2048,512]" not in program
+
+
+@pytest.mark.parametrize("input_axes", [1, 2])
+def test_the_order_of_an_integer_product_does_not_change_a_bit(input_axes):
+    inputs, outputs = (24,) if input_axes == 1 else (4, 6), (3, 5)
+    x = jax.random.normal(jax.random.key(0), (12, 1, *inputs))
+    kernel = jax.random.normal(jax.random.key(1), (*inputs, *outputs))
+    product = partial(int8_product, input_axes=input_axes)
+    many = jax.jit(product)(x, *quantize_matrix(kernel, input_axes))
+    assert many.shape == (12, 1, *outputs)
+    for some in (x[:1], x[:5], x[:8]):
+        few = jax.jit(product)(some, *quantize_matrix(kernel, input_axes))
+        np.testing.assert_array_equal(few, many[: len(some)])
 
 
 @pytest.mark.parametrize(
@@ -255,7 +273,7 @@ def test_matrices_of_parts_of_ones_own_are_not_taken_for_what_they_are_not():
 
 
 def test_a_layer_of_floats_refuses_int8():
-    params = {"int8_kernel": jnp.ones((2, 3), jnp.int8), "scale": jnp.ones(3)}
+    params = {"int8_kernel": jnp.ones((3, 2), jnp.int8), "scale": jnp.ones(3)}
     with pytest.raises(UserError, match="parameters of Linear are int8 and it is not"):
         Linear(3, use_bias=False).apply({"params": params}, jnp.ones(2))
 

@@ -84,8 +84,8 @@ class MultiHeadAttention(nn.Module):
     """MultiHead(Q, K, V) = Concat(head_1, …, head_N) W^O (§3.2.2).
 
     Parameters: query and key kernels [D, N, H], value kernel [D, N, Hv], output kernel [N, Hv, D],
-    and biases if `use_bias`. The weights of each call are sown as "attention_weights"
-    [B, N, T, S] in the collection "intermediates", if that is mutable.
+    and biases if `use_bias`; with `quantized` as in `Linear`. The weights of each call are sown as
+    "attention_weights" [B, N, T, S] in the collection "intermediates", if that is mutable.
 
     Attributes:
       num_heads: N.

@@ -3,9 +3,8 @@
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -133,14 +132,13 @@ class Generator:
 
         def begin(
             chosen: list[int], length: int, all_slots: bool, few_rows: bool = False
-        ) -> list[tuple[int, Callable[[], list[int]]]]:
+        ) -> list[tuple[int, Future]]:
             rows, parts = self._rows_and_parts(options, len(chosen), length, batch_tokens, few_rows)
             shape = self._shape(options, rows, length, all_slots)
-            search = partial(self._search, call, shape, results)
-            if len(sources) == 1:  # a thread would take a tenth of a narrow model's time
-                return [(length, partial(search, chosen))]
-            shares = [chosen[part::parts] for part in range(parts)]
-            return [(length, threads.submit(search, share).result) for share in shares]
+            return [
+                (length, threads.submit(self._search, call, shape, chosen[part::parts], results))
+                for part in range(parts)
+            ]
 
         try:
             begun, again = [], []
@@ -154,12 +152,12 @@ class Generator:
             for chosen, length in groups(lengths, few_shapes=few_shapes, limit=limit):
                 begun += begin(chosen, length, all_slots)
             for length, same in groupby(begun, key=lambda part: part[0]):
-                if more := [index for _, outgrown in same for index in outgrown()]:
+                if more := [index for _, part in same for index in part.result()]:
                     with self._counting:
                         self._begun_again[kind] += len(more)
                     again += begin(more, length, all_slots=True, few_rows=self._on_cpu)
-            for _, outgrown in again:
-                outgrown()
+            for _, part in again:
+                part.result()
         finally:
             # After an error or Ctrl-C nothing more begins, and nobody waits for what has begun.
             threads.shutdown(wait=False, cancel_futures=True)
@@ -202,7 +200,7 @@ class Generator:
         )
 
     def _search(
-        self, call: "_Call", shape: Shape, results: list[Any], chosen: Sequence[int]
+        self, call: "_Call", shape: Shape, chosen: Sequence[int], results: list[Any]
     ) -> list[int]:
         """Search the chosen sentences; return those that need more slots, without a result."""
         order = _deal_to_devices(chosen, len(self._devices), _SENTENCES_PER_ROW * shape.rows)

@@ -19,10 +19,10 @@ class Linear(nn.Module):
     """x W + b over the last axes of x.
 
     Parameters: kernel [*in, *out], Xavier-uniform as one matrix, and bias [*out], zeros, if
-    `use_bias`. With `quantized` the kernel is replaced by int8_kernel [out, in] and scale [*out];
-    they start as zeros and ones, to be replaced by what `quantize` makes of a trained model. A
-    floating-point kernel may have a copy beside it, "transposed" [out, in], which `kernel_first`
-    multiplies by.
+    `use_bias`. With `quantized` the kernel is replaced by int8_kernel [out, in], with its axes
+    flattened to two, and scale [*out]; they start as zeros and ones, to be replaced by what
+    `quantize` makes of a trained model. A floating-point kernel may have a copy beside it,
+    "transposed" [out, in], which `kernel_first` multiplies by.
 
     Attributes:
       features: *out, such as (N, H) to project to heads; an integer means one axis.
@@ -56,8 +56,8 @@ class Linear(nn.Module):
         shape = x.shape[x.ndim - self.input_axes :] + outputs
         check_matrix(self, "kernel")
         if self.quantized:
-            turned = prod(outputs), prod(shape[: self.input_axes])
-            kernel = self.param("int8_kernel", nn.initializers.zeros, turned, jnp.int8)
+            transposed = prod(outputs), prod(shape[: self.input_axes])
+            kernel = self.param("int8_kernel", nn.initializers.zeros, transposed, jnp.int8)
             scale = self.param("scale", nn.initializers.ones, outputs, jnp.float32)
         else:
             kernel = self.param("kernel", self._initial, shape, jnp.float32).astype(self.dtype)

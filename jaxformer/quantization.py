@@ -12,6 +12,10 @@ from jaxtyping import Array, Float, Int8
 from jaxformer.errors import UserError
 from jaxformer.matrices import map_matrices
 
+#: With so few rows the kernel comes first, as in `kernel_first`: measured on a CPU to be faster,
+#: and with integers it changes no bit.
+_FEW_ROWS = 8
+
 
 def int8_product(
     x: Float[Array, "..."],
@@ -19,10 +23,11 @@ def int8_product(
     scale: Float[Array, "..."],
     input_axes: int = 1,
 ) -> Float[Array, "..."]:
-    """Return x W, multiplied in 8-bit integers and summed in 32 bits; Wᵀ = kernel · scale.
+    """Return x W, multiplied in 8-bit integers and summed in 32 bits.
 
-    Each row of x is rounded to -127 … 127 steps of its own largest absolute value / 127, so that a
-    row's result depends, to the last bit, on that row alone.
+    Row o of Wᵀ is kernel[o] · scale[o], the axes of *in and of *out each flattened to one. Each
+    row of x is rounded to -127 … 127 steps of its own largest absolute value / 127, so that a row's
+    result depends, to the last bit, on that row alone.
 
     Args:
       x: [..., *in], any floating dtype.
@@ -32,20 +37,18 @@ def int8_product(
     Returns:
       [..., *out], float32.
     """
+    # Rows stay [..., in]: with [R, in], XLA would convert the table to 32 bits in every search.
     leading = x.shape[: x.ndim - input_axes]
-    steps, unit = _round(x.reshape(*leading, -1))
-    few = len(leading) > 0 and all(isinstance(n, int) for n in leading) and prod(leading) <= 8
-    if one_row := few and prod(leading) == 1:
-        # XLA has no fast code for one row on a CPU: two take a twentieth of the time. Nothing is
-        # reshaped to [R, in]: in a search, XLA would then convert the embedding to 32 bits, always.
-        steps = jnp.concatenate([steps, jnp.zeros_like(steps)])
-    if few:  # as in `kernel_first`, and with the same sums to the last bit
+    steps, unit = _round(x.reshape(*leading, kernel.shape[-1]))
+    rows = prod(leading)
+    if leading and isinstance(rows, int) and 0 < rows <= _FEW_ROWS:
+        if rows == 1:
+            # XLA has no fast code for one row on a CPU: two take a twentieth of the time.
+            steps = jnp.concatenate([steps, jnp.zeros_like(steps)])
         product = jnp.einsum("OI,...I->O...", kernel, steps, preferred_element_type=jnp.int32)
-        product = jnp.moveaxis(jax.lax.optimization_barrier(product), 0, -1)
+        product = jnp.moveaxis(jax.lax.optimization_barrier(product), 0, -1)[: leading[0]]
     else:
         product = jnp.einsum("...I,OI->...O", steps, kernel, preferred_element_type=jnp.int32)
-    if one_row:
-        product = product[:1]
     return (product.astype(jnp.float32) * unit * scale.ravel()).reshape(*leading, *scale.shape)
 
 
@@ -54,7 +57,8 @@ def quantize_matrix(
 ) -> tuple[Int8[Array, "O I"], Float[Array, "..."]]:
     """Return an int8 kernel [out, in] and its scale [*out] for a matrix [*in, *out] of floats.
 
-    In this order all weights of an output are adjacent: most products take less time on a CPU.
+    In this order all weights of an output are adjacent: most products take less time on a CPU. With
+    more than two axes, XLA would copy the kernel for each product.
     """
     outputs = matrix.shape[input_axes:]
     steps, unit = _round(matrix.reshape(-1, prod(outputs)).T)
@@ -72,7 +76,8 @@ def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
 
     Matrices become int8 with a float32 scale for each of their outputs; biases, LayerNorms, learned
     positions and any other parameters of a custom layer stay as they are. The matrices are renamed:
-    a foreign module in place of one of ours then finds none, instead of ignoring the scale.
+    a foreign module in place of one of ours then finds none, instead of ignoring the scale. Keep
+    the trained parameters, not these, whose form may change from one version to the next.
 
         config, params = config.replace(quantized=True), quantize(params)
 
@@ -85,12 +90,14 @@ def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
         nonlocal found
         found = True
         rest = {child: value for child, value in node.items() if child != name}
-        matrix, convert = jnp.asarray(node[name]), partial(quantize_matrix, input_axes=len(axes))
-        if name == "embedding":
-            matrix = matrix.T  # which logits are a product with
-        elif axes[0] == 1:
-            convert = jax.vmap(convert)  # of stacked layers
-        kernel, scale = convert(matrix)
+        matrix = jnp.asarray(node[name])
+        if name == "embedding":  # [V, D] is [out, in] already
+            kernel, unit = _round(matrix)
+            scale = unit[:, 0]
+        else:
+            convert = partial(quantize_matrix, input_axes=len(axes))
+            stacked = axes[0] == 1  # the first axis is the layers'
+            kernel, scale = (jax.vmap(convert) if stacked else convert)(matrix)
         return {**rest, f"int8_{name}": kernel, "scale": scale}
 
     small = map_matrices(params, to_int8)

@@ -217,6 +217,16 @@ def test_two_searches_at_once_are_one(monkeypatch):
         assert_bit_equal(ours, alone)
 
 
+def test_threads_for_one_sentence_are_kept(monkeypatch):
+    """This guards the speed of sentences one by one."""
+    generator = make_generator()
+    (expected,) = generator.generate(SOURCES[:1], OPTIONS)
+    time.sleep(0.1)  # until the thread waits for more
+    monkeypatch.setattr(threading, "Thread", None)
+    (found,) = generator.generate(SOURCES[:1], OPTIONS)
+    assert_bit_equal(found, expected)
+
+
 def test_what_searches_has_the_settings_of_its_caller(monkeypatch):
     def settings():
         config = jax.config
